@@ -1,0 +1,69 @@
+"""What gdro asks of a model: predict a velocity, encode text, decode latents, carry a LoRA."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+Text = dict[str, Tensor]
+"""Encoded prompts: named tensors (e.g. prompt_embeds (n, L, D), pooled_prompt_embeds (n, P)); first axis n."""
+
+
+class FlowModel(Protocol):
+    """A rectified-flow text-to-image model: x_t = (1 - t) x0 + t eps, velocity target v = eps - x0.
+
+    Latents are the *packed* ones the transformer sees: (n, tokens, channels), float32, t in (0, 1).
+    """
+
+    name: str  # as the user gave it: "tiny", a folder, a hub id
+    revision: str  # names the exact base weights (digest or commit); stored with every group
+    device: torch.device
+    transformer: torch.nn.Module
+
+    def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text: ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(tokens, channels) of one image; UserError if the size does not fit the model's grid."""
+        ...
+
+    def velocity(
+        self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int
+    ) -> Tensor:
+        """v_theta(x_t, t, c) with the adapter as it is now; x_t (n, tokens, channels), t (n,); float32 out."""
+        ...
+
+    def scheduler(self, name: str, num_inference_steps: int, height: int, width: int) -> Any:
+        """A diffusers scheduler of class `name` with its timesteps set (resolution-dependent shift included)."""
+        ...
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]: ...
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Packed latents (n, tokens, channels) of images of one size (importer)."""
+        ...
+
+    def add_adapter(self, *, rank: int, alpha: int, targets: str | Sequence[str], seed: int) -> None: ...
+
+    def adapter(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable LoRA parameters by name; float32."""
+        ...
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` (same names as adapter()) into the adapter in place."""
+        ...
+
+    def adapter_disabled(self) -> AbstractContextManager[None]:
+        """Inside it the model is the reference (base weights only)."""
+        ...
+
+    def save_adapter(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write `pytorch_lora_weights.safetensors`, loadable by `pipe.load_lora_weights(folder)`."""
+        ...
+
+    def load_adapter(self, folder: Path) -> None:
+        """Add and load an adapter written by save_adapter (or by any diffusers trainer)."""
+        ...

@@ -1,0 +1,73 @@
+"""Prompt records: a text, an id, and whatever fields a task or reward needs (GenEval's keys, the tiny scene)."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gdro.errors import UserError
+from gdro.files import write_bytes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `id` identifies it everywhere (two prompts may share a text, never an id)."""
+
+    id: str
+    text: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({"id": self.id, "prompt": self.text, **self.fields}, ensure_ascii=False)
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a `.txt` (one a line, blank lines skipped) or `.jsonl` (`prompt`, optional `id`, any other keys).
+
+    A prompt without an id gets its line number (`000001`). Raises UserError naming file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"prompts: {path} not found; expected a .txt or .jsonl file")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"prompts: {path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        prompts.append(_parse_jsonl(line, where, number) if path.suffix == ".jsonl" else Prompt(f"{number:06d}", line.strip()))
+    if not prompts:
+        raise UserError(f"prompts: {path} holds no prompt; expected at least one line")
+    check_unique_ids(prompts, str(path))
+    return prompts
+
+
+def _parse_jsonl(line: str, where: str, number: int) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"prompts: {where} is not JSON ({error.msg})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise UserError(f'prompts: {where} has no text in "prompt"; expected an object with a non-empty "prompt"')
+    identity = row.pop("id", f"{number:06d}")
+    if not isinstance(identity, str | int) or isinstance(identity, bool) or str(identity) == "":
+        raise UserError(f'prompts: {where} has "id" {identity!r}; expected a string')
+    return Prompt(str(identity), row.pop("prompt"), row)
+
+
+def check_unique_ids(prompts: Iterable[Prompt], where: str) -> None:
+    seen: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise UserError(f'prompts: {where} has two prompts with the id "{prompt.id}"; expected each id once')
+        seen[prompt.id] = prompt.text
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    write_bytes(path, "".join(p.to_json() + "\n" for p in prompts).encode())
