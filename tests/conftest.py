@@ -1,0 +1,96 @@
+"""Shared fixtures: a very small, real FluxPipeline made from configurations alone (random weights, no download)."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + "\"'.,:;!?-"
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE without merges: one token a character."""
+    tokens = ["<|startoftext|>", "<|endoftext|>", *CHARACTERS, *(c + "</w>" for c in CHARACTERS)]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=48)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """Unigram over single characters and the word mark."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def small_flux() -> FluxPipeline:
+    """64x32 pixels are 32 tokens of 64 channels; guidance-embedded and shifted by resolution like FLUX.1-dev."""
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, max_image_seq_len=4096),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=16,
+            scaling_factor=0.5,
+            shift_factor=0.25,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=32,
+                intermediate_size=32,
+                projection_dim=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=48,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        ),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(t5), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=t5,
+        transformer=FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the pipeline, as `FluxPipeline.from_pretrained` reads it. Do not write into it."""
+    folder = tmp_path_factory.mktemp("flux") / "pipeline"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small_flux().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def flux(flux_folder: Path) -> Any:
+    """A fresh gdro FluxModel on `flux_folder` (CPU, float32)."""
+    from gdro.models import load_model
+
+    return load_model(str(flux_folder), device=torch.device("cpu"), dtype=torch.float32)
