@@ -1,0 +1,82 @@
+"""Progress, rate and time left: a bar on a terminal, plain lines in a log.
+
+Both go to stderr. The rate counts only this session's work, so it stays honest after a resumption.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 10.0
+LINE_EVERY_SHARE = 0.1
+
+
+class Progress:
+    """`with Progress("sample", 512, "img", done=128) as progress: progress.advance(8, reward=0.6)`.
+
+    `total` and `done` count `unit`s of the whole job; `done` is what earlier sessions left finished. The
+    `values` given to `advance` are the latest figures to show beside the rate.
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "it", done: int = 0) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self._at_start = self._at_line = done
+        self._values: dict[str, float] = {}
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Self:
+        self._start = self._line_time = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=self.label, total=self.total, initial=self.done, unit=self.unit, dynamic_ncols=True, leave=True
+            )
+        elif self.done:
+            self._print(f"{self.label}: {self.done}/{self.total} {self.unit} done before, going on")
+        return self
+
+    def advance(self, n: int = 1, **values: float) -> None:
+        """Count `n` more units as done."""
+        self.done += n
+        self._values |= values
+        if self._bar is not None:
+            if values:
+                self._bar.set_postfix({k: f"{v:.4g}" for k, v in self._values.items()}, refresh=False)
+            self._bar.update(n)
+            return
+        now = time.monotonic()
+        due = now - self._line_time >= LINE_EVERY_SECONDS
+        if due or self.done - self._at_line >= LINE_EVERY_SHARE * self.total or self.done >= self.total:
+            self._line_time, self._at_line = now, self.done
+            self._print(self._line(now))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, now: float) -> str:
+        elapsed = max(now - self._start, 1e-9)
+        rate = (self.done - self._at_start) / elapsed
+        left = duration((self.total - self.done) / rate) if rate > 0 else "unknown"
+        shown = f"{rate:.1f} {self.unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.1f} s/{self.unit}"
+        share = 100 * self.done / self.total if self.total else 100.0
+        values = "".join(f", {k} {v:.4g}" for k, v in self._values.items())
+        return f"{self.label}: {self.done}/{self.total} {self.unit} ({share:.0f} %), {shown}, {left} left{values}"
+
+    @staticmethod
+    def _print(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`47 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,49 @@
+"""Progress tells rate and time left, and counts only this session's work."""
+
+import io
+import time
+
+import pytest
+
+from gdro.progress import Progress, duration
+
+
+def test_log_lines_carry_count_rate_time_left_and_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", 20, "step") as progress:
+        for _ in range(20):
+            progress.advance(loss=0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10  # one per 10 %
+    assert lines[0].startswith("train: 2/20 step (10 %), ")
+    assert "step/s" in lines[0] or "s/step" in lines[0]
+    assert lines[0].endswith("left, loss 0.5")
+    assert lines[-1].startswith("train: 20/20 step (100 %)")
+
+
+def test_rate_after_resumption_counts_only_new_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 110.0])  # entered, first advance
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with Progress("sample", 1000, "img", done=900) as progress:
+        progress.advance(20)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "sample: 900/1000 img done before, going on"
+    assert lines[1] == "sample: 920/1000 img (92 %), 2.0 img/s, 40 s left"  # 20 in 10 s, not 920
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with Progress("sample", 4, "img") as progress:
+        progress.advance(4, reward=1.0)
+    assert "\r" in terminal.getvalue()
+    assert "4/4" in terminal.getvalue()
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (46.6, 185, 7620)] == ["47 s", "3 min 05 s", "2 h 07 min"]
