@@ -1,0 +1,123 @@
+"""The corrected score, and paired bootstrap over prompts. Shapes: (P, n) = prompts, images per prompt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gdro.rng import numpy_rng
+
+AXES = ("alignment", "coherence", "style")
+_BLOCK = 1000  # resamples drawn by one generator; part of the definition of the draw, not a tuning knob
+
+
+def corrected_axes(reward: str) -> tuple[str, ...]:
+    """Judge axes that u averages for a reward of this name: GenEval rewards leave alignment out.
+
+    Alignment rises with hacking there (method.md 6).
+    """
+    return AXES[1:] if reward.split("-")[0].split("_")[0] == "geneval" else AXES
+
+
+def corrected_score(reward: np.ndarray, axes: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """r (u - 3) + 0.2 elementwise, u the mean of the `names` axes (1 to 5); NaN where a judge score is missing."""
+    quality = np.mean([axes[name] for name in names], axis=0)
+    return np.asarray(reward, dtype=np.float64) * (quality - 3.0) + 0.2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means over prompts, their difference, and its 95 % interval; NaN where nothing can be said."""
+
+    base: float
+    tuned: float
+    gain: float
+    ci95: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(map(_finite, v)) if k == "ci95" else _finite(v) for k, v in asdict(self).items()}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def pair_means(base: np.ndarray, tuned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per-prompt means (P,) of two (P, n) arrays over the images that have a value in both; NaN where none has."""
+    present = np.isfinite(base) & np.isfinite(tuned)
+    count = present.sum(axis=1)
+    safe = np.maximum(count, 1)
+    means = [np.where(count > 0, np.where(present, v, 0.0).sum(axis=1) / safe, np.nan) for v in (base, tuned)]
+    return means[0], means[1]
+
+
+def resampled_means(values: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
+    """Means (samples, M) of the columns of `values` (P, M) over prompts drawn with replacement.
+
+    One draw serves all columns, so any function of the columns keeps their pairing. NaN cells are left out
+    of their column's mean; a resample that meets only NaN is NaN.
+    """
+    prompts = len(values)
+    present = np.isfinite(values)
+    filled = np.where(present, values, 0.0)
+    stacked = np.hstack([filled, present.astype(np.float64)])
+    uniform = np.full(prompts, 1.0 / prompts)
+    out = np.empty((samples, values.shape[1]))
+    for start in range(0, samples, _BLOCK):
+        counts = numpy_rng(seed, "bootstrap", start // _BLOCK).multinomial(prompts, uniform, size=_BLOCK)
+        sums, weights = np.hsplit(counts[: samples - start].astype(np.float64) @ stacked, 2)
+        with np.errstate(invalid="ignore"):
+            out[start : start + _BLOCK] = sums / np.where(weights > 0, weights, np.nan)
+    return out
+
+
+def interval(draws: np.ndarray, prompts: int) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap draws (B,).
+
+    NaN for fewer than two prompts: one prompt says nothing about how prompts differ, and its bootstrap
+    interval of width zero would claim certainty.
+    """
+    draws = draws[np.isfinite(draws)]
+    if prompts < 2 or not len(draws):
+        return float("nan"), float("nan")
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def compare(
+    metrics: Mapping[str, tuple[np.ndarray, np.ndarray]], *, samples: int, seed: int
+) -> dict[str, Comparison]:
+    """Paired comparison of named per-prompt values (base (P,), tuned (P,)) by bootstrap over prompts.
+
+    All metrics share the resamples. A prompt with a NaN on either side is left out of that metric.
+    """
+    names = list(metrics)
+    pairs = np.stack([np.stack(metrics[name], axis=1) for name in names], axis=1).astype(np.float64)  # (P, M, 2)
+    pairs[~np.isfinite(pairs).all(axis=2)] = np.nan
+    draws = resampled_means(pairs.reshape(len(pairs), -1), samples=samples, seed=seed).reshape(samples, len(names), 2)
+    out = {}
+    for i, name in enumerate(names):
+        kept = pairs[np.isfinite(pairs[:, i, 0]), i]
+        base, tuned = kept.mean(axis=0) if len(kept) else (np.nan, np.nan)
+        out[name] = Comparison(
+            float(base), float(tuned), float(tuned - base), interval(draws[:, i, 1] - draws[:, i, 0], len(kept))
+        )
+    return out
+
+
+def relative_change(base: np.ndarray, tuned: np.ndarray, *, samples: int, seed: int) -> tuple[float, float, float]:
+    """(tuned mean - base mean) / |base mean| of per-prompt values (P,), with its paired 95 % interval.
+
+    NaN where the base mean is zero: nothing is relative to nothing.
+    """
+    pairs = np.stack([base, tuned], axis=1).astype(np.float64)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    if not len(pairs) or pairs[:, 0].mean() == 0:
+        return float("nan"), float("nan"), float("nan")
+    draws = resampled_means(pairs, samples=samples, seed=seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (draws[:, 1] - draws[:, 0]) / np.abs(draws[:, 0])
+    low, high = interval(ratios, len(pairs))
+    first, second = pairs.mean(axis=0)
+    return float((second - first) / abs(first)), low, high
