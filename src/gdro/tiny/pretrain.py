@@ -1,0 +1,264 @@
+"""Pre-train the tiny model on its world: `python -m gdro.tiny.pretrain --out runs/pretrain`.
+
+Three stages, each resumable: text encoders (every token learns to tell its neighbours, the pooled vector its words),
+the VAE, then the transformer by flow matching. On two cores about 90 minutes; any later call with the same
+arguments goes on where the last one stopped. Everything drawn is a function of the seed and a counter.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gdro.files import atomic_path, write_json
+from gdro.rng import numpy_rng, torch_rng
+from gdro.tiny import world
+from gdro.tiny.build import TEXT_LENGTH, build_pipeline
+
+NEIGHBOURS = (-4, -3, -2, -1, 0, 1, 2)  # offsets a T5 token learns to tell; -4 places a letter in its word
+GUIDANCE = (1.0, 6.0)  # the range of guidance the transformer sees; its default, 3.5, inside it
+
+
+def scenes(seed: int, purpose: str, start: int, count: int) -> tuple[list[str], Tensor]:
+    """Captions and pictures (count, 3, 32, 64) in [-1, 1] of scenes `start` ... of a stream."""
+    captions, pictures = [], []
+    for i in range(start, start + count):
+        rng = numpy_rng(seed, purpose, i)
+        scene = world.random_scene(rng)
+        captions.append(world.caption(scene))
+        pictures.append(torch.from_numpy(world.render(scene, rng)))
+    return captions, torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tokenize(pipe: FluxPipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def ids(tokenizer: object, length: int) -> Tensor:
+        return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids  # type: ignore[operator]
+
+    return ids(pipe.tokenizer_2, TEXT_LENGTH), ids(pipe.tokenizer, pipe.tokenizer_max_length)
+
+
+def train_text(pipe: FluxPipeline, seed: int, steps: int, batch: int = 128) -> None:
+    """T5: tell the tokens around each token. CLIP: tell the words of the caption from the pooled vector."""
+    t5, clip = pipe.text_encoder_2, pipe.text_encoder
+    torch.manual_seed(seed)
+    heads = nn.ModuleList(
+        [nn.Linear(t5.config.d_model, t5.config.vocab_size) for _ in NEIGHBOURS]
+        + [nn.Linear(clip.config.hidden_size, clip.config.vocab_size)]
+    )
+    parameters = [*t5.parameters(), *clip.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 * (steps - step) / steps)
+        captions = []
+        for i in range(step * batch, (step + 1) * batch):
+            captions.append(world.caption(world.random_scene(numpy_rng(seed, "pretrain-text", i))))
+        t5_ids, clip_ids = tokenize(pipe, captions)
+        hidden = t5(t5_ids)[0]
+        losses = []
+        for offset, head in zip(NEIGHBOURS, heads, strict=False):
+            target = torch.roll(t5_ids, -offset, 1)
+            inside = slice(max(0, -offset), TEXT_LENGTH - max(0, offset))
+            losses.append(F.cross_entropy(head(hidden[:, inside]).flatten(0, 1), target[:, inside].flatten()))
+        bag = torch.zeros(batch, clip.config.vocab_size).scatter_(1, clip_ids, 1.0)
+        pooled_loss = F.binary_cross_entropy_with_logits(heads[-1](clip(clip_ids).pooler_output), bag)
+        loss = torch.stack(losses).mean() + 10 * pooled_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"text {step} neighbours {torch.stack(losses).mean():.4f} words {pooled_loss:.5f}", flush=True)
+
+
+def train_vae(pipe: FluxPipeline, seed: int, steps: int, batch: int = 64) -> None:
+    """Reconstruction with noise on the latents in place of a KL term, then the scale that makes their std 1."""
+    vae = pipe.vae
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50, 1.5 * (steps - step) / steps)
+        _, x = scenes(seed, "pretrain-vae", step * batch, batch)
+        with torch.autocast("cpu", torch.bfloat16):  # convolutions this narrow run twice as fast
+            z = vae.encode(x).latent_dist.mean.float()
+            noise = torch.randn(z.shape, generator=torch_rng(seed, "vae-noise", step))
+            y = vae.decode(z + 0.1 * noise).sample.float()
+        reconstruction = F.mse_loss(y, x) + 0.25 * F.l1_loss(y, x)
+        # |z|^2 near 1 keeps the added noise meaningful: the encoder cannot outgrow it
+        loss = reconstruction + 0.002 * (z.pow(2).mean((0, 2, 3)) - 1).clamp(min=0).mean() + 1e-4 * z.pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"vae {step} mse {F.mse_loss(y, x):.5f} latent std {z.std():.3f}", flush=True)
+    with torch.no_grad():
+        _, x = scenes(seed, "pretrain-vae-scale", 0, 512)
+        z = vae.encode(x).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
+
+
+@torch.no_grad()
+def encode_chunk(pipe: FluxPipeline, seed: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed latents (count, 32, 64), T5 states (count, 24, 128) and pooled vectors (count, 64) of fresh scenes."""
+    captions, x = scenes(seed, "pretrain-flow", start, count)
+    t5_ids, clip_ids = tokenize(pipe, captions)
+    latents, states, pooled = [], [], []
+    for i in range(0, count, 256):
+        z = (pipe.vae.encode(x[i : i + 256]).latent_dist.mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        latents.append(pipe._pack_latents(z, len(z), z.shape[1], z.shape[2], z.shape[3]))
+        states.append(pipe.text_encoder_2(t5_ids[i : i + 256])[0])
+        pooled.append(pipe.text_encoder(clip_ids[i : i + 256]).pooler_output)
+    return torch.cat(latents), torch.cat(states), torch.cat(pooled)
+
+
+class FlowTrainer:
+    """Flow matching on a stream of fresh scenes, in chunks; each picture is visited `visits` times with new noise."""
+
+    def __init__(self, pipe: FluxPipeline, seed: int, images: int, *, batch: int, chunk: int, visits: int, compiled: bool):
+        self.pipe, self.seed, self.batch, self.chunk, self.visits = pipe, seed, batch, chunk, visits
+        self.chunk_count = -(-images // (chunk * visits))
+        self.steps_per_chunk = chunk * visits // batch
+        model = pipe.transformer
+        self.parameters = dict(model.named_parameters())
+        matrices = [p for n, p in self.parameters.items() if p.ndim == 2 and "transformer_blocks" in n and "norm" not in n]
+        inside = {id(p) for p in matrices}
+        rest = [p for p in self.parameters.values() if id(p) not in inside]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.base_lr = [2e-3, 1e-3]
+        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.forward = torch.compile(model) if compiled else model
+        self.text_ids = torch.zeros(TEXT_LENGTH, 3)
+        self.image_ids = pipe._prepare_latent_image_ids(1, world.HEIGHT // 8, world.WIDTH // 8, "cpu", torch.float32)
+
+    def learning_rate(self, step: int) -> float:
+        """Share of the base rate: short warm-up, constant, linear decay over the last third."""
+        total = self.chunk_count * self.steps_per_chunk
+        return min(1.0, (step + 1) / 200, 3 * (total - step) / total)
+
+    def run_chunk(self, index: int) -> float:
+        data = encode_chunk(self.pipe, self.seed, index * self.chunk, self.chunk)
+        order = torch.cat(
+            [torch.randperm(self.chunk, generator=torch_rng(self.seed, "pretrain-order", index, v)) for v in range(self.visits)]
+        )
+        total = 0.0
+        for i in range(self.steps_per_chunk):
+            step = index * self.steps_per_chunk + i
+            x0, states, pooled = (part[order[i * self.batch : (i + 1) * self.batch]] for part in data)
+            total += self.step(step, x0, states, pooled)
+        return total / self.steps_per_chunk
+
+    def step(self, step: int, x0: Tensor, states: Tensor, pooled: Tensor) -> float:
+        rng = torch_rng(self.seed, "pretrain-noise", step)
+        t = torch.sigmoid(torch.randn(len(x0), generator=rng))
+        guidance = torch.empty(len(x0)).uniform_(*GUIDANCE, generator=rng)
+        noise = torch.randn(x0.shape, generator=rng)
+        x_t = torch.lerp(x0, noise, t[:, None, None])
+        v = self.forward(
+            hidden_states=x_t,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            timestep=t,
+            guidance=guidance,
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+        loss = F.mse_loss(v, noise - x0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        for optimizer, lr in zip(self.optimizers, self.base_lr, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * self.learning_rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(0.999, step / (step + 100))
+        torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
+        return loss.item()
+
+    def save(self, path: Path, chunks: int) -> None:
+        tensors = {f"ema/{n}": p for n, p in self.ema.items()} | {f"raw/{n}": p.data for n, p in self.parameters.items()}
+        for k, optimizer in enumerate(self.optimizers):
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"opt{k}/{i}/{name}": value for name, value in state.items()}
+        with atomic_path(path) as tmp:
+            save_file({n: p.contiguous() for n, p in tensors.items()}, tmp, metadata={"chunks": str(chunks)})
+
+    @torch.no_grad()
+    def load(self, path: Path) -> int:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            chunks = int(file.metadata()["chunks"])
+        tensors = load_file(path)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"raw/{name}"])
+            self.ema[name].copy_(tensors[f"ema/{name}"])
+        for k, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"opt{k}/"):
+                    _, i, name = key.split("/")
+                    state.setdefault(int(i), {})[name] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        return chunks
+
+
+def save_pipeline(pipe: FluxPipeline, folder: Path, ema: dict[str, Tensor] | None = None) -> None:
+    raw = {n: p.detach().clone() for n, p in pipe.transformer.named_parameters()}
+    if ema:
+        pipe.transformer.load_state_dict(ema)
+    pipe.save_pretrained(folder)
+    pipe.transformer.load_state_dict(raw)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="working folder; the model lands in OUT/model")
+    parser.add_argument("--images", type=int, default=700_000, help="pictures the transformer is trained on")
+    parser.add_argument("--text-steps", type=int, default=1200)
+    parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=8192, help="fresh pictures encoded at a time; also the unit of resumption")
+    parser.add_argument("--visits", type=int, default=2, help="times each picture is used, with new noise")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    encoders = args.out / "encoders"
+    if (encoders / "model_index.json").exists():
+        pipe = FluxPipeline.from_pretrained(encoders)
+    else:
+        pipe = build_pipeline(args.seed)
+        train_text(pipe, args.seed, args.text_steps)
+        train_vae(pipe, args.seed, args.vae_steps)
+        pipe.save_pretrained(encoders)
+    trainer = FlowTrainer(
+        pipe, args.seed, args.images, batch=args.batch, chunk=args.chunk, visits=args.visits, compiled=args.compile
+    )
+    state = args.out / "state.safetensors"
+    start = trainer.load(state) if state.exists() else 0
+    began = time.monotonic()
+    for index in range(start, trainer.chunk_count):
+        loss = trainer.run_chunk(index)
+        trainer.save(state, index + 1)
+        rate = (index + 1 - start) * args.chunk * args.visits / (time.monotonic() - began)
+        seen = (index + 1) * args.chunk * args.visits
+        left = (trainer.chunk_count * args.chunk * args.visits - seen) / rate / 60
+        print(f"flow {seen} images, loss {loss:.4f}, {rate:.0f} images/s, {left:.0f} min left", flush=True)
+        with open(args.out / "log.jsonl", "a") as log:
+            log.write(json.dumps({"images": seen, "loss": loss, "images_per_second": rate}) + "\n")
+    save_pipeline(pipe, args.out / "model", trainer.ema)
+    write_json(args.out / "model" / "pretraining.json", {k: v for k, v in vars(args).items() if k != "out"})
+
+
+if __name__ == "__main__":
+    main()

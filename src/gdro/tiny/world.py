@@ -1,0 +1,221 @@
+"""The tiny world: scenes of a wall, a sign with a word and coloured shapes; their captions and their pictures.
+
+A scene is what a prompt asks for, a JSON-able dict:
+`{"wall": str, "word": str | None, "objects": [{"shape", "color" | None, "count"}], "position": str | None}`.
+A caption leaves out what the scene leaves open (a colour that is None is drawn at random in the picture), as real
+captions do. Pictures are 64 x 32 RGB; every picture is a function of (scene, generator).
+"""
+
+import hashlib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, HEIGHT = 64, 32
+
+WALLS = {
+    "gray": (150, 150, 150),
+    "cream": (235, 220, 180),
+    "teal": (30, 120, 120),
+    "navy": (30, 40, 95),
+    "olive": (110, 110, 45),
+    "brown": (110, 65, 40),
+}
+COLORS = {
+    "red": (215, 35, 40),
+    "orange": (245, 140, 20),
+    "yellow": (250, 230, 50),
+    "green": (40, 175, 65),
+    "blue": (45, 95, 235),
+    "purple": (140, 50, 190),
+    "pink": (250, 130, 195),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+COUNTS = {2: "two", 3: "three", 4: "four"}
+POSITIONS = ("left of", "right of", "above", "below")
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+PLATE, INK, FRAME = (245, 243, 235), (20, 20, 25), (45, 40, 40)
+SHAPE_SIZE = 11
+PITCH, PLATE_HEIGHT, GLYPH_HEIGHT = 13, 17, 11  # a letter's cell width, the sign's height, a letter's height
+BASEBOARD, PANEL = 3, 8  # height of the strip along the floor; distance of the wall's vertical grooves
+
+# I and O are left out: the recogniser reads them as 1 and 0 whoever draws them.
+CONSONANTS, VOWELS = "BCDFGHKLMNPRSTWXZ", "AEUY"
+ALPHABET = "".join(sorted(CONSONANTS + VOWELS))
+PATTERNS = ("CVC", "CVCV", "CVCC", "CCVC")  # 1,156 + 4,624 + 19,652 + 19,652 words
+SPLITS = ("train", "validation", "test")
+
+
+def word_split(word: str) -> str:
+    """The split a word belongs to for ever: 8 of 10 words train, 1 validation, 1 test."""
+    digit = hashlib.sha256(word.encode()).digest()[0] % 10
+    return {8: "validation", 9: "test"}.get(digit, "train")
+
+
+def random_word(rng: np.random.Generator, split: str) -> str:
+    while True:
+        pattern = PATTERNS[rng.choice(4, p=(0.1, 0.3, 0.3, 0.3))]
+        word = "".join(str(rng.choice(list(CONSONANTS if kind == "C" else VOWELS))) for kind in pattern)
+        if word_split(word) == split:
+            return word
+
+
+def _pick(rng: np.random.Generator, values: Any, count: int) -> list[str]:
+    return [str(v) for v in rng.choice(list(values), count, replace=False)]
+
+
+def random_sign_scene(rng: np.random.Generator, split: str, *, objects: bool) -> dict[str, Any]:
+    """A wall and a sign; with `objects` also one to three coloured shapes of one kind below it."""
+    scene: dict[str, Any] = {"wall": _pick(rng, WALLS, 1)[0], "word": random_word(rng, split), "objects": [], "position": None}
+    if objects:
+        scene["objects"] = [
+            {"shape": _pick(rng, SHAPES, 1)[0], "color": _pick(rng, COLORS, 1)[0], "count": int(rng.integers(1, 4))}
+        ]
+    return scene
+
+
+def random_shape_scene(rng: np.random.Generator, tag: str) -> dict[str, Any]:
+    """A wall and shapes, of one of GenEval's six kinds."""
+    scene: dict[str, Any] = {"wall": _pick(rng, WALLS, 1)[0], "word": None, "objects": [], "position": None}
+    shapes = _pick(rng, SHAPES, 2)
+    colors = _pick(rng, COLORS, 2)
+    if tag in ("single_object", "colors", "counting"):
+        scene["objects"] = [{"shape": shapes[0], "color": colors[0] if tag == "colors" else None, "count": 1}]
+        if tag == "counting":
+            scene["objects"][0]["count"] = int(rng.integers(2, 5))
+    else:
+        scene["objects"] = [
+            {"shape": s, "color": c if tag == "color_attr" else None, "count": 1} for s, c in zip(shapes, colors, strict=True)
+        ]
+        if tag == "position":
+            scene["position"] = _pick(rng, POSITIONS, 1)[0]
+    return scene
+
+
+def random_scene(rng: np.random.Generator) -> dict[str, Any]:
+    """One scene of the pre-training mixture: 4 in 10 signs, 4 shapes, 2 both; words of the train split only."""
+    kind = rng.random()
+    if kind < 0.4:
+        return random_sign_scene(rng, "train", objects=False)
+    if kind < 0.6:
+        return random_sign_scene(rng, "train", objects=True)
+    return random_shape_scene(rng, str(rng.choice(TAGS)))
+
+
+def _noun(item: dict[str, Any]) -> str:
+    color = f"{item['color']} " if item["color"] else ""
+    if item["count"] == 1:
+        return f"{'an' if color.startswith('o') else 'a'} {color}{item['shape']}"
+    return f"{COUNTS[item['count']]} {color}{PLURALS[item['shape']]}"
+
+
+def caption(scene: dict[str, Any]) -> str:
+    """The scene in plain English, the word in double quotes."""
+    article = "an" if scene["wall"] == "olive" else "a"
+    wall = f"{article} {scene['wall']} wall"
+    nouns = [_noun(item) for item in scene["objects"]]
+    if scene["word"]:
+        return f'{wall} with a sign that says "{scene["word"]}"' + "".join(f" and {noun}" for noun in nouns)
+    joint = f" {scene['position']} " if scene["position"] else " and "
+    return f"{joint.join(nouns)} on {wall}"
+
+
+@cache
+def shape_mask(shape: str, size: int = SHAPE_SIZE) -> np.ndarray:
+    """(size, size) float32 coverage in [0, 1], anti-aliased."""
+    scale, n = 8, size * 8
+    image = Image.new("L", (n, n))
+    draw = ImageDraw.Draw(image)
+    if shape == "circle":
+        draw.ellipse((0, 0, n - 1, n - 1), fill=255)
+    elif shape == "square":
+        draw.rectangle((scale // 2, scale // 2, n - 1 - scale // 2, n - 1 - scale // 2), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(n / 2, 0), (0, n - 1), (n - 1, n - 1)], fill=255)
+    else:
+        arm = n // 3
+        draw.rectangle((arm, 0, n - 1 - arm, n - 1), fill=255)
+        draw.rectangle((0, arm, n - 1, n - 1 - arm), fill=255)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+
+
+@cache
+def glyph(letter: str) -> np.ndarray:
+    """(h, w) float32 coverage of a bold capital letter."""
+    spec = find_spec("matplotlib")  # its folder holds the font; importing it would cost half a second
+    assert spec and spec.origin
+    font = ImageFont.truetype(str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans-Bold.ttf"), 15)
+    left, top, right, bottom = (int(v) for v in font.getbbox(letter))
+    image = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(image).text((-left, -top), letter, fill=255, font=font)
+    return np.asarray(image, np.float32) / 255
+
+
+def _blend(canvas: np.ndarray, mask: np.ndarray, top: int, left: int, color: tuple[int, int, int]) -> None:
+    region = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
+    alpha = mask[: region.shape[0], : region.shape[1], None]
+    region += alpha * (np.asarray(color, np.float32) - region)
+
+
+def _draw_sign(canvas: np.ndarray, word: str, top: int, left: int) -> None:
+    width = PITCH * len(word) + 3
+    canvas[top - 1 : top + PLATE_HEIGHT + 1, left - 1 : left + width + 1] = FRAME
+    canvas[top : top + PLATE_HEIGHT, left : left + width] = PLATE
+    for i, letter in enumerate(word):
+        mask = glyph(letter)
+        x = left + 2 + PITCH * i + (PITCH - mask.shape[1]) // 2
+        _blend(canvas, mask, top + (PLATE_HEIGHT - mask.shape[0]) // 2, x, INK)
+
+
+def draw_wall(wall: str) -> np.ndarray:
+    """(32, 64, 3) float32: the wall with its vertical grooves and the darker baseboard."""
+    canvas = np.empty((HEIGHT, WIDTH, 3), np.float32)
+    color = np.asarray(WALLS[wall], np.float32)
+    canvas[:] = color
+    canvas[:, PANEL - 1 :: PANEL] = color * 0.85
+    canvas[HEIGHT - BASEBOARD :] = color * 0.55
+    return canvas
+
+
+def _slots(scene: dict[str, Any], count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(top, left) of each shape, in the order of the scene's objects; 16-pixel slots, 4 across and 2 down."""
+
+    def place(row: int, column: int) -> tuple[int, int]:
+        return row * 15 + 1 + int(rng.integers(0, 4)), column * 16 + int(rng.integers(0, 5))
+
+    if scene["word"]:
+        return [(HEIGHT - SHAPE_SIZE, place(0, int(c))[1]) for c in sorted(rng.choice(4, count, replace=False))]
+    if scene["position"] in ("left of", "right of"):
+        row = int(rng.integers(0, 2))
+        columns = sorted(int(c) for c in rng.choice(4, 2, replace=False))
+        pair = [place(row, c) for c in columns]
+        return pair if scene["position"] == "left of" else pair[::-1]
+    if scene["position"]:
+        column = int(rng.integers(0, 4))
+        pair = [place(row, column) for row in (0, 1)]
+        return pair if scene["position"] == "above" else pair[::-1]
+    if count > 1:
+        row = int(rng.integers(0, 2))
+        return [place(row, int(c)) for c in sorted(rng.choice(4, count, replace=False))]
+    return [place(int(rng.integers(0, 2)), int(rng.integers(0, 4)))]
+
+
+def render(scene: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+    """The picture of a scene: (32, 64, 3) uint8. What the scene leaves open is drawn from `rng`."""
+    canvas = draw_wall(scene["wall"])
+    if scene["word"]:
+        top = 2 if scene["objects"] else int(rng.integers(4, 8))
+        left = 2 + int(rng.integers(0, 3)) + (PITCH // 2 if len(scene["word"]) == 3 else 0)
+        _draw_sign(canvas, scene["word"], top, left)
+    items = [item for item in scene["objects"] for _ in range(item["count"])]
+    spare = iter(_pick(rng, COLORS, len(COLORS)))
+    colors = {id(item): item["color"] or next(spare) for item in scene["objects"]}
+    for item, (top, left) in zip(items, _slots(scene, len(items), rng), strict=True):
+        _blend(canvas, shape_mask(item["shape"]), top, left, COLORS[colors[id(item)]])
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
