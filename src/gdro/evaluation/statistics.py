@@ -13,11 +13,11 @@ _BLOCK = 1000  # resamples drawn by one generator; part of the definition of the
 
 
 def corrected_axes(reward: str) -> tuple[str, ...]:
-    """Judge axes that u averages for a reward of this name: GenEval rewards leave alignment out.
+    """Judge axes that u averages for a reward of this name: those with "geneval" in it leave alignment out.
 
     Alignment rises with hacking there (method.md 6).
     """
-    return AXES[1:] if reward.split("-")[0].split("_")[0] == "geneval" else AXES
+    return AXES[1:] if "geneval" in reward else AXES
 
 
 def corrected_score(reward: np.ndarray, axes: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
