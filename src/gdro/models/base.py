@@ -20,9 +20,13 @@ class FlowModel(Protocol):
     """
 
     name: str  # as the user gave it: "tiny", a folder, a hub id
-    revision: str  # names the exact base weights (digest or commit); stored with every group
     device: torch.device
     transformer: torch.nn.Module
+
+    @property
+    def revision(self) -> str:
+        """Names the exact base weights (digest or commit); stored with every group."""
+        ...
 
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text: ...
 
@@ -30,9 +34,7 @@ class FlowModel(Protocol):
         """(tokens, channels) of one image; UserError if the size does not fit the model's grid."""
         ...
 
-    def velocity(
-        self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int
-    ) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         """v_theta(x_t, t, c) with the adapter as it is now; x_t (n, tokens, channels), t (n,); float32 out."""
         ...
 

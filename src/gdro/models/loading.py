@@ -1,0 +1,66 @@
+"""From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+
+from gdro.errors import UserError
+from gdro.models.base import FlowModel
+
+EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-forest-labs/FLUX.1-dev'
+
+
+def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowModel:
+    """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16).
+
+    Text encoders and VAE are loaded when first used. Raises UserError if it is missing, of an unknown class, or
+    without safetensors weights.
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    source, commit, index = _find(name)
+    kind = index.get("_class_name")
+    if kind != "FluxPipeline":
+        raise UserError(f"model: {name} is a {kind}; expected a FluxPipeline")
+    from gdro.models.flux import FluxModel  # diffusers' pipelines take seconds to import: not for a misspelt name
+
+    return FluxModel(name, source, commit, device=device, dtype=dtype)
+
+
+def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
+    """(folder or Hub id, Hub commit if any, model_index.json)."""
+    if name == "tiny":
+        from gdro.tiny import MODEL_FOLDER
+
+        folder = Path(MODEL_FOLDER)
+    else:
+        folder = Path(name).expanduser()
+    if folder.exists():
+        return str(folder), None, _read_index(name, folder / "model_index.json")
+    if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UserError(f"model: {name} not found; expected {EXPECTED}")
+    try:
+        path = Path(hf_hub_download(name, "model_index.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: {name} is no folder here, nor on the Hub ({type(error).__name__}); expected {EXPECTED}"
+        ) from None
+    return name, path.parent.name, _read_index(name, path)
+
+
+def _read_index(name: str, path: Path) -> dict[str, object]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"model: {name} has no model_index.json; expected {EXPECTED}") from None
+    except ValueError as error:
+        raise UserError(f"model: {path} is not JSON ({error})") from None
+    if not isinstance(index, dict):
+        raise UserError(f"model: {path} is not a JSON object")
+    return index

@@ -1,0 +1,33 @@
+"""The probability-flow ODE dx/dt = v_theta(x, t, c), from noise at t = 1 to latents at t = 0."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdro.models.base import FlowModel, Text
+
+
+@torch.no_grad()
+def generate(
+    model: FlowModel,
+    noise: Tensor,
+    text: Text,
+    scheduler: Any,
+    *,
+    guidance_scale: float,
+    height: int,
+    width: int,
+) -> Tensor:
+    """Integrate `noise` (n, tokens, channels) with `scheduler`'s own steps; latents of the same shape, float32.
+
+    `scheduler` is fresh from `model.scheduler(...)`: it holds the state of one integration. A second-order solver
+    lists an inner point as one more timestep, so one evaluation a timestep serves every solver.
+    """
+    horizon = scheduler.config.num_train_timesteps
+    x = noise.to(model.device, torch.float32)
+    for timestep in scheduler.timesteps:
+        t = (timestep / horizon).expand(len(x))
+        velocity = model.velocity(x, t, text, guidance_scale=guidance_scale, height=height, width=width)
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    return x
