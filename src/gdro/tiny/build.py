@@ -14,10 +14,8 @@ TEXT_WIDTH, POOLED_WIDTH = 128, 64
 
 def words() -> list[str]:
     """Every lower-case word a caption can hold."""
-    text = " ".join(
-        ["a an and on wall with sign that says", *world.WALLS, *world.COLORS, *world.SHAPES]
-        + [*world.PLURALS.values(), *world.COUNTS.values(), *world.POSITIONS]
-    )
+    names = [*world.WALLS, *world.COLORS, *world.SHAPES, *world.PLURALS.values(), *world.COUNTS.values()]
+    text = " ".join(["a an and on wall with sign that says", *names, *world.POSITIONS])
     return sorted(set(text.split()))
 
 
@@ -56,7 +54,12 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
     end = clip.convert_tokens_to_ids("<|endoftext|>")
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
         ),
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,

@@ -38,7 +38,9 @@ def scenes(seed: int, purpose: str, start: int, count: int) -> tuple[list[str], 
 
 def tokenize(pipe: FluxPipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
     def ids(tokenizer: object, length: int) -> Tensor:
-        return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids  # type: ignore[operator]
+        return tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids  # type: ignore[operator]
 
     return ids(pipe.tokenizer_2, TEXT_LENGTH), ids(pipe.tokenizer, pipe.tokenizer_max_length)
 
@@ -110,7 +112,9 @@ def encode_chunk(pipe: FluxPipeline, seed: int, start: int, count: int) -> tuple
     t5_ids, clip_ids = tokenize(pipe, captions)
     latents, states, pooled = [], [], []
     for i in range(0, count, 256):
-        z = (pipe.vae.encode(x[i : i + 256]).latent_dist.mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        z = (
+            pipe.vae.encode(x[i : i + 256]).latent_dist.mean - pipe.vae.config.shift_factor
+        ) * pipe.vae.config.scaling_factor
         latents.append(pipe._pack_latents(z, len(z), z.shape[1], z.shape[2], z.shape[3]))
         states.append(pipe.text_encoder_2(t5_ids[i : i + 256])[0])
         pooled.append(pipe.text_encoder(clip_ids[i : i + 256]).pooler_output)
@@ -120,13 +124,17 @@ def encode_chunk(pipe: FluxPipeline, seed: int, start: int, count: int) -> tuple
 class FlowTrainer:
     """Flow matching on a stream of fresh scenes, in chunks; each picture is visited `visits` times with new noise."""
 
-    def __init__(self, pipe: FluxPipeline, seed: int, images: int, *, batch: int, chunk: int, visits: int, compiled: bool):
+    def __init__(
+        self, pipe: FluxPipeline, seed: int, images: int, *, batch: int, chunk: int, visits: int, compiled: bool
+    ):
         self.pipe, self.seed, self.batch, self.chunk, self.visits = pipe, seed, batch, chunk, visits
         self.chunk_count = -(-images // (chunk * visits))
         self.steps_per_chunk = chunk * visits // batch
         model = pipe.transformer
         self.parameters = dict(model.named_parameters())
-        matrices = [p for n, p in self.parameters.items() if p.ndim == 2 and "transformer_blocks" in n and "norm" not in n]
+        matrices = [
+            p for n, p in self.parameters.items() if p.ndim == 2 and "transformer_blocks" in n and "norm" not in n
+        ]
         inside = {id(p) for p in matrices}
         rest = [p for p in self.parameters.values() if id(p) not in inside]
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -147,7 +155,10 @@ class FlowTrainer:
     def run_chunk(self, index: int) -> float:
         data = encode_chunk(self.pipe, self.seed, index * self.chunk, self.chunk)
         order = torch.cat(
-            [torch.randperm(self.chunk, generator=torch_rng(self.seed, "pretrain-order", index, v)) for v in range(self.visits)]
+            [
+                torch.randperm(self.chunk, generator=torch_rng(self.seed, "pretrain-order", index, v))
+                for v in range(self.visits)
+            ]
         )
         total = 0.0
         for i in range(self.steps_per_chunk):
@@ -185,7 +196,9 @@ class FlowTrainer:
         return loss.item()
 
     def save(self, path: Path, chunks: int) -> None:
-        tensors = {f"ema/{n}": p for n, p in self.ema.items()} | {f"raw/{n}": p.data for n, p in self.parameters.items()}
+        tensors = {f"ema/{n}": p for n, p in self.ema.items()} | {
+            f"raw/{n}": p.data for n, p in self.parameters.items()
+        }
         for k, optimizer in enumerate(self.optimizers):
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"opt{k}/{i}/{name}": value for name, value in state.items()}
@@ -227,7 +240,9 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--chunk", type=int, default=8192, help="fresh pictures encoded at a time; also the unit of resumption")
+    parser.add_argument(
+        "--chunk", type=int, default=8192, help="fresh pictures encoded at a time; also the unit of resumption"
+    )
     parser.add_argument("--visits", type=int, default=2, help="times each picture is used, with new noise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler)")

@@ -72,7 +72,12 @@ def _pick(rng: np.random.Generator, values: Any, count: int) -> list[str]:
 
 def random_sign_scene(rng: np.random.Generator, split: str, *, objects: bool) -> dict[str, Any]:
     """A wall and a sign; with `objects` also one to three coloured shapes of one kind below it."""
-    scene: dict[str, Any] = {"wall": _pick(rng, WALLS, 1)[0], "word": random_word(rng, split), "objects": [], "position": None}
+    scene: dict[str, Any] = {
+        "wall": _pick(rng, WALLS, 1)[0],
+        "word": random_word(rng, split),
+        "objects": [],
+        "position": None,
+    }
     if objects:
         scene["objects"] = [
             {"shape": _pick(rng, SHAPES, 1)[0], "color": _pick(rng, COLORS, 1)[0], "count": int(rng.integers(1, 4))}
@@ -91,7 +96,8 @@ def random_shape_scene(rng: np.random.Generator, tag: str) -> dict[str, Any]:
             scene["objects"][0]["count"] = int(rng.integers(2, 5))
     else:
         scene["objects"] = [
-            {"shape": s, "color": c if tag == "color_attr" else None, "count": 1} for s, c in zip(shapes, colors, strict=True)
+            {"shape": s, "color": c if tag == "color_attr" else None, "count": 1}
+            for s, c in zip(shapes, colors, strict=True)
         ]
         if tag == "position":
             scene["position"] = _pick(rng, POSITIONS, 1)[0]
@@ -149,7 +155,8 @@ def shape_mask(shape: str, size: int = SHAPE_SIZE) -> np.ndarray:
 def glyph(letter: str) -> np.ndarray:
     """(h, w) float32 coverage of a bold capital letter."""
     spec = find_spec("matplotlib")  # its folder holds the font; importing it would cost half a second
-    assert spec and spec.origin
+    assert spec is not None
+    assert spec.origin is not None
     font = ImageFont.truetype(str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans-Bold.ttf"), 15)
     left, top, right, bottom = (int(v) for v in font.getbbox(letter))
     image = Image.new("L", (right - left, bottom - top))

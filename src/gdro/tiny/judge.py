@@ -1,0 +1,267 @@
+"""The tiny world's judge: alignment, coherence and style, 1 to 5, from the picture and the prompt's known truth.
+
+It explains a picture as a scene of the world (a wall, at most one sign, shapes) by classical vision and grades
+
+* alignment: are the wall, the sign and the shapes the ones the prompt asked for, at their size;
+* coherence: how much of the picture that explanation accounts for (stray marks, malformed shapes, smears);
+* style: the world's fine detail (grooves, baseboard), crispness of edges, and absence of grain.
+
+It never reads the word, so it cannot reward what the OCR reward rewards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from gdro.errors import UserError
+from gdro.prompts import Prompt
+from gdro.tiny import world
+
+_COLOR_NAMES = tuple(world.COLORS)
+_PLATE, _DARK, _WALL = len(_COLOR_NAMES), len(_COLOR_NAMES) + 1, len(_COLOR_NAMES) + 2
+_PALETTE = np.array([*world.COLORS.values(), world.PLATE, world.INK], np.float32)
+
+
+def _fit(mask: np.ndarray) -> np.ndarray:
+    """A boolean mask cut to its extent and stretched to the world's shape size."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    size = (world.SHAPE_SIZE, world.SHAPE_SIZE)
+    return cv2.resize(cut, size, interpolation=cv2.INTER_LINEAR) > 0.5
+
+
+_TEMPLATES = np.stack([_fit(world.shape_mask(s) > 0.5) for s in world.SHAPES])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape seen in a picture: its kind, colour, centre (x, y), box (left, top, width, height), template IoU."""
+
+    kind: str
+    color: str
+    center: tuple[float, float]
+    box: tuple[int, int, int, int]
+    iou: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture explained: the wall it resembles most, the sign's box (left, top, right, bottom) and the shapes."""
+
+    wall: str
+    wall_color: np.ndarray  # (3,) median colour of the wall between its grooves
+    labels: np.ndarray  # (32, 64) palette index, plate, dark or wall
+    sign: tuple[int, int, int, int] | None
+    ink: float  # dark share of the sign
+    ink_height: float  # pixels from the top to the bottom of the lettering
+    shapes: list[Shape]
+
+
+def _label(image: np.ndarray, wall: np.ndarray) -> np.ndarray:
+    distance = ((image[:, :, None] - _PALETTE) ** 2).sum(-1)
+    wall_distance = ((image - wall) ** 2).sum(-1)
+    return np.concatenate([distance, wall_distance[:, :, None]], 2).argmin(2)
+
+
+def see(image: np.ndarray) -> Seen:
+    """Explain a (32, 64, 3) picture in [0, 255]."""
+    image = image.astype(np.float32)
+    walls = {name: world.draw_wall(name) for name in world.WALLS}
+    close = {n: (np.minimum(((image - w) ** 2).sum(-1), 3600)).mean() for n, w in walls.items()}
+    wall = min(close, key=lambda n: close[n])
+    labels = _label(image, walls[wall])
+    flat = labels == _WALL
+    flat[:, world.PANEL - 1 :: world.PANEL] = False
+    flat[world.HEIGHT - world.BASEBOARD :] = False
+    wall_color = np.median(image[flat], 0) if flat.any() else image.reshape(-1, 3).mean(0)
+    sign, ink, ink_height = _find_sign(labels)
+    return Seen(wall, wall_color, labels, sign, ink, ink_height, _find_shapes(labels, sign))
+
+
+def _components(mask: np.ndarray) -> list[tuple[int, int, int, int, int, np.ndarray]]:
+    """(left, top, width, height, area, mask) of each 8-connected part."""
+    count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    return [(*(int(v) for v in stats[i]), parts == i) for i in range(1, count)]
+
+
+def _find_sign(labels: np.ndarray) -> tuple[tuple[int, int, int, int] | None, float, float]:
+    # letters cut the plate apart, so they are bridged before its extent is read off
+    pad = 4  # room for the closing, which would stick to the picture's border
+    plate = np.pad((labels == _PLATE).astype(np.uint8), pad)
+    closed = cv2.morphologyEx(plate, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))[pad:-pad, pad:-pad]
+    parts = [part for part in _components(closed) if part[4] >= 60]
+    if not parts:
+        return None, 0.0, 0.0
+    left, top, width, height, _, _ = max(parts, key=lambda part: part[4])
+    inside = labels[top : top + height, left : left + width] == _DARK
+    # the frame belongs to the plate's border, not to its lettering
+    rows = np.flatnonzero(inside[1:-1, 1:-1].any(1))
+    return (
+        (left, top, left + width, top + height),
+        float(inside.mean()),
+        float(rows[-1] - rows[0] + 1) if len(rows) else 0.0,
+    )
+
+
+def _find_shapes(labels: np.ndarray, sign: tuple[int, int, int, int] | None) -> list[Shape]:
+    outside = np.ones(labels.shape, bool)
+    if sign:
+        left, top, right, bottom = sign
+        outside[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = False
+    shapes = []
+    for index, color in enumerate(_COLOR_NAMES):
+        for left, top, width, height, area, mask in _components((labels == index) & outside):
+            if area < 18 or width < 5 or height < 5:
+                continue
+            crop = _fit(mask)
+            iou = (crop & _TEMPLATES).sum((1, 2)) / (crop | _TEMPLATES).sum((1, 2))
+            best = int(iou.argmax())
+            if iou[best] < 0.5:  # a smear, or the soft outline of another shape
+                continue
+            center = (left + (width - 1) / 2, top + (height - 1) / 2)
+            shapes.append(Shape(world.SHAPES[best], color, center, (left, top, width, height), float(iou[best])))
+    return shapes
+
+
+def _ratio(found: float, wanted: float, sharpness: float = 2.0) -> float:
+    """1 where found equals wanted, falling with the logarithm of their ratio."""
+    return float(np.exp(-sharpness * abs(np.log(max(found, 1e-3) / wanted))))
+
+
+def alignment(seen: Seen, scene: dict[str, Any]) -> float:
+    """Share of what the prompt asked for that is there, in [0, 1]."""
+    wanted_wall = np.asarray(world.WALLS[scene["wall"]], np.float32)
+    parts = [float(np.clip(1 - (np.linalg.norm(seen.wall_color - wanted_wall) - 10) / 70, 0, 1))]
+    if scene["word"]:
+        parts.append(_sign_score(seen, len(scene["word"])))
+    wanted = 0
+    for item in scene["objects"]:
+        wanted += item["count"]
+        same = [s for s in seen.shapes if s.kind == item["shape"]]
+        exact = [s for s in same if item["color"] in (None, s.color)]
+        counted = [max(0.0, 1 - abs(len(found) - item["count"]) / item["count"]) for found in (same, exact)]
+        parts.append(sum(counted) / 2)
+    if scene["position"]:
+        parts.append(_position_score(seen, scene))
+    strays = max(0, len(seen.shapes) - wanted) + (seen.sign is not None and not scene["word"])
+    parts.append(1 / (1 + strays))
+    return float(np.mean(parts))
+
+
+def _sign_score(seen: Seen, letters: int) -> float:
+    """Present, and of the size, lettering height and inkiness a sign of that many letters has."""
+    if not seen.sign:
+        return 0.0
+    left, top, right, bottom = seen.sign
+    size = _ratio(right - left, world.PITCH * letters + 3) * _ratio(bottom - top, world.PLATE_HEIGHT)
+    lettering = _ratio(max(seen.ink_height, 1), world.GLYPH_HEIGHT, 1.0) * _ratio(seen.ink, 0.2, 0.7)
+    return (size + lettering) / 2
+
+
+def _position_score(seen: Seen, scene: dict[str, Any]) -> float:
+    first, second = ([s for s in seen.shapes if s.kind == item["shape"]] for item in scene["objects"])
+    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[scene["position"]]
+    return float(any(sign * (a.center[axis] - b.center[axis]) > 4 for a in first for b in second))
+
+
+def explain(seen: Seen) -> np.ndarray:
+    """(32, 64, 3) float32: the picture as it would be if it were exactly what was seen in it."""
+    canvas = world.draw_wall(seen.wall)
+    for shape in seen.shapes:
+        left, top, width, height = shape.box
+        mask = cv2.resize(world.shape_mask(shape.kind), (width, height), interpolation=cv2.INTER_LINEAR)[:, :, None]
+        region = canvas[top : top + height, left : left + width]
+        region += mask * (np.asarray(world.COLORS[shape.color], np.float32) - region)
+    if seen.sign:
+        left, top, right, bottom = seen.sign
+        canvas[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = world.FRAME
+        dark = (seen.labels[top:bottom, left:right] == _DARK)[:, :, None]
+        canvas[top:bottom, left:right] = np.where(dark, world.INK, world.PLATE)
+    return canvas
+
+
+def coherence(image: np.ndarray, seen: Seen) -> float:
+    """How well the picture is explained, in [0, 1]; blind to soft edges one pixel wide."""
+    error = np.sqrt(((image - explain(seen)) ** 2).mean(-1))
+    outside = np.ones(error.shape, bool)
+    if seen.sign:
+        left, top, right, bottom = seen.sign
+        outside[top:bottom, left:right] = False
+    unexplained = np.clip((error - 12) / 60, 0, 1)
+    wall_part = unexplained[outside].mean() if outside.any() else 0.0
+    sign_part = unexplained[~outside].mean() if seen.sign else 0.0
+    forms = np.mean([np.clip((s.iou - 0.5) / 0.4, 0, 1) for s in seen.shapes]) if seen.shapes else 1.0
+    return float(0.5 * np.exp(-8 * wall_part) + 0.25 * np.exp(-4 * max(0.0, sign_part - 0.05)) + 0.25 * forms)
+
+
+def style(image: np.ndarray, seen: Seen) -> float:
+    """Grooves and baseboard as deep as the world's, no grain on the wall, edges as crisp as drawn; in [0, 1]."""
+    luma = image.mean(-1)
+    wall = seen.labels == _WALL
+    groove, strip = np.zeros(wall.shape, bool), np.zeros(wall.shape, bool)
+    groove[:, world.PANEL - 1 :: world.PANEL] = True
+    strip[world.HEIGHT - world.BASEBOARD :] = True
+    panel = wall & ~groove & ~strip
+    if panel.sum() < 50:
+        return 0.0
+    level = float(np.median(luma[panel])) + 1e-3
+
+    def depth(mask: np.ndarray, wanted: float) -> float:
+        if mask.sum() < 8:
+            return 0.0
+        return float(np.clip((1 - luma[mask].mean() / level) / wanted, 0, 1))
+
+    # grain: neighbours on the same panel should be equal
+    across = panel[:, 1:] & panel[:, :-1]
+    grain = float(np.abs(np.diff(image, axis=1)).mean(-1)[across].mean()) if across.sum() > 30 else 30.0
+    clean = float(np.exp(-max(0.0, grain - 2.0) / 6))
+    return (
+        depth(groove & wall & ~strip, 0.15) + depth(strip & wall, 0.45) + 2 * clean + 2 * _crispness(luma, seen)
+    ) / 6
+
+
+def _crispness(luma: np.ndarray, seen: Seen) -> float:
+    """Steepest step across the outlines of what was seen, over the step the world draws."""
+    horizontal = np.abs(np.diff(luma, axis=1))
+    if seen.sign:
+        left, top, right, bottom = seen.sign
+        inside = horizontal[top:bottom, left : right - 1]
+        return float(np.clip(np.quantile(inside, 0.9) / 120, 0, 1)) if inside.size else 0.0
+    scores = []
+    for shape in seen.shapes:
+        left, top, width, height = shape.box
+        around = horizontal[top : top + height, max(0, left - 2) : left + width + 2]
+        inked = float(np.mean(world.COLORS[shape.color]))
+        contrast = abs(inked - float(seen.wall_color.mean()))
+        if contrast > 25 and around.size:
+            scores.append(float(np.clip(np.quantile(around.max(1), 0.5) / (0.6 * contrast), 0, 1)))
+    return float(np.mean(scores)) if scores else 1.0
+
+
+class TinyJudge:
+    """Judge protocol over the functions above; needs prompts of the tiny world (a `scene` field)."""
+
+    name = "tiny"
+    version = "1"
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            if not isinstance(prompt.fields.get("scene"), dict):
+                raise UserError(
+                    f'evaluate.judge: prompt "{prompt.id}" has no "scene"; "tiny" judges prompts of the tiny world only'
+                )
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        rows = [self._grade(image, prompt.fields["scene"]) for image, prompt in zip(images, prompts, strict=True)]
+        grades = 1 + 4 * np.asarray(rows, np.float64).reshape(-1, 3)
+        return {axis: grades[:, i] for i, axis in enumerate(("alignment", "coherence", "style"))}
+
+    @staticmethod
+    def _grade(image: Image.Image, scene: dict[str, Any]) -> tuple[float, float, float]:
+        pixels = np.asarray(image.convert("RGB").resize((world.WIDTH, world.HEIGHT), Image.Resampling.BOX), np.float32)
+        seen = see(pixels)
+        return alignment(seen, scene), coherence(pixels, seen), style(pixels, seen)

@@ -1,0 +1,72 @@
+"""Prompts of the tiny world, named `tiny:TASK:SPLIT:COUNT[:SEED]`, e.g. `tiny:ocr:test:128`.
+
+The splits share no word (ocr) and no caption (geneval); the base model saw words of the train split only.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from gdro.errors import UserError, did_you_mean
+from gdro.prompts import Prompt
+from gdro.rng import numpy_rng
+from gdro.tiny import world
+
+TASKS = ("ocr", "geneval")
+# How many different captions a split must be able to give; geneval's world of captions is small.
+LIMITS = {"ocr": 2000, "geneval": 300}
+
+
+def tiny_prompts(spec: str) -> list[Prompt]:
+    """The prompts a spec names, the same at every call; UserError naming the part of the spec that is wrong."""
+    parts = spec.split(":")
+    if len(parts) not in (4, 5) or parts[0] != "tiny":
+        raise UserError(
+            f'prompts: "{spec}" is not a spec; expected tiny:TASK:SPLIT:COUNT[:SEED], e.g. tiny:ocr:train:256'
+        )
+    _, task, split, count_text, *rest = parts
+    if task not in TASKS:
+        raise UserError(f'prompts: "{spec}" names the task "{task}"{did_you_mean(task, TASKS)}')
+    if split not in world.SPLITS:
+        raise UserError(f'prompts: "{spec}" names the split "{split}"{did_you_mean(split, world.SPLITS)}')
+    if not count_text.isdecimal() or not 1 <= int(count_text) <= LIMITS[task]:
+        raise UserError(f'prompts: "{spec}" asks for "{count_text}" prompts; expected 1 to {LIMITS[task]} for {task}')
+    if rest and not rest[0].isdecimal():
+        raise UserError(f'prompts: "{spec}" has the seed "{rest[0]}"; expected a non-negative integer')
+    seed = int(rest[0]) if rest else 0
+    make = _ocr_fields if task == "ocr" else _geneval_fields
+    found: dict[str, dict[str, Any]] = {}
+    draw = 0
+    while len(found) < int(count_text):
+        fields = make(numpy_rng(seed, f"prompts-{task}-{split}", draw), split, len(found))
+        text = world.caption(fields["scene"])
+        if task == "ocr" or world.word_split(f"caption:{text}") == split:
+            found.setdefault(text, fields)
+        draw += 1
+    return [Prompt(f"{task}-{split}-{seed}-{i:04d}", text, fields) for i, (text, fields) in enumerate(found.items())]
+
+
+def _ocr_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
+    scene = world.random_sign_scene(rng, split, objects=index % 3 == 2)
+    return {"task": "ocr", "target": scene["word"], "scene": scene}
+
+
+def _geneval_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
+    """GenEval's record: tag, include (class, count, colour, position relative to an earlier entry), exclude."""
+    # single_object has two dozen captions in all, so it is asked for less often than the other tags
+    weights = np.array([1, 2, 2, 3, 3, 3]) / 14
+    tag = str(rng.choice(world.TAGS, p=weights))
+    scene = world.random_shape_scene(rng, tag)
+    include = []
+    for item in scene["objects"]:
+        entry: dict[str, Any] = {"class": item["shape"], "count": item["count"]}
+        if item["color"]:
+            entry["color"] = item["color"]
+        include.append(entry)
+    if scene["position"]:
+        # "a A left of a B": the checked entry is A, placed relative to B, as GenEval lists the reference first
+        include = [include[1], {**include[0], "position": [scene["position"], 0]}]
+    record: dict[str, Any] = {"task": "geneval", "tag": tag, "include": include, "scene": scene}
+    if tag == "counting":
+        record["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
+    return record

@@ -1,0 +1,101 @@
+"""The world: pictures are functions of (scene, generator), captions say what the scene says, splits share nothing."""
+
+import numpy as np
+import pytest
+
+from gdro.errors import UserError
+from gdro.rng import numpy_rng
+from gdro.tiny import world
+from gdro.tiny.prompts import tiny_prompts
+
+
+def test_a_picture_is_a_function_of_scene_and_generator():
+    scene = world.random_scene(numpy_rng(3, "scene", 0))
+    first, again = (world.render(scene, numpy_rng(3, "picture", 0)) for _ in range(2))
+    assert first.shape == (32, 64, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(first, again)
+
+
+def test_words_belong_to_one_split_only():
+    words = {s: {world.random_word(numpy_rng(0, s, i), s) for i in range(300)} for s in world.SPLITS}
+    assert not words["train"] & words["test"]
+    assert not words["train"] & words["validation"]
+    assert not words["validation"] & words["test"]
+
+
+def test_pretraining_scenes_hold_training_words_only():
+    seen = [world.random_scene(numpy_rng(0, "pretrain", i))["word"] for i in range(500)]
+    assert {world.word_split(word) for word in seen if word} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("scene", "text"),
+    [
+        (
+            {"wall": "olive", "word": "BAKE", "objects": [], "position": None},
+            'an olive wall with a sign that says "BAKE"',
+        ),
+        (
+            {
+                "wall": "gray",
+                "word": "BAKE",
+                "objects": [{"shape": "cross", "color": "red", "count": 3}],
+                "position": None,
+            },
+            'a gray wall with a sign that says "BAKE" and three red crosses',
+        ),
+        (
+            {
+                "wall": "teal",
+                "word": None,
+                "objects": [
+                    {"shape": "circle", "color": None, "count": 1},
+                    {"shape": "square", "color": "orange", "count": 1},
+                ],
+                "position": "left of",
+            },
+            "a circle left of an orange square on a teal wall",
+        ),
+    ],
+)
+def test_captions(scene, text):
+    assert world.caption(scene) == text
+
+
+def test_prompts_are_stable_unique_and_split():
+    ocr = tiny_prompts("tiny:ocr:test:64")
+    assert ocr == tiny_prompts("tiny:ocr:test:64")
+    assert len({p.text for p in ocr}) == len({p.id for p in ocr}) == 64
+    assert {p.text for p in ocr} != {p.text for p in tiny_prompts("tiny:ocr:test:64:1")}
+    assert all(f'"{p.fields["target"]}"' in p.text and world.word_split(p.fields["target"]) == "test" for p in ocr)
+    geneval = {split: {p.text for p in tiny_prompts(f"tiny:geneval:{split}:150")} for split in world.SPLITS}
+    assert not geneval["train"] & geneval["test"]
+    tags = {p.fields["tag"] for p in tiny_prompts("tiny:geneval:test:150")}
+    assert tags == set(world.TAGS)
+
+
+def test_geneval_records_place_the_first_noun_relative_to_the_second():
+    for prompt in tiny_prompts("tiny:geneval:train:100"):
+        if prompt.fields["tag"] == "position":
+            reference, placed = prompt.fields["include"]
+            relation, index = placed["position"]
+            assert index == 0
+            assert f"{placed['class']} {relation} a {reference['class']}" in prompt.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tiny:orc:train:4", 'did you mean "ocr"'),
+        ("tiny:ocr:tset:4", 'did you mean "test"'),
+        ("tiny:ocr:test:0", '"0"'),
+        ("tiny:ocr:test:many", '"many"'),
+        ("tiny:ocr:test", "tiny:TASK:SPLIT:COUNT"),
+        ("tiny:ocr:test:4:x", '"x"'),
+    ],
+)
+def test_bad_specs_name_the_part(spec, message):
+    with pytest.raises(UserError, match=None) as error:
+        tiny_prompts(spec)
+    assert message in str(error.value)
