@@ -28,6 +28,11 @@ class FlowModel(Protocol):
         """Names the exact base weights (digest or commit); stored with every group."""
         ...
 
+    @property
+    def weights(self) -> str:
+        """`revision`, plus the digest of the adapter while it is in use: names what velocity() computes now."""
+        ...
+
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text: ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:

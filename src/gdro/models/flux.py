@@ -1,7 +1,6 @@
 """FLUX: diffusers' FluxPipeline taken apart so that it can be trained, and put together exactly as it generates."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -9,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gdro.errors import UserError, did_you_mean
+from gdro.errors import UserError
 from gdro.models import lora
 from gdro.models.base import Text
+from gdro.samplers.schedulers import flow_scheduler
 
 _BLOCK = r"(single_)?transformer_blocks\.\d+\."
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -30,15 +28,6 @@ _FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
 LORA_PRESETS = {
     "attention": f"{_BLOCK}({_ATTENTION})",
     "attention+ff": f"{_BLOCK}({_ATTENTION}|{_FEED_FORWARD})",
-}
-
-# The deterministic flow solvers of diffusers; the value says how each is told its schedule.
-SCHEDULERS = {
-    "FlowMatchEulerDiscreteScheduler": "sigmas",
-    "FlowMatchHeunDiscreteScheduler": "shift",
-    "UniPCMultistepScheduler": "flow_shift",
-    "DPMSolverMultistepScheduler": "flow_shift",
-    "DEISMultistepScheduler": "flow_shift",
 }
 
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -72,6 +61,17 @@ class FluxModel:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return f"sha256:{digest.hexdigest()[:16]}"
+
+    @property
+    def weights(self) -> str:
+        """`revision`, and the digest of the adapter if it is in use: what `velocity` computes at this moment."""
+        if not any(not layer.disable_adapters for layer in self._lora_layers):
+            return self.revision
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self._adapter.items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return f"{self.revision}+{digest.hexdigest()[:16]}"
 
     # ---- text
 
@@ -132,40 +132,9 @@ class FluxModel:
         return torch.zeros(text_length, 3, device=self.device), image
 
     def scheduler(self, name: str, num_inference_steps: int, height: int, width: int) -> Any:
-        """A deterministic flow scheduler with its timesteps set as FluxPipeline sets them.
-
-        FLUX.1-dev shifts time with the number of tokens (mu); solvers without dynamic shifting get the equal constant
-        shift e^mu: e^mu / (e^mu + 1/s - 1) = shift s / (1 + (shift - 1) s).
-        """
-        if name not in SCHEDULERS:
-            raise UserError(
-                f"sample.scheduler: {name!r} is no deterministic flow scheduler{did_you_mean(name, SCHEDULERS)}"
-            )
-        config = self._scheduler_config
+        """A deterministic flow scheduler with its timesteps set as FluxPipeline sets them."""
         tokens, _ = self.latent_shape(height, width)
-        mu = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        kind, how = getattr(diffusers, name), SCHEDULERS[name]
-        if how == "sigmas":
-            scheduler = kind.from_config(config)
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-            scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=self.device)
-        else:
-            shift = config.get("shift", 1.0)
-            if config.get("use_dynamic_shifting"):
-                shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-            if how == "shift":
-                scheduler = kind(shift=shift)
-            else:
-                scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-            scheduler.set_timesteps(num_inference_steps, device=self.device)
-        scheduler.set_begin_index(0)
-        return scheduler
+        return flow_scheduler(name, self._scheduler_config, num_inference_steps, tokens, self.device)
 
     # ---- images
 
@@ -260,7 +229,7 @@ class FluxModel:
 
     def _drop_adapter(self) -> None:
         if self._adapter:
-            self.transformer.delete_adapters(lora.ADAPTER)
+            self.transformer.unload_lora()
         self._adapter, self._lora_layers = {}, []
 
     # ---- files

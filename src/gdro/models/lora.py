@@ -113,15 +113,15 @@ def write_lora(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, A
     """Write diffusers' `pytorch_lora_weights.safetensors` for the named tensors; atomic.
 
     `config` holds peft's `r` and `lora_alpha` (and `rank_pattern`, `alpha_pattern` if any): without them in the file a
-    reader would take alpha = rank. `about` is kept as JSON in the file's metadata under "gdro".
+    reader would take alpha = rank. `about` is kept beside it under "gdro". Both share one metadata entry, because
+    safetensors writes several in random order and the same adapter should be the same file.
     """
     modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in state})
-    lora = {f"transformer.{k}": v for k, v in {**config, "target_modules": modules}.items()}
-    header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(lora), "gdro": json.dumps(dict(about))}
+    header = {f"transformer.{k}": v for k, v in {**config, "target_modules": modules}.items()}
     tensors = {f"transformer.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
     path = folder / LORA_WEIGHT_NAME_SAFE
     with atomic_path(path) as tmp:
-        save_file(tensors, tmp, metadata=header)
+        save_file(tensors, tmp, metadata={LORA_ADAPTER_METADATA_KEY: json.dumps({**header, "gdro": dict(about)})})
     return path
 
 

@@ -1,0 +1,55 @@
+"""diffusers' deterministic flow solvers, each told the model's own time schedule."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+
+from gdro.errors import UserError, did_you_mean
+
+SchedulerName = Literal[
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+]
+
+
+def flow_scheduler(
+    name: str, config: Mapping[str, Any], num_inference_steps: int, tokens: int, device: torch.device
+) -> Any:
+    """Scheduler `name` for a model whose own scheduler has `config`, with its timesteps set for `tokens` tokens.
+
+    Euler gets sigmas 1, 1 - 1/n, ..., 1/n and the shift mu as FluxPipeline does. The others know a constant shift only
+    and get the equal one, e^mu: e^mu / (e^mu + 1/s - 1) = shift s / (1 + (shift - 1) s).
+    """
+    if name not in get_args(SchedulerName):
+        hint = did_you_mean(name, get_args(SchedulerName))
+        raise UserError(f"sample.scheduler: {name!r} is no deterministic flow scheduler of diffusers{hint}")
+    import diffusers  # its schedulers take a second to import: not for reading a configuration
+
+    kind = getattr(diffusers, name)
+    mu = resolution_shift(config, tokens)
+    if name == "FlowMatchEulerDiscreteScheduler":
+        scheduler = kind.from_config(config)
+        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+    else:
+        shift = config.get("shift", 1.0)
+        if config.get("use_dynamic_shifting"):
+            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        if name == "FlowMatchHeunDiscreteScheduler":
+            scheduler = kind(shift=shift)
+        else:
+            scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """mu, linear in the number of tokens: larger images are kept longer at high noise (FLUX, SD3 section 5.3.2)."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (top - base) * (tokens - low) / (high - low)
