@@ -1,0 +1,172 @@
+"""The report's plots, as inline SVG that takes its colours and its font from the page's style sheet."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.figure import Figure
+
+# Colours drawn -> CSS variables of the page, so that one plot serves the light and the dark theme.
+INK, GRID, BASE, TUNED, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {INK: "--muted", GRID: "--line", BASE: "--base", TUNED: "--tuned", THIRD: "--third"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+}
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an <svg> element: no namespaces or metadata (so no address at all), ids unique to `name`."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", text)
+    text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{escape(name)}">', text)
+    referenced = set(re.findall(r"#(\w+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m.group() if m[1] in referenced else "", text)
+    text = re.sub(r"(font-family|font): ?[^;\"]*", _font_size, text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text.strip()
+
+
+def _font_size(match: re.Match[str]) -> str:
+    size = re.search(r"[\d.]+px", match.group())
+    return f"font-size: {size.group()}" if size else "font-family: inherit"
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(1, columns, sharex=True, sharey=True, squeeze=False)[0]
+    return figure, axes
+
+
+def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, str]) -> str | None:
+    """Training curves of the `fields` (name -> label) that `rows` carry against `step`; None if they carry none.
+
+    Series of more than 20 points are drawn pale, with their running mean on top.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, (axis,) = _figure(4.6, 2.5)
+        drawn = False
+        for colour, (field, label) in zip((TUNED, BASE, THIRD), fields.items(), strict=False):
+            points = [(row["step"], row[field]) for row in rows if _number(row.get(field))]
+            if not points:
+                continue
+            drawn = True
+            step, value = np.array(points, dtype=np.float64).T
+            noisy = len(step) > 20
+            axis.plot(step, value, color=colour, label=None if noisy else label, alpha=0.3 if noisy else 1,
+                      linewidth=0.8 if noisy else 1.6, marker=None if len(step) > 20 else "o", markersize=3)  # fmt: skip
+            if noisy:
+                axis.plot(step, _running_mean(value, max(5, len(value) // 20)), color=colour, label=label)
+        if not drawn:
+            return None
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.margins(x=0.01)
+        if len(fields) > 1:
+            axis.legend(loc="best")
+        return _svg(figure, name)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last `window` values (fewer at the start)."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - window)
+    return (total[end] - total[start]) / (end - start)
+
+
+def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
+    """Share of the images (any shape) in each of ten bands of reward, base beside tuned."""
+    base, tuned = base[np.isfinite(base)], tuned[np.isfinite(tuned)]
+    both = np.concatenate([base, tuned])
+    low, high = (0.0, 1.0) if both.min() >= 0 and both.max() <= 1 else (float(both.min()), float(both.max()))
+    edges = np.linspace(low, high if high > low else low + 1, 11)
+    width = edges[1] - edges[0]
+    with matplotlib.rc_context(_STYLE):
+        figure, (axis,) = _figure(4.6, 2.5)
+        for offset, values, colour, label in ((0.28, base, BASE, "base"), (0.72, tuned, TUNED, "tuned")):
+            share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
+            axis.bar(edges[:-1] + offset * width, share, width=0.4 * width, color=colour, label=label)
+        axis.set_title("Reward of the images")
+        axis.set_xlabel("reward")
+        axis.set_ylabel("% of images")
+        axis.grid(visible=False, axis="x")
+        axis.legend(loc="best")
+        return _svg(figure, "Reward of the images")
+
+
+def prompt_scatter(base: np.ndarray, tuned: np.ndarray) -> str:
+    """Mean reward of each prompt (P,) tuned against base; above the diagonal the prompt got better."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axis,) = _figure(4.6, 2.5)
+        both = np.concatenate([base, tuned])
+        low, high = float(np.nanmin(both)), float(np.nanmax(both))
+        axis.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axis.scatter(base, tuned, s=18, color=TUNED, alpha=0.45, linewidths=0)
+        better, worse = int(np.sum(tuned > base)), int(np.sum(tuned < base))
+        axis.set_title(f"Mean reward of each prompt: {better} better, {worse} worse")
+        axis.set_xlabel("base")
+        axis.set_ylabel("tuned")
+        return _svg(figure, "Mean reward of each prompt")
+
+
+def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
+    """Density of images over (reward, judged quality u), one panel a side; None when nothing was judged."""
+    pairs = {}
+    for name, (reward, quality) in sides.items():
+        kept = np.isfinite(reward) & np.isfinite(quality)
+        pairs[name] = (reward[kept], quality[kept])
+    if not all(len(reward) for reward, _ in pairs.values()):
+        return None
+    rewards = np.concatenate([reward for reward, _ in pairs.values()])
+    low, high = min(0.0, float(rewards.min())), max(1.0, float(rewards.max()))
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(9.4, 2.9, columns=len(pairs))
+        for axis, colour, (name, (reward, quality)) in zip(axes, (BASE, TUNED), pairs.items(), strict=True):
+            axis.hexbin(reward, quality, gridsize=(24, 12), extent=(low, high, 1, 5), mincnt=1, bins="log",
+                        cmap=_ramp(colour), linewidths=0)  # fmt: skip
+            axis.plot(reward.mean(), quality.mean(), marker="+", color=INK, markersize=13, markeredgewidth=2)
+            axis.set_title(f"{name}: mean reward {reward.mean():.3f}, mean quality {quality.mean():.2f}")
+            axis.set_xlabel("reward")
+            axis.set_ylim(0.9, 5.1)
+        axes[0].set_ylabel("quality (judge, 1 to 5)")
+        figure.tight_layout(w_pad=2)
+        return _svg(figure, "Reward against quality")
+
+
+def _ramp(colour: str) -> ListedColormap:
+    """One colour from faint to full, so that density reads on any background."""
+    return ListedColormap([(*to_rgb(colour), alpha) for alpha in np.linspace(0.18, 1, 32)])
