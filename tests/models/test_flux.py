@@ -154,7 +154,7 @@ def test_presets_name_the_layers_of_every_block(flux: FluxModel):
     ],
 )
 def test_targets_that_match_nothing_are_refused(flux: FluxModel, targets: str | list[str], message: str):
-    with pytest.raises(UserError, match="train.target_modules") as error:
+    with pytest.raises(UserError, match=r"train\.target_modules") as error:
         flux.add_adapter(rank=2, alpha=2, targets=targets, seed=0)
     assert message in str(error.value)
 

@@ -63,7 +63,7 @@ def test_state_is_copied_in_place(tuned: FluxModel):
     parameters = tuned.adapter()
     tuned.load_adapter_state({name: torch.zeros_like(p) for name, p in parameters.items()})
     assert all(tuned.adapter()[name] is p and not p.any() for name, p in parameters.items())
-    with pytest.raises(UserError, match="proj_out.lora_B.weight is in only one"):
+    with pytest.raises(UserError, match=r"proj_out\.lora_B\.weight is in only one"):
         tuned.load_adapter_state({**parameters, "proj_out.lora_B.weight": torch.zeros(64, 4)})
     with pytest.raises(UserError, match=r"has shape \(2, 2\); expected \(4, 32\)"):
         tuned.load_adapter_state({**parameters, "transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 2)})

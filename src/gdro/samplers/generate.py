@@ -96,7 +96,8 @@ def sample_groups(
                 )
                 rows.append(row)
                 progress.advance()
-            writer.write_shard(i, rows, {group: _rows(text, [place]) for place, group in enumerate(groups)})
+            texts = {name: value.cpu() for name, value in text.items()}
+            writer.write_shard(i, rows, {group: _rows(texts, [place]) for place, group in enumerate(groups)})
 
 
 def _images(

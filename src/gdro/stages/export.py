@@ -1,0 +1,157 @@
+"""Last stage: the adapter as plain diffusers reads it (EMA and raw), with a model card."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gdro.errors import UserError
+from gdro.files import atomic_path, write_bytes
+from gdro.groups.store import GroupStore
+from gdro.models.lora import write_lora
+from gdro.strict_yaml import dump_yaml, read_yaml
+
+GALLERY = 4
+LICENCES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
+
+
+def export(run_dir: Path, out: Path) -> Path:
+    """Write `pytorch_lora_weights.safetensors` (EMA), `raw/pytorch_lora_weights.safetensors` and README.md to `out`.
+
+    They are those of the checkpoint with the best corrected score, or of the last one if none was validated. Raises
+    UserError if the run has no checkpoint or a damaged one.
+    """
+    config = read_yaml(run_dir / "config.yaml")
+    checkpoint, step = _chosen(run_dir / "checkpoints")
+    about = {"model": config["model"], "step": step, "objective": config["train"]["objective"], "seed": config["seed"]}
+    for weights, folder in (("ema", out), ("adapter", out / "raw")):
+        state = _read(checkpoint / f"{weights}.safetensors")
+        lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
+        write_lora(folder, state, lora, {**about, "weights": "ema" if weights == "ema" else "raw"})
+    summary = run_dir / "summary.json"
+    card = model_card(
+        config,
+        step,
+        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
+        _gallery(run_dir / "evaluation", out / "images"),
+    )
+    write_bytes(out / "README.md", card.encode())
+    return out
+
+
+def _chosen(checkpoints: Path) -> tuple[Path, int]:
+    """(folder, step) of the checkpoint to export."""
+    best = checkpoints / "best.json"
+    if best.exists():
+        step = json.loads(best.read_text(encoding="utf-8"))["step"]
+    else:
+        step = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=None)
+    if step is None:
+        raise UserError(f"{checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
+    folder = checkpoints / f"step-{step:06d}"
+    if not folder.is_dir():
+        raise UserError(f"{folder} not found; expected the checkpoint that {best} names")
+    return folder, step
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); expected the adapter of a checkpoint") from None
+
+
+def _gallery(evaluation: Path, folder: Path) -> list[tuple[str, str]]:
+    """(prompt, file name) of pairs of images, base left and tuned right, on the same noise; [] if not evaluated."""
+    if not all((evaluation / name).is_dir() for name in ("base", "tuned")):
+        return []
+    base, tuned = GroupStore(evaluation / "base"), GroupStore(evaluation / "tuned")
+    pairs = []
+    for i, group in enumerate(base.group_ids[:GALLERY]):
+        left, right = base.images(group)[0], tuned.images(group)[0]
+        width, height = left.size
+        pair = Image.new("RGB", (2 * width + 4, height), "white")
+        pair.paste(left, (0, 0))
+        pair.paste(right, (width + 4, 0))
+        zoom = max(1, 512 // pair.width)
+        pair = pair.resize((zoom * pair.width, zoom * pair.height), Image.Resampling.NEAREST)
+        with atomic_path(folder / f"pair-{i}.png") as tmp:
+            pair.save(tmp, format="PNG")
+        pairs.append((base.prompt(group).text, f"pair-{i}.png"))
+    return pairs
+
+
+def model_card(
+    config: Mapping[str, Any], step: int, summary: Mapping[str, Any] | None, gallery: Sequence[tuple[str, str]]
+) -> str:
+    """README.md of the adapter in the Hub's form: front matter, figures if evaluated, gallery, usage."""
+    model, train = config["model"], config["train"]
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
+    head: dict[str, Any] = {"base_model": model} if on_hub else {}
+    head |= {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": LICENCES.get(model, "other"),
+        "tags": ["text-to-image", "diffusers", "lora", "flux", "gdro"],
+    }
+    settings = ", ".join(f"{name} {train[name]}" for name in ("k", "tau", "beta", "gamma", "learning_rate", "rank"))
+    parts = [
+        f"---\n{dump_yaml(head)}---",
+        f"# LoRA for {model}, post-trained with GDRO",
+        f"Trained offline on scored groups of the model's own images ({train['objective']}; {settings}), {step} steps. "
+        f"Reward: `{config['score']['reward']}`.",
+    ]
+    if model not in LICENCES:
+        parts.append("The licence of the base model applies.")
+    if summary is not None:
+        parts += ["## Held-out prompts", _figures(summary)]
+    if gallery:
+        lines = [f"![{_plain(prompt)}](images/{name})\n\n*{_plain(prompt)}*" for prompt, name in gallery]
+        parts += ["## Base (left) and tuned (right), same noise", "\n\n".join(lines)]
+    parts += ["## Use", _usage(config)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    rows = ["| | base | tuned | gain | 95 % interval |", "|---|---|---|---|---|"]
+    for name in ("reward", "corrected"):
+        s = summary[name]
+        low, high = s["ci95"]
+        rows.append(f"| {name} | {s['base']:.4f} | {s['tuned']:.4f} | {s['gain']:+.4f} | {low:+.4f} to {high:+.4f} |")
+    for axis, base in summary["judge"]["base"].items():
+        tuned = summary["judge"]["tuned"][axis]
+        rows.append(f"| {axis} (1-5) | {base:.3f} | {tuned:.3f} | {tuned - base:+.3f} | |")
+    return "\n".join(rows)
+
+
+def _usage(config: Mapping[str, Any]) -> str:
+    model, sample = config["model"], config["sample"]
+    source = "str(gdro.tiny.MODEL_FOLDER)" if model == "tiny" else repr(model)
+    imports = "import gdro.tiny\nimport torch" if model == "tiny" else "import torch"
+    return f"""```python
+{imports}
+from diffusers import FluxPipeline
+
+pipe = FluxPipeline.from_pretrained({source}, torch_dtype=torch.{"float32" if model == "tiny" else "bfloat16"})
+pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
+image = pipe(
+    "your prompt",
+    num_inference_steps={config["evaluate"]["num_inference_steps"]},
+    guidance_scale={sample["guidance_scale"]},
+    max_sequence_length={sample["max_sequence_length"]},
+    height={sample["height"]},
+    width={sample["width"]},
+).images[0]
+```
+
+The file in this folder holds the moving average (EMA) of the weights; `raw/` holds the last step's own."""
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)

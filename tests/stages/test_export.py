@@ -1,0 +1,115 @@
+"""An exported adapter gives plain diffusers the images that training saw; the card says what it is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+
+from gdro.errors import UserError
+from gdro.models.flux import FluxModel
+from gdro.prompts import Prompt
+from gdro.samplers.generate import Generation, sample_groups
+from gdro.samplers.ode import generate
+from gdro.stages.export import export
+
+FILE = "pytorch_lora_weights.safetensors"
+GENERATION = Generation(
+    images_per_prompt=1, num_inference_steps=3, max_sequence_length=24, height=32, width=64, prompts_per_shard=2
+)
+
+
+@pytest.fixture
+def run_dir(flux: FluxModel, tmp_path: Path) -> Path:
+    """Two checkpoints of a run with alpha != rank, the first the better one."""
+    flux.add_adapter(rank=4, alpha=10, targets="attention+ff", seed=0)
+    for step in (100, 200):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        for name in ("adapter", "ema"):
+            with torch.no_grad():
+                for parameter in flux.adapter().values():
+                    parameter.add_(0.05)
+            save_file({n: p.detach().clone() for n, p in flux.adapter().items()}, folder / f"{name}.safetensors")
+    (tmp_path / "checkpoints" / "best.json").write_text('{"step": 100, "corrected": 0.5}')
+    config = {
+        "model": flux.name,
+        "seed": 0,
+        "sample": GENERATION.model_dump(),
+        "score": {"reward": "ocr"},
+        "train": {"objective": "gdro", "k": 6, "tau": 0.05, "beta": 12.0, "gamma": 0.5, "learning_rate": 3e-4}
+        | {"rank": 4, "lora_alpha": 10},
+        "evaluate": {"num_inference_steps": 3},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("folder", "weights"), [(".", "ema"), ("raw", "adapter")])
+def test_plain_diffusers_gives_the_same_images(
+    run_dir: Path, flux: FluxModel, flux_folder: Path, folder: str, weights: str
+):
+    out = export(run_dir, run_dir / "adapter")
+    flux.load_adapter_state(load_file(run_dir / "checkpoints" / "step-000100" / f"{weights}.safetensors"))
+    noise = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
+    scheduler = flux.scheduler("FlowMatchEulerDiscreteScheduler", 3, 32, 64)
+    how = {"guidance_scale": 3.5, "height": 32, "width": 64}
+    ours = flux.decode(generate(flux, noise, flux.encode_text(["a red wall"], 24), scheduler, **how), 32, 64)[0]
+
+    pipe = FluxPipeline.from_pretrained(flux_folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(out / folder, weight_name=FILE)
+    theirs = pipe("a red wall", latents=noise, num_inference_steps=3, max_sequence_length=24, **how).images[0]
+    assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
+
+
+def test_the_last_checkpoint_is_taken_if_none_was_validated(run_dir: Path):
+    (run_dir / "checkpoints" / "best.json").unlink()
+    state = load_file(export(run_dir, run_dir / "out") / FILE)
+    ema = load_file(run_dir / "checkpoints" / "step-000200" / "ema.safetensors")
+    assert {name.removeprefix("transformer."): value.sum() for name, value in state.items()} == {
+        name: value.sum() for name, value in ema.items()
+    }
+
+
+def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
+    prompts = [Prompt("a", 'a sign with "A_B"'), Prompt("b", "two dots")]
+    sample_groups(GENERATION, flux, prompts, run_dir / "evaluation" / "tuned", seed=0)
+    with flux.adapter_disabled():
+        sample_groups(GENERATION, flux, prompts, run_dir / "evaluation" / "base", seed=0)
+    figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [0.15, 0.25]}
+    axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
+    summary = {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    out = export(run_dir, run_dir / "adapter")
+    card = (out / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "diffusers"
+    assert {"lora", "text-to-image"} <= set(front["tags"])
+    assert "| reward | 0.5000 | 0.7000 | +0.2000 | +0.1500 to +0.2500 |" in card
+    assert r'a sign with "A\_B"' in card
+    assert "images/pair-1.png" in card
+    assert (out / "images" / "pair-1.png").exists()
+    assert "pipe.load_lora_weights" in card
+
+
+def test_a_card_without_evaluation_claims_nothing(run_dir: Path):
+    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    assert "| reward" not in card
+    assert "images/" not in card
+
+
+def test_runs_without_whole_checkpoints_are_refused(run_dir: Path):
+    path = run_dir / "checkpoints" / "step-000100" / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"ema\.safetensors is missing or damaged"):
+        export(run_dir, run_dir / "adapter")
+    (run_dir / "checkpoints" / "best.json").write_text('{"step": 300}')
+    with pytest.raises(UserError, match="step-000300 not found"):
+        export(run_dir, run_dir / "adapter")
+    with pytest.raises(UserError, match=r"config\.yaml not found"):
+        export(run_dir / "nowhere", run_dir / "adapter")
