@@ -82,6 +82,7 @@ def test_adapters_that_do_not_fit_are_refused(tuned: FluxModel, tmp_path: Path):
         "does not fit the model": {
             name.replace("transformer_blocks.0", "transformer_blocks.7"): value for name, value in good.items()
         },
+        "not DoRA": {**good, "transformer.x.dora_scale": torch.zeros(4)},
         "no tensor": {},
     }
     for message, state in wrong.items():

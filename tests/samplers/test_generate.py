@@ -117,14 +117,14 @@ def test_a_store_begun_otherwise_is_refused(flux: FluxModel, tmp_path: Path):
             f"sample.{field}: {tmp_path} was sampled with {old}, now {value}",
             SETTINGS.model_copy(update={field: value}),
         )
-    refusal("sample.seed", seed=8)
+    refusal(f"seed: {tmp_path} was sampled with 7, now 8", seed=8)
     refusal("begun with 2 prompts, now there are 1", prompts=PROMPTS[:1])
     refusal('begun with other prompts from "p1" on', prompts=PROMPTS[1:3])
     refusal('two prompts with the id "p0"', prompts=[PROMPTS[0], PROMPTS[0]])
     refusal("no prompt given", prompts=[])
     refusal("height: 33 does not fit", SETTINGS.model_copy(update={"height": 33}))
     flux.add_adapter(rank=2, alpha=2, targets="attention", seed=0)
-    refusal("sample.weights")
+    refusal("weights: ")
     with flux.adapter_disabled():
         sample_groups(SETTINGS, flux, PROMPTS[:2], tmp_path, seed=7)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -83,6 +83,10 @@ def read_lora(pipeline_class: Any, transformer: Any, folder: Path) -> None:
     if not path.is_file():
         raise UserError(f"adapter: {path} not found; expected a folder holding {LORA_WEIGHT_NAME_SAFE}")
     try:
+        with safe_open(path, "pt") as file:
+            dora = [key for key in file.keys() if "dora_scale" in key]  # noqa: SIM118 (no mapping)
+        if dora:  # diffusers would drop them and give other images than the trainer's
+            raise UserError(f"adapter: {path} holds {dora[0]}; expected LoRA, not DoRA")
         state, alphas, metadata = pipeline_class.lora_state_dict(
             str(folder),
             weight_name=LORA_WEIGHT_NAME_SAFE,

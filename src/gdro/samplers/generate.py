@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -137,38 +138,37 @@ def _plan(
 ) -> list[Sequence[Prompt]]:
     """The prompts of each shard: those the store was begun with as they were, then any new ones."""
     path = folder / STARTED
-    sizes: list[int] = []
-    if path.exists():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is damaged; expected the settings that {folder} was sampled with") from None
-        for field, value in begun.items():
-            if old["settings"].get(field) != value:
-                raise UserError(
-                    f"{label}.{field}: {folder} was sampled with {old['settings'].get(field)!r}, now {value!r}; "
-                    "expected the same value or another folder"
-                )
-        sizes = [shard["prompts"] for shard in old["shards"]]
-        if sum(sizes) > len(prompts):
-            raise UserError(
-                f"{label}.prompts: {folder} was begun with {sum(sizes)} prompts, now there are {len(prompts)}"
-            )
-    elif folder.is_dir() and any(folder.glob("*.parquet")):
+    if not path.exists() and folder.is_dir() and any(folder.glob("*.parquet")):
         raise UserError(f"{label}: {folder} holds groups of another origin; expected an empty or new folder")
+    old_settings, old_shards = _begun(path) if path.exists() else (begun, [])
+    for field, value in begun.items():
+        if old_settings.get(field) != value:
+            raise UserError(
+                f"{f'{label}.' if field in Generation.model_fields else ''}{field}: {folder} was sampled with "
+                f"{old_settings.get(field)!r}, now {value!r}; expected the same value or another folder"
+            )
+    sizes = [shard["prompts"] for shard in old_shards]
     fresh = len(prompts) - sum(sizes)
+    if fresh < 0:
+        raise UserError(f"{label}.prompts: {folder} was begun with {sum(sizes)} prompts, now there are {len(prompts)}")
     sizes += [min(prompts_per_shard, fresh - start) for start in range(0, fresh, prompts_per_shard)]
-    shards, start = [], 0
-    for size in sizes:
-        shards.append(prompts[start : start + size])
-        start += size
+    ends = list(accumulate(sizes))
+    shards = [prompts[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     plan = [{"prompts": len(shard), "fingerprint": fingerprint([p.to_json() for p in shard])} for shard in shards]
-    if path.exists():
-        for i, shard in enumerate(old["shards"]):
-            if shard["fingerprint"] != plan[i]["fingerprint"]:
-                raise UserError(
-                    f'{label}.prompts: {folder} was begun with other prompts from "{shards[i][0].id}" on; '
-                    "expected the same ones first"
-                )
+    for i, shard in enumerate(old_shards):
+        if shard != plan[i]:
+            raise UserError(
+                f'{label}.prompts: {folder} was begun with other prompts from "{shards[i][0].id}" on; '
+                "expected the same ones first"
+            )
     write_json(path, {"settings": begun, "shards": plan})
     return shards
+
+
+def _begun(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings and shards a store was begun with."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        return dict(begun["settings"]), list(begun["shards"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; expected the settings its folder was sampled with") from None
