@@ -1,0 +1,175 @@
+"""The command line: parses, checks, calls. A mistake is one line on stderr and exit code 2, within a second or two.
+
+torch is imported once the arguments are parsed; diffusers, transformers and the OCR engine once the configuration and
+prompts are checked.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NoReturn
+
+from gdro import __version__
+from gdro.errors import UserError, did_you_mean
+
+Override = tuple[str, str]
+
+STAGES = {
+    "sample": "make groups of images of the prompts",
+    "score": "score the images with a reward",
+    "train": "train the adapter on the scored groups",
+    "evaluate": "compare base and tuned model on held-out prompts",
+    "export": "write the adapter for plain diffusers, with a model card",
+    "report": "write report.html",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    _quiet()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _dispatch(argv)
+    except UserError as error:
+        print(f"gdro: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries' bars and notices off; gdro has its own. Whoever sets these variables keeps their values."""
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _dispatch(argv: list[str]) -> None:
+    parser, commands = _parsers()
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise UserError(f'unknown command "{argv[0]}"{did_you_mean(argv[0], commands)}')
+    overrides: list[Override] = []
+    if argv and argv[0] in {*STAGES, "run", "demo"}:
+        argv, overrides = _split(argv, commands[argv[0]])
+    args = parser.parse_args(argv)
+    act: Callable[[argparse.Namespace, list[Override]], None] = args.act
+    act(args, overrides)
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        "gdro", description="Post-train text-to-image flow models on rewards, offline.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"gdro {__version__}")
+    sub = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands: dict[str, _Parser] = {}
+
+    def command(name: str, about: str, act: Callable[[argparse.Namespace, list[Override]], None]) -> _Parser:
+        commands[name] = sub.add_parser(name, help=about, description=about, allow_abbrev=False)
+        commands[name].set_defaults(act=act)
+        return commands[name]
+
+    dotted = "Any field of the configuration can be given by its dotted name, e.g. --train.k 4 --model PATH."
+    run = command("run", "all stages, from prompts to report", _run)
+    stages = [command(name, about, _run) for name, about in STAGES.items()]
+    for stage in (run, *stages):
+        stage.add_argument("config", nargs="?", type=Path, help="YAML; without it the run directory's config.yaml")
+        stage.add_argument("--out", required=True, type=Path, help="the run directory; an unfinished run goes on there")
+        stage.epilog = dotted
+    run.set_defaults(stages=tuple(STAGES))
+    for name, stage in zip(STAGES, stages, strict=True):
+        stage.set_defaults(stages=(name,))
+    commands["score"].add_argument("--reward", help="short for --score.reward: a name, or my_module:my_function")
+
+    demo = command("demo", "the main job on the embedded tiny model", _demo)
+    demo.add_argument("--out", default=Path("runs/demo"), type=Path, help="the run directory (runs/demo)")
+    demo.epilog = dotted
+
+    prompts = command("prompts", "write prompts of the tiny world", _prompts)
+    prompts.add_argument("spec", nargs="?", help="tiny:TASK:SPLIT:COUNT[:SEED], or the options below")
+    prompts.add_argument("--task", help="ocr or geneval")
+    prompts.add_argument("--split", help="train, validation or test")
+    prompts.add_argument("--count", type=int, help="how many prompts")
+    prompts.add_argument("--seed", type=int, default=0, help="another seed gives other prompts (0)")
+    prompts.add_argument("--out", required=True, type=Path, help="the .jsonl file to write")
+    return parser, commands
+
+
+def _split(argv: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[str], list[Override]]:
+    """The command's own arguments, and every other `--name VALUE` or `--name=VALUE` as an override."""
+    own = command._option_string_actions
+    rest: list[str] = []
+    overrides: list[Override] = []
+    tokens = iter(argv)
+    for token in tokens:
+        option, equals, value = token.partition("=")
+        if option in own or not option.startswith("--") or option == "--":
+            rest.append(token)
+            continue
+        if not equals:
+            value = next(tokens, "--")
+            if value.startswith("--"):
+                raise UserError(f"{option} has no value; expected {option} VALUE")
+        overrides.append((option.removeprefix("--"), value))
+    return rest, overrides
+
+
+def _checked(overrides: Sequence[Override], own: Iterable[str]) -> Sequence[Override]:
+    from gdro.config import field_names
+
+    valid = field_names()
+    for name, _ in overrides:
+        if name not in valid:
+            raise UserError(f"unknown option --{name}{did_you_mean(f'--{name}', [f'--{v}' for v in (*valid, *own)])}")
+    return overrides
+
+
+def _run(args: argparse.Namespace, overrides: list[Override]) -> None:
+    if getattr(args, "reward", None) is not None:
+        overrides = [*overrides, ("score.reward", args.reward)]
+    _go(args.config or args.out / "config.yaml", overrides, args.out, args.stages)
+
+
+def _demo(args: argparse.Namespace, overrides: list[Override]) -> None:
+    with resources.as_file(resources.files("gdro") / "recipes" / "demo.yaml") as recipe:
+        _go(recipe, overrides, args.out, tuple(STAGES))
+
+
+def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[str]) -> None:
+    from gdro.config import load_config
+
+    config = load_config(path, _checked(overrides, ["out"]))
+    from gdro.pipeline import run
+
+    print(run(config, out, stages))
+
+
+def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
+    choices = [args.task, args.split, args.count]
+    if args.spec is None and None in choices:
+        raise UserError("gdro prompts: expected tiny:TASK:SPLIT:COUNT[:SEED], or --task, --split and --count")
+    if args.spec is not None and choices != [None] * 3:
+        raise UserError(f"gdro prompts: {args.spec} and --task, --split, --count; expected one of the two forms")
+    if args.out.suffix != ".jsonl":
+        raise UserError(f"--out is {args.out}; expected a name that ends in .jsonl")
+    from gdro.prompts import write_prompts
+    from gdro.tiny.prompts import tiny_prompts
+
+    prompts = tiny_prompts(args.spec or f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}")
+    write_prompts(args.out, prompts)
+    print(f"{args.out}: {len(prompts)} prompts")

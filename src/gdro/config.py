@@ -1,0 +1,205 @@
+"""The configuration of a run: one strict section a stage, dotted overrides, one-line errors, comparison on resume."""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gdro.errors import UserError, did_you_mean
+from gdro.evaluation.measure import EvaluateConfig
+from gdro.files import write_bytes
+from gdro.stages.sample import SampleConfig
+from gdro.stages.score import ScoreConfig
+from gdro.stages.train import TrainConfig
+from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
+
+CONFIG = "config.yaml"
+
+# Fields that say how fast or how carefully a result is computed, never which; every other one is fixed once the
+# stage it belongs to has begun.
+MAY_CHANGE = frozenset(
+    {
+        "device",
+        "sample.batch_size",
+        "score.workers",
+        "score.batch_size",
+        "train.checkpointing_steps",
+        "train.checkpoints_total_limit",
+        "train.resume_from_checkpoint",
+        "train.report_to",
+        "evaluate.batch_size",
+    }
+)
+# The top-level fields every stage uses are fixed once any stage has begun.
+STAGE_OF_SECTION = {"sample": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
+
+
+class RunConfig(BaseModel):
+    """A whole run; `gdro run` takes it as YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("tiny", min_length=1, description='"tiny", a folder in diffusers\' layout, or a Hub id.')
+    seed: int = Field(0, ge=0, description="Everything random follows from it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one.")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="Precision of the frozen weights.")
+    sample: SampleConfig
+    score: ScoreConfig = ScoreConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig
+
+
+def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
+    """The configuration in `path`, with (dotted name, YAML text) overrides; UserError for the first thing wrong."""
+    data = read_yaml(path)
+    given: set[str] = set()
+    for name, text in overrides:
+        if name in given:
+            raise UserError(f"--{name} is given twice; expected once")
+        given.add(name)
+        _set(data, name, parse_yaml(text, f"--{name}"))
+    return validate(data)
+
+
+def validate(data: dict[str, Any]) -> RunConfig:
+    """`data` as a RunConfig, without coercion (no "4" for 4, no 2.0 for 2)."""
+    try:
+        config = RunConfig.model_validate(data, strict=True)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+    _check_across(config)
+    return config
+
+
+def save_config(config: RunConfig, out: Path) -> None:
+    """Write the resolved configuration to `out`/config.yaml, whole or not at all."""
+    write_bytes(out / CONFIG, dump_yaml(config.model_dump(mode="json")).encode())
+
+
+def check_unchanged(config: RunConfig, out: Path, begun: set[str]) -> None:
+    """Refuse a configuration that would change the result of a stage already `begun` in the run directory `out`."""
+    path = out / CONFIG
+    if not path.exists() or not begun:
+        return
+    old = dict(_flat(validate(read_yaml(path)).model_dump(mode="json")))
+    for name, value in _flat(config.model_dump(mode="json")):
+        section, dot, _ = name.partition(".")
+        if name in MAY_CHANGE or old.get(name) == value or (dot and STAGE_OF_SECTION[section] not in begun):
+            continue
+        raise UserError(
+            f"{name} is {_show(value)} but {path} has {_show(old.get(name))}; "
+            "expected the configuration the run was begun with, or another --out"
+        )
+
+
+def field_names(kind: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every field's dotted name, sections included."""
+    names = []
+    for name, field in kind.model_fields.items():
+        names.append(prefix + name)
+        if _is_model(field.annotation):
+            names += field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _check_across(config: RunConfig) -> None:
+    """What one section must hold for another to make sense."""
+    k, images = config.train.k, config.sample.images_per_prompt
+    if k > images:
+        raise UserError(f"train.k is {k}; expected at most sample.images_per_prompt, which is {images}")
+
+
+def _set(data: dict[str, Any], name: str, value: Any) -> None:
+    *sections, field = name.split(".")
+    for i, section in enumerate(sections):
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"{'.'.join(sections[: i + 1])} is {_show(data)}; expected a section, for --{name}")
+    data[field] = value
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first thing wrong: dotted name, value found, what was expected."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a typo explains the rest
+    section, name = _locate(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        unknown = str(problem["loc"][-1])
+        return f'unknown field "{name}"{_nearest(name, unknown, section)}'
+    wanted = []
+    for other in problems:
+        if _locate(other["loc"])[1] == name and (text := _expected(other)) not in wanted:
+            wanted.append(text)
+    if problem["type"] == "value_error" and name in RunConfig.model_fields and "." not in name:
+        return f"{name}: {wanted[0]}"  # a rule across the fields of a section
+    if problem["type"] == "missing":
+        return f"{name} is missing; expected {wanted[0]}"
+    return f"{name} is {_show(problem['input'])}; expected {' or '.join(wanted)}"
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
+    """(innermost section, dotted name) of pydantic's location, which may end in a union's branch or an index."""
+    section: type[BaseModel] = RunConfig
+    inside: type[BaseModel] | None = RunConfig
+    names: list[str] = []
+    for part in loc:
+        if inside is None:
+            break
+        section = inside
+        names.append(str(part))
+        field = inside.model_fields.get(str(part))
+        inside = field.annotation if field is not None and _is_model(field.annotation) else None
+    return section, ".".join(names)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _nearest(name: str, unknown: str, section: type[BaseModel]) -> str:
+    """The hint for an unknown field: a sibling of similar name, else a field so called in another section."""
+    siblings = list(section.model_fields)
+    prefix = name.removesuffix(unknown)
+    if not difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6):
+        elsewhere = [full for full in field_names() if full.rpartition(".")[2] == unknown]
+        if elsewhere:
+            return f'; did you mean "{elsewhere[0]}"?'
+    return did_you_mean(name, [prefix + sibling for sibling in siblings])
+
+
+_WORDS = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "none_required": "null",
+    "missing": "a value",
+    "model_type": "a section of fields",
+    "model_attributes_type": "a section of fields",
+}
+
+
+def _expected(problem: Any) -> str:
+    if problem["type"] in _WORDS:
+        return _WORDS[problem["type"]]
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    number = "a number " if problem["type"].startswith(("greater_than", "less_than")) else ""
+    return number + message.replace("'", '"')
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
