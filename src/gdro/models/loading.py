@@ -4,10 +4,7 @@ import json
 import re
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
-from huggingface_hub import hf_hub_download
 
 from gdro.errors import UserError
 from gdro.models.base import FlowModel
@@ -21,14 +18,18 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowMo
     Text encoders and VAE are loaded when first used. Raises UserError if it is missing, of an unknown class, or
     without safetensors weights.
     """
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     source, commit, index = _find(name)
     kind = index.get("_class_name")
     if kind != "FluxPipeline":
         raise UserError(f"model: {name} is a {kind}; expected a FluxPipeline")
-    from gdro.models.flux import FluxModel  # diffusers' pipelines take seconds to import: not for a misspelt name
+    # These take seconds to import, which neither `--help` nor a misspelt name should cost.
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    from gdro.models.flux import FluxModel
 
     return FluxModel(name, source, commit, device=device, dtype=dtype)
 
@@ -45,6 +46,8 @@ def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
         return str(folder), None, _read_index(name, folder / "model_index.json")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"model: {name} not found; expected {EXPECTED}")
+    from huggingface_hub import hf_hub_download
+
     try:
         path = Path(hf_hub_download(name, "model_index.json"))
     except (OSError, ValueError) as error:
