@@ -26,12 +26,26 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowMo
     import diffusers
     import transformers
 
+    source, commit = check_model(name)
+    # seconds to import: not for a misspelt name
+    import diffusers
+    import transformers
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     from gdro.models.flux import FluxModel
 
     return FluxModel(name, source, commit, device=device, dtype=dtype)
+
+
+def check_model(name: str) -> tuple[str, str | None]:
+    """(folder or Hub id, Hub commit if any) of the model, which must be there and of a known class; loads no weights."""
+    source, commit, index = _find(name)
+    kind = index.get("_class_name")
+    if kind != "FluxPipeline":
+        raise UserError(f"model: {name} is a {kind}; expected a FluxPipeline")
+    return source, commit
 
 
 def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
@@ -46,6 +60,8 @@ def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
         return str(folder), None, _read_index(name, folder / "model_index.json")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"model: {name} not found; expected {EXPECTED}")
+    from huggingface_hub import hf_hub_download
+
     from huggingface_hub import hf_hub_download
 
     try:
