@@ -18,16 +18,8 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowMo
     Text encoders and VAE are loaded when first used. Raises UserError if it is missing, of an unknown class, or
     without safetensors weights.
     """
-    source, commit, index = _find(name)
-    kind = index.get("_class_name")
-    if kind != "FluxPipeline":
-        raise UserError(f"model: {name} is a {kind}; expected a FluxPipeline")
-    # These take seconds to import, which neither `--help` nor a misspelt name should cost.
-    import diffusers
-    import transformers
-
     source, commit = check_model(name)
-    # seconds to import: not for a misspelt name
+    # These take seconds to import, which neither `--help` nor a misspelt name should cost.
     import diffusers
     import transformers
 
@@ -40,7 +32,10 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowMo
 
 
 def check_model(name: str) -> tuple[str, str | None]:
-    """(folder or Hub id, Hub commit if any) of the model, which must be there and of a known class; loads no weights."""
+    """(folder or Hub id, Hub commit if any) of a model that is there and of a known class; loads no weights.
+
+    Raises UserError otherwise.
+    """
     source, commit, index = _find(name)
     kind = index.get("_class_name")
     if kind != "FluxPipeline":
@@ -49,7 +44,7 @@ def check_model(name: str) -> tuple[str, str | None]:
 
 
 def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
-    """(folder or Hub id, Hub commit if any, model_index.json)."""
+    """(folder or Hub id, Hub commit if any, model_index.json) of the model called `name`."""
     if name == "tiny":
         from gdro.tiny import MODEL_FOLDER
 
@@ -60,8 +55,6 @@ def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
         return str(folder), None, _read_index(name, folder / "model_index.json")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"model: {name} not found; expected {EXPECTED}")
-    from huggingface_hub import hf_hub_download
-
     from huggingface_hub import hf_hub_download
 
     try:
