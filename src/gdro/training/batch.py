@@ -1,0 +1,172 @@
+"""What each training step looks at. Every draw is a function of (seed, step, slot): nothing is carried along."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gdro.errors import UserError
+from gdro.models.base import Text
+from gdro.objectives.forward.gdro import order_by_reward
+from gdro.rng import torch_rng
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One group at one step: k of its images, best first, equal rewards in random order."""
+
+    group: str
+    step: int
+    slot: int
+    images: Tensor  # (k,) indices into the group
+    rewards: Tensor  # (k,) float64, descending
+
+    @property
+    def ranked(self) -> bool:
+        """False if all k rewards are equal: such a visit says nothing, and has no best image either."""
+        return bool(self.rewards[0] > self.rewards[-1])
+
+
+class Visits:
+    """The order of the groups and the images drawn from each.
+
+    Groups go by in epochs, each a new permutation. Groups whose rewards are all equal carry no ranking at any visit and
+    are left out; `excluded` counts them.
+
+    subset: "spread" cuts the group's reward ranking into k equal slices and takes one image at random from each,
+    drawn again until the k rewards are not all equal; "random" takes any k; "extremes" the best k - k // 2 and
+    the worst k // 2.
+    """
+
+    def __init__(
+        self, rewards: Mapping[str, Tensor], *, k: int, subset: str, groups_per_step: int, seed: int, where: str
+    ) -> None:
+        self.rewards = {group: r.double() for group, r in rewards.items() if bool((r != r[0]).any())}
+        self.excluded = len(rewards) - len(self.rewards)
+        self.k, self.subset, self.groups_per_step, self.seed = k, subset, groups_per_step, seed
+        for group, r in rewards.items():
+            if len(r) < k:
+                raise UserError(f"train.k: {k}, but group {group} has {len(r)} images; expected at most {len(r)}")
+        if not self.rewards:
+            raise UserError(
+                f"{where}: the rewards are equal within each of {len(rewards)} groups; expected some spread"
+            )
+        self._groups = list(self.rewards)
+        self._epoch = lru_cache(maxsize=2)(self._permutation)
+
+    def at(self, step: int) -> list[Visit]:
+        """The visits of a step, counted from 1."""
+        first = (step - 1) * self.groups_per_step
+        return [self._visit(first + slot, step, slot) for slot in range(self.groups_per_step)]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self._groups), generator=torch_rng(self.seed, "train/epoch", epoch)).tolist()
+
+    def _visit(self, position: int, step: int, slot: int) -> Visit:
+        epoch, place = divmod(position, len(self._groups))
+        group = self._groups[self._epoch(epoch)[place]]
+        generator = torch_rng(self.seed, "train/images", step, slot)
+        r = self.rewards[group]
+        images = self._draw(r, generator)
+        images = images[order_by_reward(r[images], generator)]
+        return Visit(group, step, slot, images, r[images])
+
+    def _draw(self, r: Tensor, generator: torch.Generator) -> Tensor:
+        if self.subset == "random":
+            return torch.randperm(len(r), generator=generator)[: self.k]
+        order = order_by_reward(r, generator)
+        if self.subset == "extremes":
+            worst = self.k // 2
+            return torch.cat([order[: self.k - worst], order[len(r) - worst :]])
+        edges = torch.arange(self.k + 1) * len(r) // self.k
+        while True:  # each try holds the best and the worst image with probability >= (k / K)^2 / 4
+            slices = edges[:-1] + (torch.rand(self.k, generator=generator) * edges.diff()).long()
+            images = order[slices]
+            if bool((r[images] != r[images[0]]).any()):
+                return images
+
+
+class Groups(Protocol):
+    """The part of groups.store.GroupStore that training reads."""
+
+    def latents(self, group_id: str) -> Tensor: ...
+
+    def text(self, group_id: str) -> Text: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Visits as tensors on the device: g groups of k images, one image one row of text and t."""
+
+    x0: Tensor  # (g, k, tokens, channels) float32
+    eps: Tensor  # (g, k, tokens, channels), or (g, 1, ...) if the group shares it
+    t: Tensor  # (g, k, 1, 1) in (0, 1)
+    text: Text  # first axis g k
+    rewards: Tensor  # (g, k) float64 on the CPU, descending
+    ranked: Tensor  # (g,) 1.0, or 0.0 where all rewards are equal
+
+
+class Batches:
+    """Turns visits into batches; keeps groups in memory up to `memory_bytes`, reads the others at each visit.
+
+    timestep: "logit_normal" is sigmoid(N(0, 1)), "uniform" is U(0, 1). Scope "group" shares one draw among the k
+    images of a visit, "image" draws for each.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        timestep: str,
+        timestep_scope: str,
+        noise_scope: str,
+        memory_bytes: float,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.groups, self.device, self.seed = groups, device, seed
+        self.timestep, self.timestep_scope, self.noise_scope = timestep, timestep_scope, noise_scope
+        self._memory: dict[str, tuple[Tensor, Text]] = {}
+        self._left = memory_bytes
+
+    def of(self, visits: Sequence[Visit]) -> Batch:
+        k = len(visits[0].images)
+        data = [self._read(visit.group) for visit in visits]
+        x0 = torch.stack([latents[visit.images] for visit, (latents, _) in zip(visits, data, strict=True)])
+        noise = [self._noise(visit, x0.shape[2:]) for visit in visits]
+        text = {
+            name: torch.cat([text[name] for _, text in data]).to(self.device).repeat_interleave(k, 0)
+            for name in data[0][1]
+        }
+        return Batch(
+            x0=x0.to(self.device),
+            eps=torch.stack([eps for _, eps in noise]).to(self.device),
+            t=torch.stack([t for t, _ in noise]).expand(-1, k)[..., None, None].to(self.device),
+            text=text,
+            rewards=torch.stack([visit.rewards for visit in visits]),
+            ranked=torch.tensor([float(visit.ranked) for visit in visits], device=self.device),
+        )
+
+    def _noise(self, visit: Visit, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """t (k,) or (1,) and eps (k, tokens, channels) or (1, ...), float32."""
+        generator = torch_rng(self.seed, "train/noise", visit.step, visit.slot)
+        k = len(visit.images)
+        count = k if self.timestep_scope == "image" else 1
+        if self.timestep == "logit_normal":
+            t = torch.randn(count, generator=generator).sigmoid()
+        else:
+            t = torch.rand(count, generator=generator)
+        return t, torch.randn(k if self.noise_scope == "image" else 1, *shape, generator=generator)
+
+    def _read(self, group: str) -> tuple[Tensor, Text]:
+        if group in self._memory:
+            return self._memory[group]
+        data = self.groups.latents(group), self.groups.text(group)
+        size = sum(tensor.nbytes for tensor in (data[0], *data[1].values()))
+        if size <= self._left:
+            self._left -= size
+            self._memory[group] = data
+        return data

@@ -1,0 +1,180 @@
+"""Checkpoints: one folder a checkpoint, safetensors and JSON, complete or absent.
+
+`step-NNNNNN/` holds `adapter`, `ema` and `optimizer` safetensors and `state.json`: the step, digests of the other
+files, the settings of the run, and what the loop must remember. There is no RNG state: draws are counter-based.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from gdro.errors import UserError
+from gdro.files import write_bytes, write_json
+
+FIELD = "train.resume_from_checkpoint"
+PREFIX = "step-"
+TENSORS = ("adapter", "ema", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+    settings: dict[str, Any]
+    memory: dict[str, Any]  # what the loop remembers: its best validation, the alarm's window
+    adapter: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def steps_saved(folder: Path) -> list[int]:
+    """Steps of the checkpoints in `folder`, ascending."""
+    names = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"{PREFIX}{step:06d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    adapter: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    memory: Mapping[str, Any],
+) -> Path:
+    """Write everything to a hidden folder, sync it, rename it to its name."""
+    path = checkpoint_path(folder, step)
+    tmp = folder / f".{path.name}.tmp"
+    discard(tmp)
+    tmp.mkdir(parents=True)
+    try:
+        digests = {}
+        for name, tensors in zip(TENSORS, (adapter, ema, optimizer), strict=True):
+            data = safetensors.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+            digests[name] = hashlib.sha256(data).hexdigest()
+            write_bytes(tmp / f"{name}.safetensors", data)
+        state = {"step": step, "settings": dict(settings), "memory": dict(memory), "sha256": digests}
+        write_json(tmp / "state.json", state)
+        discard(path)
+        os.rename(tmp, path)
+        _sync(folder)
+    except BaseException:
+        discard(tmp)
+        raise
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Raises UserError naming the file that is missing or damaged."""
+    if not path.is_dir():
+        raise UserError(f"{FIELD}: {path} not found; expected a checkpoint folder")
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        digests = {name: state["sha256"][name] for name in TENSORS}
+        step, settings, memory = int(state["step"]), dict(state["settings"]), dict(state["memory"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(_damaged(path / "state.json", error)) from None
+    tensors = {}
+    for name, digest in digests.items():
+        file = path / f"{name}.safetensors"
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise UserError(_damaged(file, error)) from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UserError(_damaged(file, "its bytes are not those written"))
+        tensors[name] = safetensors.load(data)
+    return Checkpoint(path, step, settings, memory, **tensors)
+
+
+def find_checkpoint(folder: Path, resume: str | None, max_train_steps: int) -> Checkpoint | None:
+    """The checkpoint to go on from: "latest" of `folder` if there is one, the folder `resume`, or none (None)."""
+    saved = steps_saved(folder)
+    if resume is None:
+        if saved:
+            raise UserError(f"{FIELD}: null, but {folder} holds {checkpoint_path(folder, saved[-1]).name}; set latest")
+        return None
+    if resume == "latest" and not saved:
+        return None
+    checkpoint = load_checkpoint(checkpoint_path(folder, saved[-1]) if resume == "latest" else Path(resume))
+    if checkpoint.step > max_train_steps:
+        raise UserError(f"train.max_train_steps: {max_train_steps}, but {checkpoint.path} is past it")
+    return checkpoint
+
+
+def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], free: frozenset[str]) -> None:
+    """Raise UserError naming the first field that is not as in the checkpoint; fields in `free` may change."""
+    for field in sorted((checkpoint.settings.keys() | settings.keys()) - free):
+        old, new = checkpoint.settings.get(field), settings.get(field)
+        if old != new:
+            raise UserError(
+                f"{field}: {new!r}, but {checkpoint.path} was made with {old!r}; "
+                "to resume keep it, for another value take a new output folder"
+            )
+
+
+def prune_checkpoints(folder: Path, *, limit: int | None, best: int | None) -> None:
+    """Delete the oldest checkpoints until `limit` are left, but never the one of step `best`."""
+    steps = steps_saved(folder)
+    spare = [step for step in steps if step != best]
+    for step in spare[: max(0, len(steps) - limit)] if limit else []:
+        if step != steps[-1]:
+            discard(checkpoint_path(folder, step))
+
+
+def discard(path: Path) -> None:
+    """Delete a folder; renamed first, so that no half of it is ever taken for a checkpoint."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a kill left half written or half deleted."""
+    for pattern in (f".{PREFIX}*.tmp", f".{PREFIX}*.deleted"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """AdamW's state as `<parameter>/<exp_avg|exp_avg_sq|step>`; `names` in the order the optimizer holds them."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[index]}/{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of `optimizer_tensors` back; the optimizer keeps its own hyperparameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        # AdamW keeps what it is given, and a view of the file's buffer must not become its state.
+        state.setdefault(names.index(name), {})[entry] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _damaged(path: Path, cause: object) -> str:
+    return f"{FIELD}: {path} is damaged ({cause}); delete {path.parent} to go on from an earlier checkpoint"
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,108 @@
+"""What a run says about itself: `metrics.jsonl`, tensorboard if asked for, and the alarm."""
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gdro.errors import UserError
+from gdro.files import write_bytes
+
+
+def require_trackers(report_to: Sequence[str]) -> None:
+    """Raise UserError if a tracker's package is missing."""
+    if "tensorboard" in report_to:
+        try:
+            import tensorboard  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
+        except ImportError:
+            raise UserError(
+                'train.report_to: "tensorboard" needs the package tensorboard; pip install "gdro[tensorboard]"'
+            ) from None
+
+
+class MetricsLog:
+    """Appends one JSON object a line to `path`, after cutting off what a resumed run will write again.
+
+    Rows of steps after `resumed` are dropped (all rows if it is None), and so is a last line cut short by a kill.
+    Raises UserError for any other line that is no row.
+    """
+
+    def __init__(self, path: Path, *, resumed: int | None, report_to: Sequence[str] = ()) -> None:
+        write_bytes(path, b"" if resumed is None else _rows_until(path, resumed))
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
+        self._tensorboard: Any = None
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resumed is None else resumed + 1
+            self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def write(self, step: int, values: Mapping[str, Any], under: str | None = None) -> None:
+        """Append {"step", **values}, or {"step", under: {...}}."""
+        row = {"step": step, **({under: dict(values)} if under else values)}
+        self._file.write((json.dumps(row) + "\n").encode())
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{under or 'train'}/{name}", float(value), step)
+
+    def sync(self) -> None:
+        """Force the rows to disk; called before a checkpoint, so that none holds a step the log lacks."""
+        os.fsync(self._file.fileno())
+
+
+def _rows_until(path: Path, step: int) -> bytes:
+    if not path.exists():
+        return b""
+    lines = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is a row cut short
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f'{path}:{number} is damaged; expected a JSON object with "step"') from None
+    return b"".join(kept)
+
+
+class DriftAlarm:
+    """Watches for the likelihood of the best images falling, the sign that ranking is bought with quality.
+
+    On when, over the last WINDOW steps, their mean velocity error exceeds the reference's by more than the share
+    `threshold`. Says so once on stderr when it goes on, and once when it goes off.
+    """
+
+    WINDOW = 20
+
+    def __init__(self, threshold: float, window: Sequence[Sequence[float]] = (), on: bool = False) -> None:
+        self.threshold, self.on = threshold, on
+        self.window = deque((tuple(pair) for pair in window), maxlen=self.WINDOW)
+
+    def update(self, step: int, drift_best: float, error_best: float) -> bool:
+        """Take a step's mean d - d_ref and d of the best images; True while the alarm is on."""
+        self.window.append((drift_best, error_best - drift_best))
+        excess = sum(drift for drift, _ in self.window) / sum(reference for _, reference in self.window)
+        was, self.on = self.on, len(self.window) == self.WINDOW and excess > self.threshold
+        if self.on and not was:
+            print(
+                f"ALARM step {step}: the best images' velocity error is {100 * excess:.1f} % above the reference's "
+                f"over {self.WINDOW} steps, so their likelihood falls; raise train.gamma or train.beta",
+                file=sys.stderr,
+            )
+        elif was and not self.on:
+            print(f"alarm off at step {step}: the best images' likelihood has recovered", file=sys.stderr)
+        return self.on
