@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from diffusers import FluxPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gdro.errors import UserError
 from gdro.models.flux import FluxModel
@@ -16,6 +16,7 @@ from gdro.prompts import Prompt
 from gdro.samplers.generate import Generation, sample_groups
 from gdro.samplers.ode import generate
 from gdro.stages.export import export
+from gdro.training.checkpoint import save_checkpoint
 
 FILE = "pytorch_lora_weights.safetensors"
 GENERATION = Generation(
@@ -28,13 +29,14 @@ def run_dir(flux: FluxModel, tmp_path: Path) -> Path:
     """Two checkpoints of a run with alpha != rank, the first the better one."""
     flux.add_adapter(rank=4, alpha=10, targets="attention+ff", seed=0)
     for step in (100, 200):
-        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
-        folder.mkdir(parents=True)
-        for name in ("adapter", "ema"):
+        states = []
+        for _ in range(2):
             with torch.no_grad():
                 for parameter in flux.adapter().values():
                     parameter.add_(0.05)
-            save_file({n: p.detach().clone() for n, p in flux.adapter().items()}, folder / f"{name}.safetensors")
+            states.append({name: parameter.detach().clone() for name, parameter in flux.adapter().items()})
+        raw, ema = states
+        save_checkpoint(tmp_path / "checkpoints", step, adapter=raw, ema=ema, optimizer={}, settings={}, memory={})
     (tmp_path / "checkpoints" / "best.json").write_text('{"step": 100, "corrected": 0.5}')
     config = {
         "model": flux.name,
@@ -97,6 +99,18 @@ def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     assert "pipe.load_lora_weights" in card
 
 
+def test_a_card_without_a_judge_leaves_its_rows_out(run_dir: Path):
+    figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [0.15, 0.25]}
+    nothing = {"base": None, "tuned": None, "gain": None, "ci95": [None, None]}
+    axes = {"alignment": None, "coherence": None, "style": None}
+    summary = {"reward": figures, "corrected": nothing, "judge": {"base": axes, "tuned": axes}}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    assert "| reward |" in card
+    assert "| corrected |" not in card
+    assert "style" not in card
+
+
 def test_a_card_without_evaluation_claims_nothing(run_dir: Path):
     card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward" not in card
@@ -106,7 +120,7 @@ def test_a_card_without_evaluation_claims_nothing(run_dir: Path):
 def test_runs_without_whole_checkpoints_are_refused(run_dir: Path):
     path = run_dir / "checkpoints" / "step-000100" / "ema.safetensors"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"ema\.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match=r"ema\.safetensors"):
         export(run_dir, run_dir / "adapter")
     (run_dir / "checkpoints" / "best.json").write_text('{"step": 300}')
     with pytest.raises(UserError, match="step-000300 not found"):

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from gdro.errors import UserError
 from gdro.files import atomic_path, write_bytes
 from gdro.groups.store import GroupStore
 from gdro.models.lora import write_lora
 from gdro.strict_yaml import dump_yaml, read_yaml
+from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, steps_saved
 
 GALLERY = 4
 LICENCES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
@@ -28,16 +26,15 @@ def export(run_dir: Path, out: Path) -> Path:
     UserError if the run has no checkpoint or a damaged one.
     """
     config = read_yaml(run_dir / "config.yaml")
-    checkpoint, step = _chosen(run_dir / "checkpoints")
-    about = {"model": config["model"], "step": step, "objective": config["train"]["objective"], "seed": config["seed"]}
-    for weights, folder in (("ema", out), ("adapter", out / "raw")):
-        state = _read(checkpoint / f"{weights}.safetensors")
-        lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
-        write_lora(folder, state, lora, {**about, "weights": "ema" if weights == "ema" else "raw"})
+    checkpoint = _chosen(run_dir / "checkpoints")
+    lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
+    about = {"model": config["model"], "objective": config["train"]["objective"], "step": checkpoint.step}
+    write_lora(out, checkpoint.ema, lora, about | {"weights": "ema"})
+    write_lora(out / "raw", checkpoint.adapter, lora, about | {"weights": "raw"})
     summary = run_dir / "summary.json"
     card = model_card(
         config,
-        step,
+        checkpoint.step,
         json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
         _gallery(run_dir / "evaluation", out / "images"),
     )
@@ -45,26 +42,15 @@ def export(run_dir: Path, out: Path) -> Path:
     return out
 
 
-def _chosen(checkpoints: Path) -> tuple[Path, int]:
-    """(folder, step) of the checkpoint to export."""
+def _chosen(checkpoints: Path) -> Checkpoint:
+    """The checkpoint to export."""
     best = checkpoints / "best.json"
+    saved = steps_saved(checkpoints)
     if best.exists():
-        step = json.loads(best.read_text(encoding="utf-8"))["step"]
-    else:
-        step = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=None)
-    if step is None:
+        return load_checkpoint(checkpoint_path(checkpoints, json.loads(best.read_text(encoding="utf-8"))["step"]))
+    if not saved:
         raise UserError(f"{checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
-    folder = checkpoints / f"step-{step:06d}"
-    if not folder.is_dir():
-        raise UserError(f"{folder} not found; expected the checkpoint that {best} names")
-    return folder, step
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); expected the adapter of a checkpoint") from None
+    return load_checkpoint(checkpoint_path(checkpoints, saved[-1]))
 
 
 def _gallery(evaluation: Path, folder: Path) -> list[tuple[str, str]]:
@@ -122,11 +108,14 @@ def _figures(summary: Mapping[str, Any]) -> str:
     rows = ["| | base | tuned | gain | 95 % interval |", "|---|---|---|---|---|"]
     for name in ("reward", "corrected"):
         s = summary[name]
+        if s["base"] is None:  # no judge
+            continue
         low, high = s["ci95"]
         rows.append(f"| {name} | {s['base']:.4f} | {s['tuned']:.4f} | {s['gain']:+.4f} | {low:+.4f} to {high:+.4f} |")
     for axis, base in summary["judge"]["base"].items():
         tuned = summary["judge"]["tuned"][axis]
-        rows.append(f"| {axis} (1-5) | {base:.3f} | {tuned:.3f} | {tuned - base:+.3f} | |")
+        if base is not None:
+            rows.append(f"| {axis} (1-5) | {base:.3f} | {tuned:.3f} | {tuned - base:+.3f} | |")
     return "\n".join(rows)
 
 
