@@ -83,6 +83,7 @@ def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     sample_groups(GENERATION, flux, prompts, run_dir / "evaluation" / "tuned", seed=0)
     with flux.adapter_disabled():
         sample_groups(GENERATION, flux, prompts, run_dir / "evaluation" / "base", seed=0)
+    (run_dir / "evaluation.json").write_text("{}")
     figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [0.15, 0.25]}
     axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
     summary = {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}

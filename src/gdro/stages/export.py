@@ -36,7 +36,7 @@ def export(run_dir: Path, out: Path) -> Path:
         config,
         checkpoint.step,
         json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
-        _gallery(run_dir / "evaluation", out / "images"),
+        _gallery(run_dir, out / "images"),
     )
     write_bytes(out / "README.md", card.encode())
     return out
@@ -53,11 +53,11 @@ def _chosen(checkpoints: Path) -> Checkpoint:
     return load_checkpoint(checkpoint_path(checkpoints, saved[-1]))
 
 
-def _gallery(evaluation: Path, folder: Path) -> list[tuple[str, str]]:
-    """(prompt, file name) of pairs of images, base left and tuned right, on the same noise; [] if not evaluated."""
-    if not all((evaluation / name).is_dir() for name in ("base", "tuned")):
+def _gallery(run_dir: Path, folder: Path) -> list[tuple[str, str]]:
+    """(prompt, file name) of pairs of images, base left and tuned right, on the same noise; [] before evaluation."""
+    if not (run_dir / "evaluation.json").exists():
         return []
-    base, tuned = GroupStore(evaluation / "base"), GroupStore(evaluation / "tuned")
+    base, tuned = (GroupStore(run_dir / "evaluation" / name) for name in ("base", "tuned"))
     pairs = []
     for i, group in enumerate(base.group_ids[:GALLERY]):
         left, right = base.images(group)[0], tuned.images(group)[0]
