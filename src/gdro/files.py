@@ -8,16 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gdro.errors import UserError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it is synced and renamed to `path`, else removed.
 
-    Any failure (a full disk too) leaves the old file as it was.
+    Any failure leaves the old file as it was. Raises UserError naming `path` if the system refuses (full disk, no
+    permission).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, "rb+") as file:
             os.fsync(file.fileno())
@@ -27,8 +30,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(directory)
         finally:
             os.close(directory)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(tmp)
 
 

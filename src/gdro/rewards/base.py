@@ -7,7 +7,19 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from gdro.errors import UserError
 from gdro.prompts import Prompt
+
+
+class ImageFailure(UserError):
+    """An image that could not be scored: its place in the batch and why. A failure is never a score of zero."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(index, reason)
+        self.index, self.reason = index, reason
+
+    def __str__(self) -> str:
+        return f"image {self.index} of the batch: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -19,21 +31,38 @@ class Scores:
 
 
 class Reward(Protocol):
-    name: str  # file-name safe; names the rewards file
-    version: str  # changes whenever the same image could get another score
+    @property
+    def name(self) -> str:
+        """File-name safe; names the rewards file."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the same image could get another score."""
+        ...
+
+    @property
+    def parallel(self) -> bool:
+        """Whether to score in a process a core unless told otherwise; False for what may hold a GPU or a connection."""
+        ...
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError if a prompt lacks what this reward needs; called before any sampling."""
         ...
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores: ...
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        """Scores of the images; one image's score does not depend on the others. Raises ImageFailure."""
+        ...
 
 
 class Judge(Protocol):
     """Quality from 1 to 5 per axis; never sees the training reward."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     def check(self, prompts: Sequence[Prompt]) -> None: ...
 

@@ -1,0 +1,221 @@
+"""Groups from a folder of images made elsewhere, with their rewards.
+
+`metadata.jsonl` in the folder has one row an image: `file_name` (relative to the folder), `prompt`, `reward` (a
+number) and `group` (the images of one prompt that are compared). Other keys go into the prompt's record; they and the
+prompt must be the same throughout a group.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gdro.errors import UserError
+from gdro.files import fingerprint, write_json
+from gdro.groups.store import GroupStore, GroupWriter, ImageRow
+from gdro.models.base import FlowModel
+from gdro.progress import Progress
+from gdro.prompts import Prompt
+from gdro.rewards.base import Scores
+from gdro.rewards.store import Header, rewards_table, write_rewards
+
+BEGUN = "importing.json"
+GROUPS_PER_SHARD = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of metadata.jsonl."""
+
+    where: str  # file:line
+    path: Path
+    reward: float
+    prompt: Prompt  # its id is the group's
+
+
+def import_folder(
+    folder: Path,
+    model: FlowModel,
+    groups: Path,
+    rewards: Path,
+    *,
+    guidance_scale: float,
+    max_sequence_length: int,
+    reward_name: str = "imported",
+) -> Path:
+    """Make a store in `groups` and `rewards/<reward_name>.parquet`; returns the latter. Goes on where it stopped.
+
+    Latents and text embeddings are `model`'s, `guidance_scale` and `max_sequence_length` those training shall use.
+    Raises UserError naming the line of every mistake in the folder: a bad row, an image that is missing, damaged or of
+    another size, a group of one image.
+    """
+    members = read_metadata(folder)
+    with Image.open(next(iter(members.values()))[0].path) as first:
+        width, height = first.size
+    model.latent_shape(height, width)
+    begun: dict[str, Any] = {
+        "metadata": fingerprint(
+            [[str(r.path.relative_to(folder)), r.reward, r.prompt.to_json()] for rows in members.values() for r in rows]
+        ),
+        "guidance_scale": guidance_scale,
+        "max_sequence_length": max_sequence_length,
+        "revision": model.weights,
+    }
+    _begin(groups, begun)
+
+    ids = list(members)
+    writer = GroupWriter(groups)
+    shards = [ids[start : start + GROUPS_PER_SHARD] for start in range(0, len(ids), GROUPS_PER_SHARD)]
+    left = [i for i in range(len(shards)) if not writer.has_shard(i)]
+    total = sum(map(len, members.values()))
+    done = total - sum(len(members[group]) for i in left for group in shards[i])
+    with Progress("import", total, "img", done) as progress:
+        for i in left:
+            rows, text = [], {}
+            for group in shards[i]:
+                images = [_image(row) for row in members[group]]
+                text[group] = model.encode_text([members[group][0].prompt.text], max_sequence_length)
+                for index, (image, latent) in enumerate(zip(images, model.encode_images(images).cpu(), strict=True)):
+                    row = ImageRow(
+                        group_id=group,
+                        index=index,
+                        prompt=members[group][index].prompt,
+                        image=image,
+                        latent=latent,
+                        seed=None,
+                        scheduler=None,
+                        num_inference_steps=None,
+                        guidance_scale=guidance_scale,
+                        max_sequence_length=max_sequence_length,
+                        height=height,
+                        width=width,
+                        generator=model.name,
+                        revision=model.weights,
+                        round=0,
+                    )
+                    rows.append(row)
+                progress.advance(len(images))
+            writer.write_shard(i, rows, text)
+
+    store = GroupStore(groups)
+    header = Header(reward_name, begun["metadata"], store.contents)
+    path = rewards / f"{reward_name}.parquet"
+    tables = []
+    for shard in store.shards:
+        scored = [row.reward for group in shard.groups for row in members[group]]
+        image_ids = [image_id for group in shard.groups for image_id in store.image_ids(group)]
+        tables.append(rewards_table(header, image_ids, Scores(np.array(scored), [{} for _ in scored])))
+    write_rewards(path, header, tables)
+    return path
+
+
+def read_metadata(folder: Path) -> dict[str, list[Row]]:
+    """Group id -> its rows, everything checked but the pixels; UserError with every mistake's line."""
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} not found; expected one JSON object an image: file_name, prompt, reward, group")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    mistakes: list[str] = []
+    groups: dict[str, list[Row]] = {}
+    seen: dict[Path, str] = {}
+    size: tuple[int, int] | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = _parse(line, f"{path}:{number}", folder)
+            if row.path in seen:
+                raise UserError(f"{row.where} names {row.path.name} again, after {seen[row.path]}")
+            seen[row.path] = row.where
+            found = _size(row)
+            size = size or found
+            if found != size:
+                raise UserError(
+                    f"{row.where}: {row.path.name} is {found[0]}x{found[1]}; the first is {size[0]}x{size[1]}"
+                )
+            members = groups.setdefault(row.prompt.id, [])
+            if members and members[0].prompt != row.prompt:
+                raise UserError(
+                    f'{row.where}: group "{row.prompt.id}" has another prompt or record than at {members[0].where}; '
+                    "expected the same throughout a group"
+                )
+            members.append(row)
+        except UserError as error:
+            mistakes.append(str(error))
+    for group, members in groups.items():
+        if len(members) == 1 and not mistakes:
+            mistakes.append(f'{members[0].where}: group "{group}" has one image; expected at least two to compare')
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    if not groups:
+        raise UserError(f"{path} has no row; expected one JSON object an image")
+    return groups
+
+
+def _parse(line: str, where: str, folder: Path) -> Row:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is a {type(row).__name__}; expected an object")
+    for key in ("file_name", "prompt", "reward", "group"):
+        if key not in row:
+            raise UserError(f'{where} has no "{key}"; expected file_name, prompt, reward and group')
+    name, prompt, reward, group = (row.pop(key) for key in ("file_name", "prompt", "reward", "group"))
+    for key, value in (("file_name", name), ("prompt", prompt)):
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f'{where} has "{key}" {value!r}; expected a text')
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        raise UserError(f'{where} has "reward" {reward!r}; expected a finite number')
+    if isinstance(group, bool) or not isinstance(group, str | int) or str(group) == "":
+        raise UserError(f'{where} has "group" {group!r}; expected a text or an integer')
+    if "id" in row:
+        raise UserError(f'{where} has "id" {row["id"]!r}; expected the group\'s id in "group" only')
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f'{where} has "file_name" {name!r}; expected a file inside the folder')
+    return Row(where, path, float(reward), Prompt(str(group), prompt, row))
+
+
+def _size(row: Row) -> tuple[int, int]:
+    if not row.path.is_file():
+        raise UserError(f"{row.where}: {row.path} not found; expected an image")
+    try:
+        with Image.open(row.path) as image:
+            return image.size
+    except OSError as error:
+        raise UserError(f"{row.where}: {row.path} is no image ({error})") from None
+
+
+def _image(row: Row) -> Image.Image:
+    try:
+        with Image.open(row.path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{row.where}: {row.path} is damaged ({error})") from None
+
+
+def _begin(groups: Path, begun: dict[str, Any]) -> None:
+    """Note what the store is made from; refuse a store made from something else."""
+    path = groups / BEGUN
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is damaged; expected what {groups} was imported from") from None
+        for field, value in begun.items():
+            if before.get(field) != value:
+                raise UserError(
+                    f"{groups} was imported with {field} {before.get(field)!r}, now {value!r}; expected another folder"
+                )
+    elif groups.is_dir() and any(groups.glob("*.parquet")):
+        raise UserError(f"{groups} holds groups of another origin; expected an empty or new folder")
+    write_json(path, begun)

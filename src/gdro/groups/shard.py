@@ -1,0 +1,179 @@
+"""One parquet file of the store of groups: its schema, its checks, its images. Needs no torch.
+
+A row is an image and a row group is a group, so one group is read without touching its neighbours. Pages carry
+checksums, and the footer's metadata a digest of the images, by which rewards know what they were given for.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from gdro.errors import UserError
+from gdro.prompts import Prompt
+
+SETTINGS = ("guidance_scale", "max_sequence_length", "height", "width", "generator", "revision")
+"""Columns that hold one value throughout a store: training must use the same."""
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_FIELDS: list[tuple[str, pa.DataType]] = [
+    ("image_id", pa.string()),
+    ("group_id", pa.string()),
+    ("index", pa.int64()),
+    ("prompt_id", pa.string()),
+    ("prompt", pa.string()),
+    ("record", pa.string()),
+    ("image", _IMAGE),
+    ("latent", pa.binary()),
+    ("latent_dtype", pa.string()),
+    ("latent_shape", pa.list_(pa.int64())),
+    ("text", pa.string()),
+    ("seed", pa.int64()),
+    ("scheduler", pa.string()),
+    ("num_inference_steps", pa.int64()),
+    ("guidance_scale", pa.float64()),
+    ("max_sequence_length", pa.int64()),
+    ("height", pa.int64()),
+    ("width", pa.int64()),
+    ("generator", pa.string()),
+    ("revision", pa.string()),
+    ("round", pa.int64()),
+]
+
+
+def _huggingface() -> str:
+    """The features by which `datasets` knows that `image` is a picture."""
+    features: dict[str, Any] = {}
+    for name, kind in _FIELDS:
+        if name == "image":
+            features[name] = {"_type": "Image"}
+        elif pa.types.is_list(kind):
+            features[name] = {"_type": "List", "feature": {"dtype": "int64", "_type": "Value"}}
+        else:
+            features[name] = {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
+    return json.dumps({"info": {"features": features}})
+
+
+SCHEMA = pa.schema(_FIELDS, metadata={"huggingface": _huggingface()})
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the store keeps in memory of a checked file."""
+
+    path: Path
+    content: str  # digest of its images and latents
+    groups: dict[str, int]  # group id -> number of images; the n-th group is the n-th row group
+    prompts: dict[str, Prompt]
+    settings: dict[str, Any]
+    text: dict[str, str]  # group id -> "file#key" of its text embeddings
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes the reader raise into one line that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or truncated ({reason}); expected a whole file, as gdro wrote it") from None
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """The file with its footer read and its page checksums armed. Read it inside `reading(path)`."""
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def read_shard(path: Path) -> Shard:
+    """Check a file's footer, schema and index. Raises UserError naming the file and what is wrong in it."""
+    light = ["image_id", "group_id", "index", "prompt_id", "record", "text", *SETTINGS]
+    with reading(path), open_parquet(path) as file:
+        schema = file.schema_arrow
+        if not schema.equals(SCHEMA):
+            wrong = [f.name for f in SCHEMA if f.name not in schema.names or not schema.field(f.name).equals(f)]
+            found = f"column {wrong[0]!r} is missing or of another type" if wrong else "there are other columns too"
+            raise UserError(f"{path} is not a file of groups: {found}; expected the columns of gdro's store")
+        content = (schema.metadata or {}).get(b"gdro.content", b"").decode()
+        if not content:
+            raise UserError(f'{path} has no "gdro.content" in its metadata; expected a file that gdro wrote')
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        table = file.read(columns=light)
+    groups: dict[str, int] = {}
+    prompts: dict[str, Prompt] = {}
+    text: dict[str, str] = {}
+    start = 0
+    for size in sizes:
+        rows = table.slice(start, size).select(["image_id", "group_id", "index"]).to_pylist()
+        first = {name: table[name][start].as_py() for name in ("group_id", "record", "text")}
+        group = first["group_id"]
+        expected = [{"image_id": f"{group}/{i}", "group_id": group, "index": i} for i in range(size)]
+        if rows != expected or group in groups:
+            raise UserError(f'{path} does not hold group "{group}" whole, once and in order')
+        groups[group], text[group] = size, first["text"]
+        record = json.loads(first["record"])
+        prompts[group] = Prompt(record.pop("id"), record.pop("prompt"), record)
+        start += size
+    if not groups:
+        raise UserError(f"{path} holds no group; expected at least one")
+    settings = {}
+    for name in SETTINGS:
+        values = table[name].unique().to_pylist()
+        if len(values) != 1:
+            raise UserError(f"{path} has several values of {name} ({values[0]!r}, {values[1]!r}); expected one")
+        settings[name] = values[0]
+    return Shard(path, content, groups, prompts, settings, text)
+
+
+def read_rows(path: Path, place: int, columns: Sequence[str]) -> pa.Table:
+    """The chosen columns of the `place`-th group of a file."""
+    with reading(path), open_parquet(path) as file:
+        return file.read_row_group(place, columns=list(columns))
+
+
+def read_images(path: Path, place: int) -> list[Image.Image]:
+    """The images (RGB) of the `place`-th group of a file."""
+    with reading(path):
+        cells = read_rows(path, place, ["image"])["image"].to_pylist()
+        return [Image.open(io.BytesIO(cell["bytes"])).convert("RGB") for cell in cells]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive groups of a file: small enough to send to another process, which loads their images."""
+
+    shard: Path
+    places: range
+    groups: dict[str, int]
+    prompts: list[Prompt]  # of each group
+
+    def image_ids(self) -> list[str]:
+        return [f"{group}/{i}" for group, size in self.groups.items() for i in range(size)]
+
+    def load(self) -> tuple[list[str], list[Image.Image], list[Prompt]]:
+        """(image ids, images, the prompt of each image)."""
+        images = [image for place in self.places for image in read_images(self.shard, place)]
+        sizes = self.groups.values()
+        return self.image_ids(), images, [p for p, size in zip(self.prompts, sizes, strict=True) for _ in range(size)]
+
+
+def pieces(shard: Shard, images: int) -> Iterator[Piece]:
+    """A file's groups in runs of at most `images` images, or of one group."""
+    ids = list(shard.groups)
+    start = 0
+    while start < len(ids):
+        stop, count = start + 1, shard.groups[ids[start]]
+        while stop < len(ids) and count + shard.groups[ids[stop]] <= images:
+            count += shard.groups[ids[stop]]
+            stop += 1
+        part = ids[start:stop]
+        yield Piece(
+            shard.path, range(start, stop), {i: shard.groups[i] for i in part}, [shard.prompts[i] for i in part]
+        )
+        start = stop

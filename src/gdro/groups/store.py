@@ -1,0 +1,231 @@
+"""The store of groups: a folder of parquet files with the text embeddings of each beside it.
+
+`groups-00000.parquet` holds whole groups, one row an image, one row group a group; `embeddings-00000.safetensors`
+holds, for each of its groups, the tensors `<group_id>/<name>`. The embeddings are written first, so a parquet file
+exists only when everything it refers to does.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gdro.errors import UserError
+from gdro.files import atomic_path, write_bytes
+from gdro.groups.shard import SCHEMA, Shard, read_images, read_rows, read_shard
+from gdro.models.base import Text
+from gdro.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image of a group, its latent (tokens, channels), and everything needed to make it again.
+
+    `seed`, `scheduler` and `num_inference_steps` are None for an imported image.
+    """
+
+    group_id: str
+    index: int
+    prompt: Prompt
+    image: Image.Image
+    latent: Tensor
+    seed: int | None
+    scheduler: str | None
+    num_inference_steps: int | None
+    guidance_scale: float
+    max_sequence_length: int
+    height: int
+    width: int
+    generator: str
+    revision: str
+    round: int
+
+
+class GroupWriter:
+    """Writes a store file by file; each appears whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has_shard(self, i: int) -> bool:
+        """Whether file i is there and whole; UserError if it is there but damaged."""
+        path = self.folder / _groups_name(i)
+        if not path.exists():
+            return False
+        _checked(path)
+        return True
+
+    def write_shard(self, i: int, rows: Sequence[ImageRow], text: Mapping[str, Text]) -> None:
+        """Write whole groups, and the text embeddings (first axis 1) of each, as file i.
+
+        Raises ValueError if a group is incomplete or its images have another size than its rows say, and UserError if
+        the disk is full; the file that was there before then stays as it was.
+        """
+        groups: dict[str, list[ImageRow]] = {}
+        for row in rows:
+            groups.setdefault(row.group_id, []).append(row)
+        if set(groups) != set(text):
+            raise ValueError(f"groups {sorted(groups)} came with the text of {sorted(text)}")
+        digest = hashlib.sha256()
+        tables = []
+        for group, members in groups.items():
+            if [row.index for row in members] != list(range(len(members))):
+                raise ValueError(f"group {group} has the indices {[row.index for row in members]}")
+            tables.append(_table(members, f"{_embeddings_name(i)}#{group}", digest))
+        tensors = {f"{group}/{name}": t.contiguous() for group, one in text.items() for name, t in one.items()}
+        write_bytes(self.folder / _embeddings_name(i), save(tensors))
+
+        schema = SCHEMA.with_metadata({**SCHEMA.metadata, "gdro.content": digest.hexdigest()[:16]})
+        names = [field.name for field in SCHEMA if pa.types.is_string(field.type)]
+        with (
+            atomic_path(self.folder / _groups_name(i)) as tmp,
+            pq.ParquetWriter(tmp, schema, use_dictionary=names, write_page_checksum=True) as writer,
+        ):
+            for table in tables:
+                writer.write_table(table.cast(schema), row_group_size=len(table))
+
+
+class GroupStore:
+    """Reads a store. Opening it checks every file; images, latents and embeddings are read when asked for.
+
+    Raises UserError naming the folder or the file if it is missing, damaged, truncated, not a store's, or made with
+    other settings than the rest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        paths = sorted(folder.glob("groups-*.parquet"))
+        if not paths:
+            raise UserError(f"{folder} holds no groups-*.parquet; expected a store of groups")
+        for i, path in enumerate(paths):
+            if path.name != _groups_name(i):
+                raise UserError(f"{folder} has {path.name} but no {_groups_name(i)}; expected every file of the store")
+        self.shards: list[Shard] = [_checked(path) for path in paths]
+        self._places: dict[str, tuple[Shard, int]] = {}
+        self.settings: dict[str, Any] = self.shards[0].settings
+        for shard in self.shards:
+            for name, value in shard.settings.items():
+                if value != self.settings[name]:
+                    raise UserError(
+                        f"{shard.path} was made with {name} {value!r}, {self.shards[0].path.name} with "
+                        f"{self.settings[name]!r}; expected one value throughout a store"
+                    )
+            for place, group in enumerate(shard.groups):
+                if group in self._places:
+                    raise UserError(f'{shard.path} holds group "{group}", which {self._places[group][0].path.name} has')
+                self._places[group] = (shard, place)
+        self.group_ids: list[str] = list(self._places)
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """File name -> digest of its images; equal digests mean equal images."""
+        return {shard.path.name: shard.content for shard in self.shards}
+
+    def prompt(self, group_id: str) -> Prompt:
+        return self._places[group_id][0].prompts[group_id]
+
+    def size(self, group_id: str) -> int:
+        """How many images the group has (K)."""
+        return self._places[group_id][0].groups[group_id]
+
+    def image_ids(self, group_id: str) -> list[str]:
+        return [f"{group_id}/{i}" for i in range(self.size(group_id))]
+
+    def images(self, group_id: str) -> list[Image.Image]:
+        shard, place = self._places[group_id]
+        return read_images(shard.path, place)
+
+    def latents(self, group_id: str) -> Tensor:
+        """(K, tokens, channels), float32."""
+        shard, place = self._places[group_id]
+        table = read_rows(shard.path, place, ["latent", "latent_dtype", "latent_shape"])
+        latents = []
+        for row in table.to_pylist():
+            expected = 4 * int(np.prod(row["latent_shape"]))
+            if row["latent_dtype"] != "float32" or len(row["latent"]) != expected:
+                raise UserError(
+                    f'{shard.path} has a latent in {len(row["latent"])} bytes of {row["latent_dtype"]}; '
+                    f"expected {expected} of float32"
+                )
+            latents.append(np.frombuffer(row["latent"], "<f4").reshape(row["latent_shape"]))
+        return torch.from_numpy(np.stack(latents))
+
+    def text(self, group_id: str) -> Text:
+        """The text embeddings the images were made with; first axis 1."""
+        shard, _ = self._places[group_id]
+        name, _, key = shard.text[group_id].partition("#")
+        with safe_open(self.folder / name, framework="pt") as file:
+            return {full[len(key) + 1 :]: file.get_tensor(full) for full in sorted(file.keys()) if _owner(full) == key}
+
+
+def _groups_name(i: int) -> str:
+    return f"groups-{i:05d}.parquet"
+
+
+def _embeddings_name(i: int) -> str:
+    return f"embeddings-{i:05d}.safetensors"
+
+
+def _owner(key: str) -> str:
+    """The group of a tensor `<group_id>/<name>`; names hold no slash, group ids may."""
+    return key.rpartition("/")[0]
+
+
+def _checked(path: Path) -> Shard:
+    """A parquet file and the embeddings it refers to, both checked."""
+    shard = read_shard(path)
+    for name in {reference.partition("#")[0] for reference in shard.text.values()}:
+        embeddings = path.with_name(name)
+        try:
+            # opening compares the header with the file's length
+            with safe_open(embeddings, framework="np") as file:
+                held = {_owner(key) for key in sorted(file.keys())}
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{embeddings} is missing, damaged or truncated ({str(error).splitlines()[0]}); "
+                f"expected the text embeddings of {path.name}"
+            ) from None
+        for group, reference in shard.text.items():
+            if reference.startswith(f"{name}#") and group not in held:
+                raise UserError(f'{embeddings} has no embeddings of group "{group}"; expected those of {path.name}')
+    return shard
+
+
+def _table(rows: Sequence[ImageRow], text: str, digest: Any) -> pa.Table:
+    columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
+    for row in rows:
+        if row.image.size != (row.width, row.height):
+            raise ValueError(
+                f"image {row.group_id}/{row.index} is {row.image.size}, its row says {row.width, row.height}"
+            )
+        png = io.BytesIO()
+        row.image.convert("RGB").save(png, "PNG")
+        latent = row.latent.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
+        image_id = f"{row.group_id}/{row.index}"
+        for part in (image_id.encode(), png.getvalue(), latent.tobytes()):
+            digest.update(hashlib.sha256(part).digest())
+        values: dict[str, Any] = {
+            "image_id": image_id,
+            "prompt_id": row.prompt.id,
+            "prompt": row.prompt.text,
+            "record": row.prompt.to_json(),
+            "image": {"bytes": png.getvalue(), "path": None},
+            "latent": latent.tobytes(),
+            "latent_dtype": "float32",
+            "latent_shape": list(latent.shape),
+            "text": text,
+        }
+        for name, column in columns.items():
+            column.append(values[name] if name in values else getattr(row, name))
+    return pa.table(columns, schema=SCHEMA)

@@ -1,0 +1,121 @@
+"""Rewards and judges of the user's own: `module:function`, a plain Python function whose result is checked."""
+
+import hashlib
+import importlib
+import inspect
+import math
+import numbers
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from gdro.errors import UserError, did_you_mean
+from gdro.prompts import Prompt
+from gdro.rewards.base import ImageFailure, Scores
+
+AXES = ("alignment", "coherence", "style")
+
+
+class _UserFunction:
+    """The function a spec names; pickles as its spec, so that worker processes import it themselves."""
+
+    def __init__(self, spec: str, field: str) -> None:
+        self.spec, self.field = spec, field
+        self._function, digest = _load(spec, field)
+        self.name = re.sub(r"[^\w.-]", ".", spec)
+        self.version = digest
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.spec, self.field)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Nothing is known of what the function needs."""
+
+
+class UserReward(_UserFunction):
+    """`function(images, prompts) -> one float an image`; images are PIL, prompts `gdro.prompts.Prompt`.
+
+    Raises UserError if the result has another length and ImageFailure for a value that is no finite number. What the
+    function itself raises passes through.
+    """
+
+    parallel: ClassVar[bool] = False
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        values = _floats(self._function(list(images), list(prompts)), len(images), f'reward "{self.spec}"')
+        return Scores(values, [{} for _ in images])
+
+
+class UserJudge(_UserFunction):
+    """`function(images, prompts) -> {"alignment": ..., "coherence": ..., "style": ...}`, a grade in [1, 5] an image."""
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        result = self._function(list(images), list(prompts))
+        who = f'judge "{self.spec}"'
+        if not isinstance(result, Mapping) or set(result) != set(AXES):
+            found = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
+            raise UserError(f"{who} returned {found}; expected a dictionary with the keys {', '.join(AXES)}")
+        grades = {axis: _floats(result[axis], len(images), f"{who}, {axis}") for axis in AXES}
+        for axis, values in grades.items():
+            for i in np.flatnonzero((values < 1) | (values > 5)):
+                raise ImageFailure(int(i), f"{who}, {axis} returned {values[i]:g}; expected 1 to 5")
+        return grades
+
+
+def _load(spec: str, field: str) -> tuple[Callable[..., Any], str]:
+    """(function, digest of its source file). The current directory is searched too."""
+    module_name, _, function_name = spec.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")) or not function_name.isidentifier():
+        raise UserError(f'{field}: "{spec}" is not module:function; expected e.g. my_rewards:brightness')
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(
+            f'{field}: cannot import "{module_name}" of "{spec}" ({type(error).__name__}: {reason})'
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        what = "nothing" if function is None else f"a {type(function).__name__}"
+        hint = did_you_mean(function_name, functions) if functions else "; expected a function"
+        raise UserError(f'{field}: "{module_name}" has {what} named "{function_name}"{hint}')
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object that can be called: its class's file
+        source = inspect.getsourcefile(type(function)) if type(function).__module__ != "builtins" else None
+    if source is None:
+        raise UserError(f'{field}: "{spec}" has no Python source; expected a function written in Python')
+    return function, hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]
+
+
+def _floats(result: Any, count: int, who: str) -> np.ndarray:
+    """(count,) float64, or UserError / ImageFailure saying what is wrong with it."""
+    if (
+        isinstance(result, str | bytes | Mapping)
+        or not hasattr(result, "__len__")
+        or not hasattr(result, "__getitem__")
+    ):
+        raise UserError(f"{who} returned a {type(result).__name__}; expected a sequence of {count} numbers")
+    if len(result) != count:
+        raise UserError(f"{who} returned {len(result)} values for {count} images; expected one an image")
+    values = np.empty(count, np.float64)
+    for i, value in enumerate(result):
+        if (
+            not isinstance(value, numbers.Real) and getattr(value, "shape", None) == ()
+        ):  # an array's or tensor's element
+            value = value.item()
+        if not isinstance(value, numbers.Real | np.bool_):
+            raise ImageFailure(i, f"{who} returned {value!r} ({type(value).__name__}); expected a number")
+        if not math.isfinite(value):
+            raise ImageFailure(i, f"{who} returned {value}; expected a finite number")
+        values[i] = float(value)
+    return values
