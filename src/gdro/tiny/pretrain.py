@@ -24,13 +24,21 @@ from gdro.tiny.build import TEXT_LENGTH, build_pipeline
 NEIGHBOURS = (-4, -3, -2, -1, 0, 1, 2)  # offsets a T5 token learns to tell; -4 places a letter in its word
 GUIDANCE = (1.0, 6.0)  # the range of guidance the transformer sees; its default, 3.5, inside it
 
+# Shares of signs and of signs with shapes in the transformer's stream, from this scene on. Letters come first; small
+# shapes carry little of the loss and are learnt late, so most of the later scenes are theirs.
+Curriculum = tuple[tuple[int, tuple[float, float]], ...]
+CURRICULUM: Curriculum = ((0, (0.4, 0.2)), (57_344, (0.1, 0.15)))
 
-def scenes(seed: int, purpose: str, start: int, count: int) -> tuple[list[str], Tensor]:
+
+def scenes(
+    seed: int, purpose: str, start: int, count: int, curriculum: Curriculum = CURRICULUM[:1]
+) -> tuple[list[str], Tensor]:
     """Captions and pictures (count, 3, 32, 64) in [-1, 1] of scenes `start` ... of a stream."""
     captions, pictures = [], []
     for i in range(start, start + count):
         rng = numpy_rng(seed, purpose, i)
-        scene = world.random_scene(rng)
+        mixture = [shares for first, shares in curriculum if i >= first][-1]
+        scene = world.random_scene(rng, mixture)
         captions.append(world.caption(scene))
         pictures.append(torch.from_numpy(world.render(scene, rng)))
     return captions, torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -108,7 +116,7 @@ def train_vae(pipe: FluxPipeline, seed: int, steps: int, batch: int = 64) -> Non
 @torch.no_grad()
 def encode_chunk(pipe: FluxPipeline, seed: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Packed latents (count, 32, 64), T5 states (count, 24, 128) and pooled vectors (count, 64) of fresh scenes."""
-    captions, x = scenes(seed, "pretrain-flow", start, count)
+    captions, x = scenes(seed, "pretrain-flow", start, count, CURRICULUM)
     t5_ids, clip_ids = tokenize(pipe, captions)
     latents, states, pooled = [], [], []
     for i in range(0, count, 256):
@@ -236,7 +244,7 @@ def save_pipeline(pipe: FluxPipeline, folder: Path, ema: dict[str, Tensor] | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="working folder; the model lands in OUT/model")
-    parser.add_argument("--images", type=int, default=700_000, help="pictures the transformer is trained on")
+    parser.add_argument("--images", type=int, default=327_680, help="pictures the transformer is trained on")
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=128)

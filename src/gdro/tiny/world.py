@@ -104,12 +104,15 @@ def random_shape_scene(rng: np.random.Generator, tag: str) -> dict[str, Any]:
     return scene
 
 
-def random_scene(rng: np.random.Generator) -> dict[str, Any]:
-    """One scene of the pre-training mixture: 4 in 10 signs, 4 shapes, 2 both; words of the train split only."""
+def random_scene(rng: np.random.Generator, mixture: tuple[float, float] = (0.4, 0.2)) -> dict[str, Any]:
+    """One scene of the pre-training mixture: the shares of signs and of signs with shapes, the rest shapes.
+
+    Words of the train split only.
+    """
     kind = rng.random()
-    if kind < 0.4:
+    if kind < mixture[0]:
         return random_sign_scene(rng, "train", objects=False)
-    if kind < 0.6:
+    if kind < sum(mixture):
         return random_sign_scene(rng, "train", objects=True)
     return random_shape_scene(rng, str(rng.choice(TAGS)))
 
