@@ -1,0 +1,88 @@
+"""A reward's score of every image of a store of groups; shared by the score stage and the evaluation.
+
+Finished files of groups lie in `.<reward>/` until the last is scored; then they are merged into `<reward>.parquet`.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from gdro.groups.shard import Shard, pieces
+from gdro.groups.store import GroupStore
+from gdro.progress import Progress
+from gdro.rewards.base import Reward, Scores
+from gdro.rewards.store import Header, read_header, read_scored, rewards_table, write_rewards
+from gdro.rewards.workers import score_all
+
+
+PER_PROCESS = 128  # images whose scoring pays for starting a process
+
+
+def score_groups(reward: Reward, groups: Path, out: Path, *, workers: int = 0, batch_size: int = 64) -> Path:
+    """Score the store in `groups`, `batch_size` images at once; returns `out/<reward.name>.parquet`.
+
+    `workers` 0 is a process a core, fewer for few images, if the reward may be run so (`parallel`), else one in all.
+
+    A rerun scores what is missing: after an interruption the unfinished files of groups, after an extension the new
+    ones, with another version of the reward everything. Raises UserError if the store is damaged, a prompt does not
+    suit the reward, or an image cannot be scored.
+    """
+    store = GroupStore(groups)
+    reward.check([store.prompt(group) for group in store.group_ids])
+    path, parts = out / f"{reward.name}.parquet", out / f".{reward.name}"
+    header = Header(reward.name, reward.version, store.contents)
+    before = read_header(path) if path.exists() else Header(reward.name, "", {})
+    if before == header:
+        shutil.rmtree(parts, ignore_errors=True)
+        return path
+
+    old_places = {}
+    if before.version == header.version:
+        for place, (name, content) in enumerate(before.contents.items()):
+            if header.contents.get(name) == content:
+                old_places[name] = place
+    left = [s for s in store.shards if s.path.name not in old_places and not _is_done(parts, header, s)]
+    total = sum(store.size(group) for group in store.group_ids)
+    done = total - sum(sum(shard.groups.values()) for shard in left)
+    jobs = [job for shard in left for job in pieces(shard, batch_size)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or (min(cores, total // PER_PROCESS) if reward.parallel else 1)
+
+    unfinished: dict[str, dict[str, tuple[float, dict]]] = {shard.path.name: {} for shard in left}
+    shards = {shard.path.name: shard for shard in left}
+    with Progress(f"score {reward.name}", total, "img", done) as progress:
+        for job, ids, scores in score_all(reward, jobs, batch_size, max(1, min(workers, len(jobs)))):
+            name = job.shard.name
+            unfinished[name] |= zip(ids, zip(scores.values.tolist(), scores.evidence, strict=True), strict=True)
+            progress.advance(len(ids), reward=float(scores.values.mean()))
+            if len(unfinished[name]) == sum(shards[name].groups.values()):
+                _write_part(parts, header, shards[name], unfinished.pop(name))
+
+    def tables() -> Iterator[pa.Table]:
+        for shard in store.shards:
+            name = shard.path.name
+            yield read_scored(path, old_places[name]) if name in old_places else read_scored(parts / name, 0)
+
+    write_rewards(path, header, tables())
+    shutil.rmtree(parts, ignore_errors=True)
+    return path
+
+
+def _is_done(parts: Path, header: Header, shard: Shard) -> bool:
+    part = parts / shard.path.name
+    return part.exists() and read_header(part) == _part_header(header, shard)
+
+
+def _part_header(header: Header, shard: Shard) -> Header:
+    return Header(header.name, header.version, {shard.path.name: shard.content})
+
+
+def _write_part(parts: Path, header: Header, shard: Shard, found: dict[str, tuple[float, dict]]) -> None:
+    ids = [f"{group}/{i}" for group, size in shard.groups.items() for i in range(size)]
+    scores = Scores(np.array([found[i][0] for i in ids]), [found[i][1] for i in ids])
+    one = _part_header(header, shard)
+    write_rewards(parts / shard.path.name, one, [rewards_table(one, ids, scores)])
