@@ -152,13 +152,14 @@ def train(
     """Train an adapter on the store `groups` with the scores in the file `rewards`.
 
     Writes `out`/metrics.jsonl and `out`/checkpoints. `sampling` holds the settings training and generation must share
-    (guidance_scale, max_sequence_length, height, width). `validate(model, step)` returns figures of the model as it is,
-    "corrected" among them. Raises UserError for bad input before any work, and if the loss stops being finite.
+    (guidance_scale, max_sequence_length, height, width). `validate(model, step)` returns figures of the model as it is:
+    "corrected", or without a judge "reward", decides which checkpoint is best. Raises UserError for bad input before any work, and if the loss stops being finite.
     """
     learner, settings = _prepare(config, model, groups, rewards, seed=seed, sampling=sampling)
     folder = out / "checkpoints"
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint, config.max_train_steps)
-    start, memory = 0, {"best": None, "alarm": {"window": [], "on": False}}
+    start = 0
+    memory: dict[str, Any] = {"best": None, "alarm": {}}
     if checkpoint is not None:
         check_settings(checkpoint, settings, MAY_CHANGE)
         _restore(learner, checkpoint)
@@ -184,7 +185,7 @@ def train(
             if validate and (last or step % config.validation_steps == 0):
                 found = _validate(learner, validate, step)
                 log.write(step, found, under="validation")
-                improved = best is None or found["corrected"] > best["corrected"]
+                improved = best is None or _quality(found) > _quality(best)
                 best = {"step": step, **found} if improved else best
             if last or improved or step % config.checkpointing_steps == 0:
                 log.sync()
@@ -384,8 +385,12 @@ def _validate(learner: Learner, validate: Validate, step: int) -> dict[str, floa
         return validate(learner.model, step)
 
 
+def _quality(found: Mapping[str, float]) -> float:
+    return found["corrected"] if "corrected" in found else found["reward"]
+
+
 def _mark_best(config: TrainConfig, folder: Path, best: dict[str, Any] | None) -> None:
     """Name the best checkpoint in best.json, then delete what the limit says."""
     if best is not None:
         write_json(folder / "best.json", best)
-    prune_checkpoints(folder, limit=config.checkpoints_total_limit, best=best and best["step"])
+    prune_checkpoints(folder, limit=config.checkpoints_total_limit, best=best["step"] if best else None)

@@ -95,11 +95,11 @@ class DriftAlarm:
     def update(self, step: int, drift_best: float, error_best: float) -> bool:
         """Take a step's mean d - d_ref and d of the best images; True while the alarm is on."""
         self.window.append((drift_best, error_best - drift_best))
-        excess = sum(drift for drift, _ in self.window) / sum(reference for _, reference in self.window)
-        was, self.on = self.on, len(self.window) == self.WINDOW and excess > self.threshold
+        drift, reference = (sum(values) for values in zip(*self.window, strict=True))
+        was, self.on = self.on, len(self.window) == self.WINDOW and drift > self.threshold * reference
         if self.on and not was:
             print(
-                f"ALARM step {step}: the best images' velocity error is {100 * excess:.1f} % above the reference's "
+                f"ALARM step {step}: the best images' velocity error is {100 * drift / reference:.1f} % above the reference's "
                 f"over {self.WINDOW} steps, so their likelihood falls; raise train.gamma or train.beta",
                 file=sys.stderr,
             )

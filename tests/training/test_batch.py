@@ -1,0 +1,159 @@
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_groups import write_toy
+
+from gdro.errors import UserError
+from gdro.groups.store import GroupStore
+from gdro.training.batch import Batches, Visits
+
+REWARDS = {
+    "distinct": torch.arange(16) / 16,
+    "one good": torch.tensor([0.0] * 15 + [1.0]),
+    "one bad": torch.tensor([1.0] * 15 + [0.0]),
+    "strict": torch.tensor([0.0, 1.0] * 8),
+}
+
+
+def visits(rewards: dict[str, torch.Tensor] = REWARDS, **changes: Any) -> Visits:
+    options: dict[str, Any] = {"k": 6, "subset": "spread", "groups_per_step": 3, "seed": 0, "where": "rewards"}
+    return Visits(rewards, **(options | changes))
+
+
+@pytest.mark.parametrize("subset", ["spread", "random", "extremes"])
+def test_visits_are_k_different_images_best_first(subset: str) -> None:
+    for step in range(1, 60):
+        for visit in visits(subset=subset).at(step):
+            assert len(set(visit.images.tolist())) == 6
+            assert torch.equal(visit.rewards, REWARDS[visit.group].double()[visit.images])
+            assert (visit.rewards.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("k", [2, 6, 15, 16])
+@pytest.mark.parametrize("subset", ["spread", "extremes"])
+def test_spread_and_extremes_always_carry_a_ranking(k: int, subset: str) -> None:
+    assert all(visit.ranked for step in range(1, 60) for visit in visits(k=k, subset=subset).at(step))
+
+
+def test_random_subsets_may_carry_no_ranking() -> None:
+    seen = [
+        v.ranked for step in range(1, 60) for v in visits({"one good": REWARDS["one good"]}, subset="random").at(step)
+    ]
+    assert 0.25 < sum(seen) / len(seen) < 0.5  # 6 / 16
+
+
+def test_spread_takes_one_image_of_each_slice_of_the_ranking() -> None:
+    group = {"distinct": REWARDS["distinct"]}
+    counts: Counter[int] = Counter()
+    for step in range(1, 300):
+        for visit in visits(group, k=4).at(step):
+            ranks = 15 - visit.images  # rewards rise with the index
+            assert (ranks // 4).tolist() == [0, 1, 2, 3]
+            counts.update(visit.images.tolist())
+    assert min(counts[i] for i in range(16)) > 160  # 224 expected each
+
+
+def test_extremes_are_the_best_and_the_worst() -> None:
+    (visit, *_) = visits({"distinct": REWARDS["distinct"]}, k=5, subset="extremes").at(1)
+    assert visit.images.tolist() == [15, 14, 13, 1, 0]
+
+
+def test_k_equal_to_the_group_takes_all_of_it() -> None:
+    for subset in ("spread", "random", "extremes"):
+        (visit, *_) = visits({"distinct": REWARDS["distinct"]}, k=16, subset=subset).at(1)
+        assert visit.images.tolist() == list(range(15, -1, -1))
+
+
+def test_ties_are_broken_anew_at_each_visit() -> None:
+    best = {int(v.images[0]) for step in range(1, 40) for v in visits({"strict": REWARDS["strict"]}, k=16).at(step)}
+    assert best == set(range(1, 16, 2))
+
+
+def test_an_epoch_visits_every_group_once() -> None:
+    shown = visits()
+    order = [visit.group for step in range(1, 9) for visit in shown.at(step)]  # 24 visits = 6 epochs of 4 groups
+    epochs = [order[i : i + 4] for i in range(0, 24, 4)]
+    assert all(sorted(epoch) == sorted(REWARDS) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_draws_depend_on_seed_and_step_alone() -> None:
+    forward, backward = visits(), visits()
+    steps = [[(v.group, v.images.tolist()) for v in forward.at(step)] for step in range(1, 9)]
+    again = [[(v.group, v.images.tolist()) for v in backward.at(step)] for step in range(8, 0, -1)]
+    assert steps == again[::-1]
+    assert steps != [[(v.group, v.images.tolist()) for v in visits(seed=1).at(step)] for step in range(1, 9)]
+
+
+def test_groups_without_spread_are_left_out_and_counted() -> None:
+    shown = visits(REWARDS | {"flat": torch.ones(16), "flat too": torch.zeros(16)})
+    assert shown.excluded == 2
+    assert "flat" not in {visit.group for step in range(1, 20) for visit in shown.at(step)}
+
+
+def test_bad_groups_are_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.k: 17, but group distinct has 16 images; expected at most 16"):
+        visits(k=17)
+    with pytest.raises(UserError, match="rewards: the rewards are equal within each of 1 groups"):
+        visits({"flat": torch.ones(16)})
+
+
+@pytest.fixture
+def store(tmp_path: Path, flux: Any) -> GroupStore:
+    return GroupStore(write_toy(tmp_path, flux)[0])
+
+
+def batches(store: GroupStore, **changes: Any) -> Batches:
+    options: dict[str, Any] = {
+        "timestep": "logit_normal",
+        "timestep_scope": "group",
+        "noise_scope": "group",
+        "memory_bytes": 1e9,
+        "device": torch.device("cpu"),
+        "seed": 0,
+    }
+    return Batches(store, **(options | changes))
+
+
+def toy_visits(store: GroupStore) -> Visits:
+    return visits({group: torch.rand(8) for group in store.group_ids}, k=4)
+
+
+def test_a_batch_holds_each_image_with_its_groups_text(store: GroupStore) -> None:
+    chosen = toy_visits(store).at(1)
+    batch = batches(store).of(chosen)
+    assert batch.x0.shape == (3, 4, 32, 64)
+    for i, visit in enumerate(chosen):
+        assert torch.equal(batch.x0[i], store.latents(visit.group)[visit.images])
+        for name, value in store.text(visit.group).items():
+            assert torch.equal(batch.text[name][4 * i : 4 * i + 4], value.expand(4, *value.shape[1:]))
+
+
+@pytest.mark.parametrize("scope", ["group", "image"])
+def test_scopes_of_t_and_eps(store: GroupStore, scope: str) -> None:
+    batch = batches(store, timestep_scope=scope, noise_scope=scope).of(toy_visits(store).at(1))
+    assert batch.t.shape == (3, 4, 1, 1)
+    assert batch.eps.shape == (3, 4 if scope == "image" else 1, 32, 64)
+    assert len(batch.t.unique()) == (12 if scope == "image" else 3)
+
+
+def test_batches_do_not_depend_on_micro_batches_or_memory(store: GroupStore) -> None:
+    chosen = toy_visits(store).at(3)
+    whole = batches(store).of(chosen)
+    unremembered = batches(store, memory_bytes=0)
+    parts = [unremembered.of([visit]) for visit in chosen]
+    assert not unremembered._memory
+    for name in ("x0", "eps", "t", "rewards", "ranked"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+@pytest.mark.parametrize(("timestep", "mean", "deviation"), [("logit_normal", 0.5, 0.2083), ("uniform", 0.5, 0.2887)])
+def test_distribution_of_t(store: GroupStore, timestep: str, mean: float, deviation: float) -> None:
+    source, shown = batches(store, timestep=timestep, timestep_scope="image"), toy_visits(store)
+    t = torch.cat([source.of(shown.at(step)).t.flatten() for step in range(1, 150)])
+    assert ((t >= 0) & (t < 1)).all()
+    assert float(t.mean()) == pytest.approx(mean, abs=0.02)
+    assert float(t.std()) == pytest.approx(deviation, abs=0.015)
