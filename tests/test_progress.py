@@ -2,29 +2,47 @@
 
 import io
 import time
+from itertools import count
 
 import pytest
 
 from gdro.progress import Progress, duration
 
 
-def test_log_lines_carry_count_rate_time_left_and_values(capsys: pytest.CaptureFixture[str]) -> None:
+def ticking(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Every look at the clock finds it `seconds` later."""
+    clock = count(100.0, seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+
+
+def test_log_lines_carry_count_rate_time_left_and_values(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticking(monkeypatch, 2.0)
     with Progress("train", 20, "step") as progress:
         for _ in range(20):
             progress.advance(loss=0.5)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10  # one per 10 %
-    assert lines[0].startswith("train: 2/20 step (10 %), ")
-    assert "step/s" in lines[0] or "s/step" in lines[0]
-    assert lines[0].endswith("left, loss 0.5")
-    assert lines[-1].startswith("train: 20/20 step (100 %)")
+    assert lines[0] == "train: 2/20 step (10 %), 2.0 s/step, 36 s left, loss 0.5"
+    assert lines[-1] == "train: 20/20 step (100 %), 2.0 s/step, 0 s left, loss 0.5"
+
+
+def test_slow_work_has_a_line_every_ten_seconds_and_fast_work_only_the_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, lines in ((10.0, 20), (0.01, 1)):
+        ticking(monkeypatch, seconds)
+        with Progress("train", 20, "step") as progress:
+            for _ in range(20):
+                progress.advance()
+        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_rate_after_resumption_counts_only_new_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 110.0])  # entered, first advance
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    ticking(monkeypatch, 10.0)
     with Progress("sample", 1000, "img", done=900) as progress:
         progress.advance(20)
     lines = capsys.readouterr().err.splitlines()

@@ -64,7 +64,7 @@ def _dispatch(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise UserError(f'unknown command "{argv[0]}"{did_you_mean(argv[0], commands)}')
     overrides: list[Override] = []
-    if argv and argv[0] in {*STAGES, "run", "demo"}:
+    if argv and argv[0] != "prompts" and argv[0] in commands:
         argv, overrides = _split(argv, commands[argv[0]])
     args = parser.parse_args(argv)
     act: Callable[[argparse.Namespace, list[Override]], None] = args.act
@@ -99,6 +99,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     demo = command("demo", "the main job on the embedded tiny model", _demo)
     demo.add_argument("--out", default=Path("runs/demo"), type=Path, help="the run directory (runs/demo)")
     demo.epilog = dotted
+
+    imports = command("import", "take images and rewards made elsewhere, in place of sample and score", _import)
+    imports.add_argument("folder", type=Path, help="images and metadata.jsonl (file_name, prompt, reward, group)")
+    imports.add_argument("--config", required=True, type=Path, help="YAML with the model and the settings to train with")
+    imports.add_argument("--out", required=True, type=Path, help="the run directory")
+    imports.epilog = dotted
 
     prompts = command("prompts", "write prompts of the tiny world", _prompts)
     prompts.add_argument("spec", nargs="?", help="tiny:TASK:SPLIT:COUNT[:SEED], or the options below")
@@ -157,6 +163,16 @@ def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[s
     from gdro.pipeline import run
 
     print(run(config, out, stages))
+
+
+def _import(args: argparse.Namespace, overrides: list[Override]) -> None:
+    from gdro.config import load_config
+
+    named = [*_checked(overrides, ["config", "out"]), ("sample.prompts", str(args.out / "prompts" / "train.jsonl"))]
+    config = load_config(args.config, named)
+    from gdro.pipeline import import_groups
+
+    print(import_groups(config, args.folder, args.out))
 
 
 def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:

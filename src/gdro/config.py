@@ -13,26 +13,22 @@ from gdro.evaluation.measure import EvaluateConfig
 from gdro.files import write_bytes
 from gdro.stages.sample import SampleConfig
 from gdro.stages.score import ScoreConfig
+from gdro.stages.train import MAY_CHANGE as TRAIN_MAY_CHANGE
 from gdro.stages.train import TrainConfig
 from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 CONFIG = "config.yaml"
 
-# Fields that say how fast or how carefully a result is computed, never which; every other one is fixed once the
-# stage it belongs to has begun.
-MAY_CHANGE = frozenset(
-    {
-        "device",
-        "sample.batch_size",
-        "score.workers",
-        "score.batch_size",
-        "train.checkpointing_steps",
-        "train.checkpoints_total_limit",
-        "train.resume_from_checkpoint",
-        "train.report_to",
-        "evaluate.batch_size",
-    }
-)
+# Fields that say how fast or how long, never what comes out at a given step; every other one is fixed once its stage
+# has begun.
+MAY_CHANGE = TRAIN_MAY_CHANGE | {
+    "device",
+    "sample.batch_size",
+    "sample.prompts_per_shard",
+    "score.workers",
+    "score.batch_size",
+    "evaluate.batch_size",
+}
 # The top-level fields every stage uses are fixed once any stage has begun.
 STAGE_OF_SECTION = {"sample": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
 

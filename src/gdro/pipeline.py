@@ -6,6 +6,7 @@ stopped; a finished one is not done again. One process at a time works in a run 
 
 import fcntl
 import json
+import shutil
 import sys
 import threading
 import time
@@ -210,13 +211,16 @@ class Run:
         return self.config.train.max_train_steps in steps_saved(self.checkpoints)
 
     def _validate(self, model: FlowModel, step: int) -> dict[str, float]:
+        folder = self.out / "validation" / f"step-{step:06d}"
+        for path in set(folder.parent.glob("step-*")) - {folder}:  # the last one's images are kept, to look at
+            shutil.rmtree(path)
         return measure(
             self.config.evaluate,
             model,
             self.prompts["validation"],
             self.reward,
             self.judge,
-            self.out / "validation",
+            folder,
             seed=self.config.seed,
             generation=self.config.sample,
             label=f"validate step {step}",

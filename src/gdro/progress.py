@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 10.0
 LINE_EVERY_SHARE = 0.1
+LINE_AT_MOST_SECONDS = 1.0
 
 
 class Progress:
@@ -47,8 +48,9 @@ class Progress:
             self._bar.update(n)
             return
         now = time.monotonic()
-        due = now - self._line_time >= LINE_EVERY_SECONDS
-        if due or self.done - self._at_line >= LINE_EVERY_SHARE * self.total or self.done >= self.total:
+        waited = now - self._line_time
+        further = self.done - self._at_line >= LINE_EVERY_SHARE * self.total and waited >= LINE_AT_MOST_SECONDS
+        if waited >= LINE_EVERY_SECONDS or further or self.done >= self.total:
             self._line_time, self._at_line = now, self.done
             self._print(self._line(now))
 
