@@ -1,5 +1,7 @@
 """Signs of hacking: damage images and see the sign move, at the tiny size and at 1024 pixels."""
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -32,7 +34,9 @@ def lettered(image: Image.Image, lines: int) -> Image.Image:
     line = image.height // 3
     font = ImageFont.load_default(size=line)
     for i in range(lines):
-        draw.text((0, i * line), "WORDS" * 4, fill="white", font=font, stroke_width=max(1, line // 20), stroke_fill="black")
+        draw.text(
+            (0, i * line), "WORDS" * 4, fill="white", font=font, stroke_width=max(1, line // 20), stroke_fill="black"
+        )
     return image
 
 
@@ -56,7 +60,7 @@ def test_more_lines_of_text_cover_more(size: tuple[int, int]) -> None:
     plain = [Image.new("RGB", size, (160, 120, 90))]
     shares = [image_signs([lettered(i, lines) for i in plain])["text_share"][0] for lines in range(4)]
     assert shares[0] == 0
-    assert all(a < b for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(shares))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -126,4 +130,6 @@ def test_no_verdict_without_change_or_without_certainty_or_in_the_good_direction
 def test_a_sign_absent_from_the_base_is_from_nothing() -> None:
     base, tuned = per_prompt({})
     base["text_share"], tuned["text_share"] = np.zeros(40), np.full(40, 0.5)
-    assert verdict(compare_signs(base, tuned, samples=50, seed=0)) == ["share covered by text rose from nothing (0 to 0.5)"]
+    assert verdict(compare_signs(base, tuned, samples=50, seed=0)) == [
+        "share covered by text rose from nothing (0 to 0.5)"
+    ]

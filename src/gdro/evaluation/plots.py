@@ -82,9 +82,10 @@ def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, st
             drawn = True
             step, value = np.array(points, dtype=np.float64).T
             noisy = len(step) > 20
-            axis.plot(step, value, color=colour, label=None if noisy else label, alpha=0.3 if noisy else 1,
-                      linewidth=0.8 if noisy else 1.6, marker=None if len(step) > 20 else "o", markersize=3)  # fmt: skip
-            if noisy:
+            if not noisy:
+                axis.plot(step, value, color=colour, label=label, marker="o", markersize=3)
+            else:
+                axis.plot(step, value, color=colour, alpha=0.3, linewidth=0.8)
                 axis.plot(step, _running_mean(value, max(5, len(value) // 20)), color=colour, label=label)
         if not drawn:
             return None
@@ -116,7 +117,7 @@ def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
     edges = np.linspace(low, high if high > low else low + 1, 11)
     width = edges[1] - edges[0]
     with matplotlib.rc_context(_STYLE):
-        figure, (axis,) = _figure(4.6, 2.5)
+        figure, (axis,) = _figure(5.6, 2.6)
         for offset, values, colour, label in ((0.28, base, BASE, "base"), (0.72, tuned, TUNED, "tuned")):
             share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
             axis.bar(edges[:-1] + offset * width, share, width=0.4 * width, color=colour, label=label)
@@ -131,7 +132,7 @@ def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
 def prompt_scatter(base: np.ndarray, tuned: np.ndarray) -> str:
     """Mean reward of each prompt (P,) tuned against base; above the diagonal the prompt got better."""
     with matplotlib.rc_context(_STYLE):
-        figure, (axis,) = _figure(4.6, 2.5)
+        figure, (axis,) = _figure(5.6, 2.6)
         both = np.concatenate([base, tuned])
         low, high = float(np.nanmin(both)), float(np.nanmax(both))
         axis.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -154,9 +155,9 @@ def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
     rewards = np.concatenate([reward for reward, _ in pairs.values()])
     low, high = min(0.0, float(rewards.min())), max(1.0, float(rewards.max()))
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(9.4, 2.9, columns=len(pairs))
+        figure, axes = _figure(11.5, 3.1, columns=len(pairs))
         for axis, colour, (name, (reward, quality)) in zip(axes, (BASE, TUNED), pairs.items(), strict=True):
-            axis.hexbin(reward, quality, gridsize=(24, 12), extent=(low, high, 1, 5), mincnt=1, bins="log",
+            axis.hexbin(reward, quality, gridsize=(30, 12), extent=(low, high, 1, 5), mincnt=1, bins="log",
                         cmap=_ramp(colour), linewidths=0)  # fmt: skip
             axis.plot(reward.mean(), quality.mean(), marker="+", color=INK, markersize=13, markeredgewidth=2)
             axis.set_title(f"{name}: mean reward {reward.mean():.3f}, mean quality {quality.mean():.2f}")

@@ -44,10 +44,7 @@ def image_signs(images: Sequence[Image.Image], boxes: Sequence[Any] | None = Non
     rgb = np.stack([np.asarray(i.convert("RGB").reduce(factor) if factor > 1 else i.convert("RGB")) for i in images])
     luma = (rgb.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)) / 255
     histograms = _histograms(rgb)
-    if boxes is None:
-        text = near_strokes(luma)
-    else:
-        text = np.array([box_share(b, width, height) for b in boxes])
+    text = near_strokes(luma) if boxes is None else np.array([box_share(b, width, height) for b in boxes])
     thumbnails = np.stack(
         [np.asarray(i.convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.float64) for i in images]
     )

@@ -85,9 +85,7 @@ def interval(draws: np.ndarray, prompts: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(
-    metrics: Mapping[str, tuple[np.ndarray, np.ndarray]], *, samples: int, seed: int
-) -> dict[str, Comparison]:
+def compare(metrics: Mapping[str, tuple[np.ndarray, np.ndarray]], *, samples: int, seed: int) -> dict[str, Comparison]:
     """Paired comparison of named per-prompt values (base (P,), tuned (P,)) by bootstrap over prompts.
 
     All metrics share the resamples. A prompt with a NaN on either side is left out of that metric.

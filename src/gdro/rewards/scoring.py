@@ -18,7 +18,6 @@ from gdro.rewards.base import Reward, Scores
 from gdro.rewards.store import Header, read_header, read_scored, rewards_table, write_rewards
 from gdro.rewards.workers import score_all
 
-
 PER_PROCESS = 128  # images whose scoring pays for starting a process
 
 

@@ -1,0 +1,70 @@
+"""Which prompts the report shows, and their images as data URIs."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gdro.rng import numpy_rng
+
+SHOWN = 320  # longest side of an embedded image; larger ones are reduced and kept as JPEG
+PIXEL_ART = 160  # images up to this size are embedded as they are (PNG) and enlarged without smoothing
+
+
+def choose_prompts(base: np.ndarray, tuned: np.ndarray, *, seed: int) -> list[tuple[str, list[int]]]:
+    """Titled places of prompts from per-prompt mean rewards (P,): most improved, most worsened, and random ones.
+
+    The random ones are drawn from all prompts before looking at any reward; only they are representative.
+    """
+    gain = tuned - base
+    order = np.argsort(-gain, kind="stable")
+    order = order[np.isfinite(gain[order])]
+    drawn = numpy_rng(seed, "report prompts").permutation(len(gain))[:6]
+    return [
+        ("Drawn at random: the representative ones", [int(i) for i in drawn]),
+        ("The most improved: the best cases", [int(i) for i in order[:3] if gain[i] > 0]),
+        ("The most worsened: the worst cases", [int(i) for i in order[::-1][:3] if gain[i] < 0]),
+    ]
+
+
+def choose_groups(rewards: dict[str, np.ndarray], *, seed: int, count: int = 3) -> list[str]:
+    """`count` group ids at random among those whose rewards differ."""
+    spread = sorted(group for group, values in rewards.items() if np.ptp(values) > 0)
+    return [spread[i] for i in numpy_rng(seed, "report groups").permutation(len(spread))[:count]]
+
+
+def figure(image: Image.Image, reward: float, evidence: dict[str, Any], alt: str) -> dict[str, Any]:
+    """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, recognised `text` (None: none was read)."""
+    image = image.convert("RGB")
+    buffer = io.BytesIO()
+    if is_pixel_art(image):
+        image.save(buffer, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
+        image.save(buffer, format="JPEG", quality=88)
+        kind = "jpeg"
+    text = evidence.get("text")
+    return {
+        "uri": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}",
+        "width": image.width,
+        "height": image.height,
+        "alt": alt,
+        "reward": float(reward) if np.isfinite(reward) else None,
+        "text": text if isinstance(text, str) else None,
+        "mark": "",
+    }
+
+
+def is_pixel_art(image: Image.Image) -> bool:
+    return max(image.size) <= PIXEL_ART
+
+
+def mark_ends(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures by falling reward, the first marked as best and the last as worst."""
+    ordered = sorted(figures, key=lambda f: -f["reward"])
+    ordered[0]["mark"], ordered[-1]["mark"] = "mark", "low"
+    return ordered

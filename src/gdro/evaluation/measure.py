@@ -1,0 +1,159 @@
+"""One measurement of a model on a set of prompts: images, reward, judge axes, image statistics.
+
+Used for the test prompts (base and tuned) and for validation during training.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from gdro.errors import UserError
+from gdro.evaluation.signs import image_signs
+from gdro.evaluation.statistics import AXES, corrected_axes, corrected_score
+from gdro.groups.store import GroupStore
+from gdro.models.base import FlowModel
+from gdro.progress import Progress
+from gdro.prompts import Prompt
+from gdro.rewards.base import ImageFailure, Judge, Reward
+from gdro.rewards.scoring import score_groups
+from gdro.rewards.store import read_header, read_rewards, read_scored
+from gdro.samplers.generate import STARTED, Generation, sample_groups
+
+
+class EvaluateConfig(BaseModel):
+    """Section `evaluate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    prompts: str = Field(
+        min_length=1, description="Held-out prompts: a .txt or .jsonl file, or tiny:TASK:SPLIT:COUNT[:SEED]."
+    )
+    images_per_prompt: int = Field(4, ge=1, description="Images of each prompt, from the same noise for both models.")
+    num_inference_steps: int = Field(28, ge=1, description="Steps of the solver; the rest is as in section sample.")
+    judge: str | None = Field(
+        "tiny", min_length=1, description="A judge's name or module:function; null goes without corrected score."
+    )
+    corrected_axes: list[Literal["alignment", "coherence", "style"]] | None = Field(
+        None, min_length=1, description="Axes of the corrected score; null is all three, without alignment for GenEval."
+    )
+    bootstrap_samples: int = Field(10_000, ge=100, description="Resamples behind the 95 % intervals.")
+    batch_size: int = Field(16, ge=1, description="Images generated at once.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """P prompts x n images, in order; arrays (P, n), the two diversities among `signs` (P, 1); NaN is missing."""
+
+    prompt_ids: list[str]
+    reward: np.ndarray
+    axes: dict[str, np.ndarray]
+    corrected_axes: Sequence[str]
+    signs: dict[str, np.ndarray]
+    text_share_from: Literal["boxes", "strokes"]
+
+    @property
+    def corrected(self) -> np.ndarray:
+        return corrected_score(self.reward, self.axes, self.corrected_axes)
+
+    @property
+    def missing(self) -> int:
+        """Images that a judge was asked about and gave no complete score."""
+        return int(np.isnan(np.sum(list(self.axes.values()), axis=0)).sum())
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """`reward`, `corrected` and the judge's axes."""
+        return {"reward": self.reward, "corrected": self.corrected, **self.axes}
+
+    def means(self) -> dict[str, float]:
+        """Mean of each score and sign over the images that have it; a score nobody has is left out."""
+        values = self.scores() | self.signs
+        return {name: float(np.nanmean(v)) for name, v in values.items() if np.isfinite(v).any()}
+
+
+def measure(
+    config: EvaluateConfig,
+    model: FlowModel,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    judge: Judge | None,
+    folder: Path,
+    *,
+    seed: int,
+    generation: Generation,
+    label: str = "evaluate",
+) -> Measured:
+    """Generate, score and judge images of `prompts` by the model as it is now; resumable, images kept in `folder`.
+
+    The noise depends on (seed, prompt id, image index) only, so any two models are measured on the same seeds.
+    Images that other weights left in `folder` are removed first. Raises UserError for a judge's or
+    reward's wrong output.
+    """
+    _discard_other_weights(folder, model)
+    settings = generation.model_copy(
+        update={
+            "images_per_prompt": config.images_per_prompt,
+            "num_inference_steps": config.num_inference_steps,
+            "batch_size": config.batch_size,
+        }
+    )
+    sample_groups(settings, model, prompts, folder, seed=seed, purpose="evaluation", label=label)
+    store = GroupStore(folder)
+    path = score_groups(reward, folder, folder / "rewards")
+    scores, evidence = read_rewards(path, store), read_evidence(path)
+    axes = {axis: np.full((len(prompts), config.images_per_prompt), np.nan) for axis in AXES}
+    signs: dict[str, list[np.ndarray]] = {}
+    boxed = all("lines" in found for found in evidence.values())
+    with Progress(f"{label}: judge", len(prompts), "prompt") as progress:
+        for place, prompt in enumerate(prompts):
+            images = store.images(prompt.id)
+            if judge is not None:
+                for axis, grades in _judged(judge, images, prompt).items():
+                    axes[axis][place] = grades
+            boxes = [[box for *_, box in evidence[i]["lines"]] for i in store.image_ids(prompt.id)] if boxed else None
+            for name, values in image_signs(images, boxes).items():
+                signs.setdefault(name, []).append(values)
+            progress.advance()
+    return Measured(
+        prompt_ids=[prompt.id for prompt in prompts],
+        reward=np.stack([scores[prompt.id].numpy() for prompt in prompts]),
+        axes=axes,
+        corrected_axes=config.corrected_axes or corrected_axes(reward.name),
+        signs={name: np.stack(values) for name, values in signs.items()},
+        text_share_from="boxes" if boxed else "strokes",
+    )
+
+
+def read_evidence(path: Path) -> dict[str, dict[str, Any]]:
+    """Image id -> what its score in the file of rewards rests on."""
+    evidence: dict[str, dict[str, Any]] = {}
+    for place in range(len(read_header(path).contents)):
+        table = read_scored(path, place)
+        evidence |= zip(table["image_id"].to_pylist(), map(json.loads, table["evidence"].to_pylist()), strict=True)
+    return evidence
+
+
+def _judged(judge: Judge, images: Sequence[Image.Image], prompt: Prompt) -> dict[str, np.ndarray]:
+    """The judge's axes (n,) of one prompt's images; UserError naming the image it failed on."""
+    try:
+        return judge(images, [prompt] * len(images))
+    except ImageFailure as failure:
+        raise UserError(f'judge "{judge.name}": image "{prompt.id}/{failure.index}": {failure.reason}') from None
+
+
+def _discard_other_weights(folder: Path, model: FlowModel) -> None:
+    """Remove what other weights left in `folder`: an evaluation is of the model at hand, and easily made again."""
+    try:
+        begun = json.loads((folder / STARTED).read_text(encoding="utf-8"))["settings"]["weights"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / STARTED} is damaged; remove {folder} to evaluate anew") from None
+    if begun != model.weights:
+        shutil.rmtree(folder)

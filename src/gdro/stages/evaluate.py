@@ -1,0 +1,157 @@
+"""Stage 4: base and tuned on the same held-out prompts and seeds; writes `evaluation.json`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdro.evaluation.measure import EvaluateConfig, Measured, measure
+from gdro.evaluation.signs import compare_signs, verdict
+from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means
+from gdro.files import write_json
+from gdro.models.base import FlowModel
+from gdro.prompts import Prompt
+from gdro.rewards.base import Judge, Reward
+from gdro.samplers.generate import Generation
+
+AXIS_FALL = 0.25  # a judge axis (1 to 5) that falls by more, its interval below zero, counts against the tuned model
+
+
+def evaluate(
+    config: EvaluateConfig,
+    model: FlowModel,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    judge: Judge | None,
+    out: Path,
+    *,
+    seed: int,
+    sample_config: Generation,
+) -> dict[str, Any]:
+    """Measure the adapter in `model` against the model without it; return what `out`/evaluation.json then holds.
+
+    Images go to the stores `out`/evaluation/base and /tuned, where an interrupted evaluation goes on. The two sides
+    share their noise. Means are over images within a prompt, then over prompts; intervals by `statistics.compare`.
+    Raises UserError before any sampling if the reward or the judge cannot use the prompts.
+    """
+    reward.check(prompts)
+    if judge is not None:
+        judge.check(prompts)
+    (out / "evaluation.json").unlink(missing_ok=True)  # an older one's images are about to be replaced
+    sides = {}
+    with model.adapter_disabled():
+        sides["base"] = measure(
+            config, model, prompts, reward, judge, out / "evaluation" / "base",
+            seed=seed, generation=sample_config, label="evaluate base",
+        )  # fmt: skip
+    sides["tuned"] = measure(
+        config, model, prompts, reward, judge, out / "evaluation" / "tuned",
+        seed=seed, generation=sample_config, label="evaluate tuned",
+    )  # fmt: skip
+    evaluation = {
+        "model": model.name,
+        "revision": model.revision,
+        "weights": model.weights,
+        "reward": reward.name,
+        "reward_version": reward.version,
+        "judge": None if judge is None else judge.name,
+        "judge_version": None if judge is None else judge.version,
+        "seed": seed,
+        "images_per_prompt": config.images_per_prompt,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": sample_config.guidance_scale,
+        "scheduler": sample_config.scheduler,
+        "bootstrap_samples": config.bootstrap_samples,
+        **compare_measured(sides["base"], sides["tuned"], samples=config.bootstrap_samples, seed=seed),
+    }
+    write_json(out / "evaluation.json", evaluation)
+    return evaluation
+
+
+def compare_measured(base: Measured, tuned: Measured, *, samples: int, seed: int) -> dict[str, Any]:
+    """Everything of evaluation.json that follows from the two measurements; JSON-able, null for missing values."""
+    results = compare(
+        {name: pair_means(base.scores()[name], tuned.scores()[name]) for name in ("reward", "corrected", *AXES)},
+        samples=samples,
+        seed=seed,
+    )
+    per_prompt = {name: pair_means(base.signs[name], tuned.signs[name]) for name in base.signs}
+    signs = compare_signs(
+        {name: pair[0] for name, pair in per_prompt.items()},
+        {name: pair[1] for name, pair in per_prompt.items()},
+        samples=samples,
+        seed=seed,
+    )
+    same = all(np.array_equal(base.signs[name], tuned.signs[name], equal_nan=True) for name in base.signs)
+    return {
+        "corrected_axes": list(base.corrected_axes),
+        "results": {name: result.to_json() for name, result in results.items()},
+        # r_mean (u_mean - 3) + 0.2, as papers that publish only means have it; `results` averages the images' own
+        "corrected_of_means": {"base": _of_means(base), "tuned": _of_means(tuned)},
+        "signs": signs,
+        "text_share_from": base.text_share_from,
+        "verdict": judge_verdict(results, verdict(signs), same_images=same),
+        "missing": {"base": base.missing, "tuned": tuned.missing},
+        "prompt_ids": base.prompt_ids,
+        "base": {name: _json(values) for name, values in (base.scores() | base.signs).items()},
+        "tuned": {name: _json(values) for name, values in (tuned.scores() | tuned.signs).items()},
+    }
+
+
+def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, same_images: bool) -> dict[str, Any]:
+    """`outcome` (improved, hacked, suspect, damaged, unchanged), a `headline`, and the `lines` it rests on.
+
+    *hacked*: the reward rose while the judge saw the pictures get worse. *suspect*: only image statistics moved.
+    Worse means the corrected score's interval below zero, or an axis that fell by more than AXIS_FALL likewise.
+    """
+    worse = []
+    for name in ("corrected", *AXES):
+        result = results[name]
+        if result.ci95[1] < 0 and (name == "corrected" or result.gain < -AXIS_FALL):
+            words = "corrected score" if name == "corrected" else f"judged {name}"
+            worse.append(f"{words} fell by {-result.gain:.3f} ({result.base:.3f} to {result.tuned:.3f})")
+    rose = results["reward"].ci95[0] > 0
+    if same_images:
+        outcome, headline = "unchanged", "The adapter changes no image: it has not been trained, or is not active."
+    elif worse:
+        outcome = "hacked" if rose else "damaged"
+        headline = (
+            "It hacked the reward: the reward rose while the pictures got worse."
+            if rose
+            else "The pictures got worse, and the reward did not rise."
+        )
+    elif signs:
+        outcome = "suspect"
+        headline = (
+            "The reward rose and the judge saw no loss, but the pictures changed in ways worth a look."
+            if rose
+            else "The reward did not rise, and the pictures changed in ways worth a look."
+        )
+    elif rose:
+        outcome, headline = "improved", "It got better without hacking: the reward rose and the pictures held."
+    else:
+        outcome, headline = "unchanged", "No certain change of the reward, and the pictures held."
+    return {"outcome": outcome, "headline": headline, "lines": [*worse, *signs]}
+
+
+def summary_section(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of summary.json that an evaluation answers: `reward`, `corrected`, `judge`."""
+    results = evaluation["results"]
+    return {
+        "reward": results["reward"],
+        "corrected": results["corrected"],
+        "judge": {side: {axis: results[axis][side] for axis in AXES} for side in ("base", "tuned")},
+    }
+
+
+def _of_means(measured: Measured) -> float | None:
+    values = [measured.axes[axis] for axis in measured.corrected_axes]
+    if not all(np.isfinite(v).any() for v in values):
+        return None
+    quality = np.mean([np.nanmean(v) for v in values])
+    return float(measured.reward.mean() * (quality - 3) + 0.2)
+
+
+def _json(values: np.ndarray) -> list[list[float | None]]:
+    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]

@@ -1,0 +1,227 @@
+"""Stage 5: one self-contained HTML page of a run, from whatever files the run has so far."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from gdro.errors import UserError
+from gdro.evaluation import plots
+from gdro.evaluation.gallery import choose_groups, choose_prompts, figure, is_pixel_art, mark_ends
+from gdro.evaluation.measure import read_evidence
+from gdro.evaluation.signs import THRESHOLDS
+from gdro.evaluation.statistics import AXES
+from gdro.files import write_bytes
+from gdro.groups.store import GroupStore
+from gdro.progress import duration
+from gdro.rewards.ocr import target_text
+from gdro.rewards.store import read_rewards
+
+SIDES = ("base", "tuned")
+OCR = ("ocr", "ocr_strict")  # rewards whose prompts name a target
+CURVES: dict[str, dict[str, str]] = {
+    "Loss": {"loss": "total", "loss_gdro": "ranking"},
+    "Velocity error of the best image (top-1 regulariser)": {"loss_top1": "top-1"},
+    "Drift d − d_ref: below 0 is likelier than under the base": {
+        "drift_best": "best image",
+        "drift_worst": "worst image",
+    },
+    "Entropy of the policy's ranking p against the target's q": {"entropy_p": "p (policy)", "entropy_q": "q (target)"},
+    "Spread of the implicit rewards s": {"spread_s": "s"},
+    "Gradient norm before clipping": {"grad_norm": "norm"},
+}
+VALIDATION_CURVES: dict[str, dict[str, str]] = {
+    "Validation: reward and corrected score": {"reward": "reward", "corrected": "corrected"},
+    "Validation: judge axes": {"alignment": "alignment", "coherence": "coherence", "style": "style"},
+}
+
+
+def report(run_dir: Path) -> Path:
+    """Write `run_dir`/report.html and return its path.
+
+    Parts whose files are missing become a note; files that are there and damaged raise UserError.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"report: {run_dir} is not a folder; expected the folder of a run")
+    evaluation = _read_json(run_dir / "evaluation.json")
+    config = _text(run_dir / "config.yaml")
+    seconds = _read_json(run_dir / "seconds.json")
+    page: dict[str, Any] = {
+        "evaluation": evaluation,
+        "config": config,
+        "cost": _cost(seconds) if seconds else None,
+        "groups": _training_groups(run_dir, evaluation),
+        "sign_words": {name: threshold[0] for name, threshold in THRESHOLDS.items()},
+        "axes": AXES,
+        **_title(run_dir, evaluation),
+        **_training(run_dir / "metrics.jsonl"),
+        **(_compared(run_dir, evaluation) if evaluation else {}),
+    }
+    page["sections"] = [
+        (anchor, words)
+        for anchor, words, there in (
+            ("training", "Training", True),
+            ("reward", "Reward and quality", evaluation),
+            ("signs", "Signs of hacking", evaluation),
+            ("images", "Images", evaluation),
+            ("groups", "Training groups", page["groups"]),
+            ("configuration", "Configuration", config),
+        )
+        if there
+    ]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("gdro.evaluation") / "report.html").read_text(encoding="utf-8"))
+    path = run_dir / "report.html"
+    write_bytes(path, template.render(page).encode())
+    return path
+
+
+def _title(run_dir: Path, evaluation: Mapping[str, Any] | None) -> dict[str, str]:
+    if evaluation is None:
+        return {"title": f"gdro: {run_dir.resolve().name}", "subtitle": "A run in progress."}
+    return {
+        "title": f"{evaluation['model']} tuned on {evaluation['reward']}",
+        "subtitle": f"Run {run_dir.resolve().name}, seed {evaluation['seed']}: "
+        f"{evaluation['num_inference_steps']} steps of {evaluation['scheduler']}, "
+        f"guidance {evaluation['guidance_scale']:g}, weights {evaluation['weights']}.",
+    }
+
+
+def _cost(seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Wall seconds of each stage as shares of a bar; the stages' own sum is the total."""
+    stages = {name: value for name, value in seconds.items() if name != "total"}
+    shades = np.linspace(1, 0.3, max(1, len(stages))).round(2)
+    parts = [
+        {"name": name, "seconds": round(value, 3), "shown": duration(value), "opacity": shade}
+        for (name, value), shade in zip(stages.items(), shades, strict=True)
+    ]
+    return {"total": duration(sum(stages.values())), "parts": parts}
+
+
+def _training(path: Path) -> dict[str, Any]:
+    rows: dict[int, dict[str, Any]] = {}
+    validations: dict[int, dict[str, Any]] = {}
+    lines = (_text(path) or "").split("\n")[:-1]  # what follows the last newline was cut short by a kill
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}:{number} is not an object with "step"; expected one JSON object a line') from None
+        if "validation" in row:
+            validations[step] = {"step": step, **row["validation"]}
+        else:
+            rows[step] = row  # a resumed run repeats the steps after its checkpoint
+    svgs = [plots.curves(name, list(rows.values()), fields) for name, fields in CURVES.items()]
+    svgs += [plots.curves(name, list(validations.values()), fields) for name, fields in VALIDATION_CURVES.items()]
+    note = f"{len(rows)} steps."
+    if rows and "images_per_second" in (last := rows[max(rows)]):
+        note = f"{len(rows)} steps, {last['images_per_second']:.3g} images/s at the last one."
+    return {"curves": [Markup(svg) for svg in svgs if svg is not None], "training_note": note}
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The store of one side of the evaluation, with what the reward recognised in its images."""
+
+    name: str
+    store: GroupStore
+    evidence: dict[str, dict[str, Any]]  # image id -> evidence
+
+
+def _compared(run_dir: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    arrays = {side: {k: np.array(v, dtype=np.float64) for k, v in evaluation[side].items()} for side in SIDES}
+    base, tuned = (arrays[side]["reward"] for side in SIDES)
+    means = base.mean(axis=1), tuned.mean(axis=1)
+    axes = evaluation["corrected_axes"]
+    quality = {side: np.mean([arrays[side][axis] for axis in axes], axis=0) for side in SIDES}
+    quality_plot = plots.reward_against_quality(
+        {side: (arrays[side]["reward"].ravel(), quality[side].ravel()) for side in SIDES}
+    )
+    sides = []
+    for name in SIDES:
+        folder = run_dir / "evaluation" / name
+        if folder.is_dir():
+            evidence = read_evidence(folder / "rewards" / f"{evaluation['reward']}.parquet")
+            sides.append(_Side(name, GroupStore(folder), evidence))
+    galleries: list[dict[str, Any]] = []
+    for title, places in choose_prompts(*means, seed=evaluation["seed"]) if len(sides) == 2 else []:
+        prompts = [_prompt_card(sides, evaluation["prompt_ids"][i], evaluation["reward"], arrays, i) for i in places]
+        if prompts:
+            galleries.append({"title": title, "prompts": prompts})
+    figures = [f for g in galleries for p in g["prompts"] for s in p["sides"] for f in s["images"]]
+    return {
+        "better": int(np.sum(means[1] > means[0])),
+        "worse": int(np.sum(means[1] < means[0])),
+        "reward_plots": [Markup(plots.reward_histogram(base, tuned)), Markup(plots.prompt_scatter(*means))],
+        "quality_plot": None if quality_plot is None else Markup(quality_plot),
+        "galleries": galleries,
+        "recognised": any(f["text"] is not None for f in figures),
+        "pixels": any("image/png" in f["uri"][:16] for f in figures),
+        "selection_note": "Most improved and most worsened go by the mean reward of the prompt's images."
+        if galleries
+        else "The images of this evaluation are not in the run's folder.",
+    }
+
+
+def _prompt_card(sides: list[_Side], group: str, reward: str, arrays: Mapping[str, Any], place: int) -> dict[str, Any]:
+    prompt = sides[0].store.prompt(group)
+    shown = []
+    for side in sides:
+        rewards = arrays[side.name]["reward"][place]
+        figures = []
+        for image_id, image, value in zip(side.store.image_ids(group), side.store.images(group), rewards, strict=True):
+            evidence = side.evidence.get(image_id, {})
+            figures.append(figure(image, value, evidence, f"{side.name}: {prompt.text}"))
+        shown.append({"name": side.name, "reward": float(rewards.mean()), "images": figures})
+    target = target_text(prompt.text) if reward in OCR else None
+    return {"text": prompt.text, "target": target, "sides": shown}
+
+
+def _training_groups(run_dir: Path, evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Cards of a few training groups, images by falling reward; empty until a reward is scored."""
+    scored = sorted((run_dir / "rewards").glob("*.parquet"))
+    if evaluation is not None:
+        scored = [path for path in scored if path.stem == evaluation["reward"]] or scored
+    if not scored or not (run_dir / "groups").is_dir():
+        return []
+    store = GroupStore(run_dir / "groups")
+    rewards = {group: values.numpy() for group, values in read_rewards(scored[0], store).items()}
+    evidence = read_evidence(scored[0])
+    cards = []
+    for group in choose_groups(rewards, seed=0 if evaluation is None else evaluation["seed"]):
+        prompt, images = store.prompt(group), store.images(group)
+        figures = [
+            figure(image, reward, evidence.get(image_id, {}), prompt.text)
+            for image_id, image, reward in zip(store.image_ids(group), images, rewards[group], strict=True)
+        ]
+        low, high = float(rewards[group].min()), float(rewards[group].max())
+        pixels = is_pixel_art(images[0])
+        cards.append({"text": prompt.text, "low": low, "high": high, "pixels": pixels, "images": mark_ends(figures)})
+    return cards
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); expected the file that gdro wrote") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; expected an object")
+    return value

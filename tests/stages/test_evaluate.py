@@ -1,0 +1,198 @@
+"""Evaluation end to end on a very small real FLUX: base against tuned on the same seeds, files, resumption, verdict."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gdro.errors import UserError
+from gdro.evaluation.measure import EvaluateConfig, Measured, measure
+from gdro.evaluation.signs import THRESHOLDS
+from gdro.groups.store import GroupStore
+from gdro.prompts import Prompt
+from gdro.rewards.base import ImageFailure, Scores
+from gdro.samplers.generate import Generation
+from gdro.stages.evaluate import compare_measured, evaluate, summary_section
+
+GENERATION = Generation(num_inference_steps=2, max_sequence_length=16, height=32, width=64)
+CONFIG = EvaluateConfig(
+    prompts="unused", images_per_prompt=2, num_inference_steps=2, bootstrap_samples=200, batch_size=3
+)
+PROMPTS = [Prompt("a", 'a sign "A"'), Prompt("b", 'a sign "B"'), Prompt("c", 'a sign "B"')]
+
+
+class Redness:
+    """A trivial reward: the mean of the red channel."""
+
+    name, version, parallel = "redness", "1", False
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        if any("bad" in prompt.id for prompt in prompts):
+            raise UserError("reward redness: bad prompt")
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        values = np.array([np.asarray(image.convert("RGB"))[..., 0].mean() / 255 for image in images])
+        return Scores(values, [{} for _ in images])
+
+
+class Greenness:
+    """A trivial judge: all axes grow with the green channel."""
+
+    name, version = "greenness", "1"
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        green = np.array([np.asarray(image.convert("RGB"))[..., 1].mean() / 255 for image in images])
+        return dict.fromkeys(("alignment", "coherence", "style"), 1 + 4 * green)
+
+
+def adapted(model: Any, seed: int = 0) -> Any:
+    """The model with an adapter that changes its velocity."""
+    model.add_adapter(rank=2, alpha=4, targets="attention", seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: torch.randn(p.shape, generator=generator) for name, p in model.adapter().items()}
+    model.load_adapter_state(state)
+    return model
+
+
+def run(model: Any, out: Path, **changes: Any) -> dict[str, Any]:
+    arguments = {"prompts": PROMPTS, "reward": Redness(), "judge": Greenness(), **changes}
+    return evaluate(CONFIG, model, arguments.pop("prompts"), arguments.pop("reward"), arguments.pop("judge"), out,
+                    seed=3, sample_config=GENERATION, **arguments)  # fmt: skip
+
+
+def test_base_and_tuned_share_seeds_and_everything_is_written(flux: Any, tmp_path: Path) -> None:
+    model = adapted(flux)
+    evaluation = run(model, tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+    assert evaluation["prompt_ids"] == ["a", "b", "c"]
+    stores = {side: GroupStore(tmp_path / "evaluation" / side) for side in ("base", "tuned")}
+    for side, store in stores.items():
+        for p, prompt in enumerate(PROMPTS):
+            pixels = [np.asarray(image, dtype=np.float64) / 255 for image in store.images(prompt.id)]
+            reward = np.array([image[..., 0].mean() for image in pixels])
+            quality = np.array([1 + 4 * image[..., 1].mean() for image in pixels])
+            np.testing.assert_allclose(evaluation[side]["reward"][p], reward)
+            np.testing.assert_allclose(evaluation[side]["corrected"][p], reward * (quality - 3) + 0.2)
+    base, tuned = (np.array(evaluation[side]["reward"]) for side in ("base", "tuned"))
+    assert not np.array_equal(base, tuned)
+    result = evaluation["results"]["reward"]
+    assert result["gain"] == pytest.approx((tuned - base).mean())
+    assert result["ci95"][0] <= result["gain"] <= result["ci95"][1]
+
+    # the adapter switched off and on again is the same model: base images are the untuned model's own
+    flux_base = tmp_path / "again"
+    with model.adapter_disabled():
+        again = measure(CONFIG, model, PROMPTS, Redness(), None, flux_base, seed=3, generation=GENERATION)
+    np.testing.assert_array_equal(again.reward, base)
+
+
+def test_summary_section_has_the_promised_keys(flux: Any, tmp_path: Path) -> None:
+    summary = summary_section(run(adapted(flux), tmp_path))
+    for name in ("reward", "corrected"):
+        assert set(summary[name]) == {"base", "tuned", "gain", "ci95"}
+        assert len(summary[name]["ci95"]) == 2
+    assert {side: set(axes) for side, axes in summary["judge"].items()} == {
+        "base": {"alignment", "coherence", "style"},
+        "tuned": {"alignment", "coherence", "style"},
+    }
+
+
+def test_a_rerun_goes_on_and_other_weights_start_over(flux: Any, tmp_path: Path) -> None:
+    first = run(adapted(flux), tmp_path)
+    files = [next((tmp_path / "evaluation" / side).glob("groups-*.parquet")) for side in ("base", "tuned")]
+    written = [path.stat().st_mtime_ns for path in files]
+    assert run(flux, tmp_path) == first
+    assert [path.stat().st_mtime_ns for path in files] == written
+    flux.load_adapter_state({name: -2 * p.detach() for name, p in flux.adapter().items()})
+    second = run(flux, tmp_path)
+    assert second["base"] == first["base"]
+    assert second["tuned"]["reward"] != first["tuned"]["reward"]
+    assert files[0].stat().st_mtime_ns == written[0]
+
+
+def test_an_adapter_that_changes_nothing_is_said_to(flux: Any, tmp_path: Path) -> None:
+    """A fresh LoRA has B = 0."""
+    flux.add_adapter(rank=2, alpha=4, targets="attention", seed=0)
+    evaluation = run(flux, tmp_path)
+    assert evaluation["results"]["reward"]["gain"] == 0
+    assert evaluation["verdict"]["outcome"] == "unchanged"
+    assert "changes no image" in evaluation["verdict"]["headline"]
+
+
+def test_without_a_judge_there_is_no_corrected_score(flux: Any, tmp_path: Path) -> None:
+    evaluation = run(adapted(flux), tmp_path, judge=None)
+    assert evaluation["results"]["corrected"] == {"base": None, "tuned": None, "gain": None, "ci95": [None, None]}
+    assert evaluation["corrected_of_means"] == {"base": None, "tuned": None}
+    assert evaluation["missing"] == {"base": 6, "tuned": 6}
+
+
+def test_bad_prompts_are_refused_before_sampling(flux: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="bad prompt"):
+        run(adapted(flux), tmp_path, prompts=[Prompt("bad", "x")])
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_failing_judge_names_the_image(flux: Any, tmp_path: Path) -> None:
+    class Failing(Greenness):
+        def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+            raise ImageFailure(1, "returned nan")
+
+    with pytest.raises(UserError, match='judge "greenness": image "a/1": returned nan'):
+        run(adapted(flux), tmp_path, judge=Failing())
+
+
+def measured(reward: float, quality: float, edges: float = 0.5) -> Measured:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.01, (20, 4))
+    signs = dict.fromkeys(THRESHOLDS, 0.5 + noise) | {"edge_density": edges + noise}
+    axes = dict.fromkeys(("alignment", "coherence", "style"), quality + noise)
+    return Measured(
+        prompt_ids=[str(i) for i in range(20)],
+        reward=reward + noise,
+        axes=axes,
+        corrected_axes=["alignment", "coherence", "style"],
+        signs=signs,
+        text_share_from="strokes",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tuned", "outcome", "line"),
+    [
+        (measured(0.8, 4.0), "improved", None),
+        (measured(0.8, 3.2), "hacked", "corrected score fell"),
+        (measured(0.8, 3.6, edges=0.2), "hacked", "edge density fell 60 %"),
+        (measured(0.8, 4.0, edges=0.2), "suspect", "edge density fell 60 %"),
+        (measured(0.4, 3.2), "damaged", "judged coherence fell by 0.800"),
+        (measured(0.5, 4.0 + 1e-9), "unchanged", None),
+    ],
+)
+def test_verdict(tuned: Measured, outcome: str, line: str | None) -> None:
+    found = compare_measured(measured(0.5, 4.0 + 1e-9, edges=0.5 + 1e-9), tuned, samples=200, seed=0)["verdict"]
+    assert found["outcome"] == outcome
+    assert (line is None and found["lines"] == []) or any(line in each for each in found["lines"])
+
+
+def test_corrected_of_means_is_the_formula_on_means() -> None:
+    """r_mean (u_mean - 3) + 0.2 differs from the mean of r (u - 3) + 0.2 by the covariance of r and u."""
+    one = measured(0.5, 4.0)
+    found = compare_measured(one, one, samples=100, seed=0)
+    covariance = np.mean((one.reward - one.reward.mean()) * (one.axes["style"] - one.axes["style"].mean()))
+    assert found["results"]["corrected"]["base"] == pytest.approx(found["corrected_of_means"]["base"] + covariance)
+
+
+def test_missing_judge_scores_leave_their_pairs_out() -> None:
+    base, tuned = measured(0.5, 4.0), measured(0.6, 4.0)
+    tuned.axes["style"] = np.where(np.arange(80).reshape(20, 4) < 2, np.nan, tuned.axes["style"])
+    found = compare_measured(base, tuned, samples=100, seed=0)
+    assert found["missing"] == {"base": 0, "tuned": 2}
+    assert found["results"]["style"]["gain"] == pytest.approx(0, abs=1e-12)
+    assert found["results"]["reward"]["gain"] == pytest.approx(0.1)
