@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from gdro.errors import UserError
-from gdro.files import fingerprint, write_json
+from gdro.files import fingerprint
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
 from gdro.objectives.forward.gdro import (
@@ -37,6 +37,7 @@ from gdro.training.checkpoint import (
     check_settings,
     find_checkpoint,
     load_optimizer,
+    mark_best,
     optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
@@ -153,7 +154,8 @@ def train(
 
     Writes `out`/metrics.jsonl and `out`/checkpoints. `sampling` holds the settings training and generation must share
     (guidance_scale, max_sequence_length, height, width). `validate(model, step)` returns figures of the model as it is:
-    "corrected", or without a judge "reward", decides which checkpoint is best. Raises UserError for bad input before any work, and if the loss stops being finite.
+    "corrected", or without a judge "reward", decides which checkpoint is best. Raises UserError for bad input before
+    any work, and if the loss stops being finite.
     """
     learner, settings = _prepare(config, model, groups, rewards, seed=seed, sampling=sampling)
     folder = out / "checkpoints"
@@ -164,10 +166,11 @@ def train(
         check_settings(checkpoint, settings, MAY_CHANGE)
         _restore(learner, checkpoint)
         start, memory = checkpoint.step, checkpoint.memory
-    sweep(folder)
     alarm, best = DriftAlarm(config.alarm_drift, **memory["alarm"]), memory["best"]
     validate = validate if config.validation_steps else None
     images = config.groups_per_step * config.k
+    sweep(folder)
+    mark_best(folder, best)
 
     log = MetricsLog(out / "metrics.jsonl", resumed=start if checkpoint else None, report_to=config.report_to)
     with log, Progress("train", config.max_train_steps, "step", done=start) as progress:
@@ -175,11 +178,13 @@ def train(
             log.write(0, _validate(learner, validate, 0), under="validation")
         for step in range(start + 1, config.max_train_steps + 1):
             began = time.perf_counter()
-            figures = train_step(learner, step, check=step == start + 1)
+            figures = train_step(learner, step)
             ringing = alarm.update(step, figures["drift_best"], figures["loss_top1"])
             seconds = time.perf_counter() - began
             speed = {"images_per_second": images / seconds, "seconds": seconds, "alarm": ringing}
             log.write(step, figures | {"lr": config.learning_rate} | speed)
+            if step == start + 1:
+                check_reference(learner, step, figures["loss_gdro"])
 
             last, improved = step == config.max_train_steps, False
             if validate and (last or step % config.validation_steps == 0):
@@ -189,6 +194,7 @@ def train(
                 best = {"step": step, **found} if improved else best
             if last or improved or step % config.checkpointing_steps == 0:
                 log.sync()
+                mark_best(folder, best)
                 save_checkpoint(
                     folder,
                     step,
@@ -198,16 +204,14 @@ def train(
                     settings=settings,
                     memory={"best": best, "alarm": {"window": list(alarm.window), "on": alarm.on}},
                 )
-                _mark_best(config, folder, best)
+                prune_checkpoints(folder, limit=config.checkpoints_total_limit, best=best["step"] if best else None)
             progress.advance(1, loss=figures["loss"], drift_best=figures["drift_best"])
-    _mark_best(config, folder, best)
 
 
-def train_step(learner: Learner, step: int, *, check: bool = False) -> dict[str, float]:
+def train_step(learner: Learner, step: int) -> dict[str, float]:
     """One update of the adapter and its EMA; the step's figures, means over the groups that carry a ranking.
 
-    Raises UserError, before anything is changed, if the loss or gradient is not finite. With `check`, verifies after
-    the update that policy and reference are two models (`_check_reference`).
+    Raises UserError, before anything is changed, if the loss or gradient is not finite.
     """
     config = learner.config
     visits = learner.visits.at(step)
@@ -231,10 +235,6 @@ def train_step(learner: Learner, step: int, *, check: bool = False) -> dict[str,
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     learner.ema.update(learner.parameters, ema_decay(step, warmup=config.ema_warmup, decay=config.ema_decay))
-    if check:
-        _check_reference(
-            learner, visits[:size], means["loss_gdro"] if step == 1 and any(v.ranked for v in visits) else None
-        )
     return {"loss": loss, **means}
 
 
@@ -272,18 +272,18 @@ def _errors(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
     return d_ref, error()
 
 
-def _check_reference(learner: Learner, visits: Sequence[Visit], first_loss: float | None) -> None:
-    """Raise RuntimeError unless the update moved the policy and left the reference where it was.
+def check_reference(learner: Learner, step: int, loss: float) -> None:
+    """Raise RuntimeError unless the update of `step` left policy and reference two models, the reference unmoved.
 
-    A model compiled or patched wrongly can return adapted outputs while its adapter is disabled. `first_loss`, the
-    ranking loss at step 1, must be that of policy = reference.
+    A model compiled or patched wrongly can return adapted outputs while its adapter is disabled. At step 1 the ranking
+    loss must have been that of policy = reference.
     """
-    config = learner.config
+    config, visits = learner.config, learner.visits.at(step)
     expected = start_loss(config.objective, config.k)
-    if first_loss is not None and abs(first_loss - expected) > 1e-3:
-        raise RuntimeError(f"the loss at step 1 is {first_loss}, not {expected}: policy and reference differ at start")
+    if step == 1 and any(visit.ranked for visit in visits) and abs(loss - expected) > 1e-3:
+        raise RuntimeError(f"the loss at step 1 is {loss}, not {expected}: policy and reference differ at the start")
     with torch.no_grad():
-        batch = learner.batches.of(visits)
+        batch = learner.batches.of(visits[:1])
         d_ref, d = _errors(learner, batch)
         own = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
         learner.model.load_adapter_state({name: 2 * value for name, value in own.items()})
@@ -293,7 +293,7 @@ def _check_reference(learner: Learner, visits: Sequence[Visit], first_loss: floa
             learner.model.load_adapter_state(own)
     gap = (d - d_ref).abs().max()
     if gap == 0:
-        raise RuntimeError("after the first update the policy equals the reference: the adapter has no effect")
+        raise RuntimeError("after an update the policy equals the reference: the adapter has no effect")
     if (d_ref_again - d_ref).abs().max() > 0.1 * gap:
         raise RuntimeError("the reference moves with the adapter: disabling the adapter has no effect")
 
@@ -387,10 +387,3 @@ def _validate(learner: Learner, validate: Validate, step: int) -> dict[str, floa
 
 def _quality(found: Mapping[str, float]) -> float:
     return found["corrected"] if "corrected" in found else found["reward"]
-
-
-def _mark_best(config: TrainConfig, folder: Path, best: dict[str, Any] | None) -> None:
-    """Name the best checkpoint in best.json, then delete what the limit says."""
-    if best is not None:
-        write_json(folder / "best.json", best)
-    prune_checkpoints(folder, limit=config.checkpoints_total_limit, best=best["step"] if best else None)

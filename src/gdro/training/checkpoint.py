@@ -56,12 +56,15 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     memory: Mapping[str, Any],
 ) -> Path:
-    """Write everything to a hidden folder, sync it, rename it to its name."""
+    """Write everything to a hidden folder, sync it, rename it to its name.
+
+    Raises UserError if the system refuses (full disk); the checkpoints that were there stay.
+    """
     path = checkpoint_path(folder, step)
     tmp = folder / f".{path.name}.tmp"
-    discard(tmp)
-    tmp.mkdir(parents=True)
     try:
+        discard(tmp)
+        tmp.mkdir(parents=True)
         digests = {}
         for name, tensors in zip(TENSORS, (adapter, ema, optimizer), strict=True):
             data = safetensors.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
@@ -72,9 +75,10 @@ def save_checkpoint(
         discard(path)
         os.rename(tmp, path)
         _sync(folder)
-    except BaseException:
-        discard(tmp)
-        raise
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return path
 
 
@@ -125,6 +129,17 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], free: fr
                 f"{field}: {new!r}, but {checkpoint.path} was made with {old!r}; "
                 "to resume keep it, for another value take a new output folder"
             )
+
+
+def mark_best(folder: Path, best: Mapping[str, Any] | None) -> None:
+    """Name the best checkpoint ("step") and its validation in best.json, or remove that file if none is.
+
+    Called before the checkpoint itself is written, so that a finished run never lacks it.
+    """
+    if best is None:
+        (folder / "best.json").unlink(missing_ok=True)
+    else:
+        write_json(folder / "best.json", best)
 
 
 def prune_checkpoints(folder: Path, *, limit: int | None, best: int | None) -> None:

@@ -54,8 +54,11 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Any], under: str | None = None) -> None:
         """Append {"step", **values}, or {"step", under: {...}}."""
         row = {"step": step, **({under: dict(values)} if under else values)}
-        self._file.write((json.dumps(row) + "\n").encode())
-        self._file.flush()
+        try:
+            self._file.write((json.dumps(row) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name} could not be written: {error.strerror}") from error
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{under or 'train'}/{name}", float(value), step)
@@ -99,8 +102,9 @@ class DriftAlarm:
         was, self.on = self.on, len(self.window) == self.WINDOW and drift > self.threshold * reference
         if self.on and not was:
             print(
-                f"ALARM step {step}: the best images' velocity error is {100 * drift / reference:.1f} % above the reference's "
-                f"over {self.WINDOW} steps, so their likelihood falls; raise train.gamma or train.beta",
+                f"ALARM step {step}: over {self.WINDOW} steps the velocity error of the best images is "
+                f"{100 * drift / reference:.1f} % above the reference's, so their likelihood falls; "
+                "raise train.gamma or train.beta",
                 file=sys.stderr,
             )
         elif was and not self.on:
