@@ -90,7 +90,9 @@ class GroupWriter:
         names = [field.name for field in SCHEMA if pa.types.is_string(field.type)]
         with (
             atomic_path(self.folder / _groups_name(i)) as tmp,
-            pq.ParquetWriter(tmp, schema, use_dictionary=names, write_page_checksum=True) as writer,
+            pq.ParquetWriter(
+                tmp, schema, use_dictionary=names, write_statistics=names, write_page_checksum=True
+            ) as writer,
         ):
             for table in tables:
                 writer.write_table(table.cast(schema), row_group_size=len(table))
@@ -155,7 +157,7 @@ class GroupStore:
             expected = 4 * int(np.prod(row["latent_shape"]))
             if row["latent_dtype"] != "float32" or len(row["latent"]) != expected:
                 raise UserError(
-                    f'{shard.path} has a latent in {len(row["latent"])} bytes of {row["latent_dtype"]}; '
+                    f"{shard.path} has a latent in {len(row['latent'])} bytes of {row['latent_dtype']}; "
                     f"expected {expected} of float32"
                 )
             latents.append(np.frombuffer(row["latent"], "<f4").reshape(row["latent_shape"]))

@@ -116,7 +116,8 @@ def _read(index: int, image: Image.Image) -> dict[str, Any]:
         engine = engine or _new_engine()
         found = engine(pixels)
     except Exception as error:
-        raise ImageFailure(index, f"RapidOCR failed ({type(error).__name__}: {error})") from error
+        cause = error.__cause__ or error  # RapidOCR's own message is a traceback
+        raise ImageFailure(index, f"RapidOCR failed ({type(cause).__name__}: {cause})") from error
     with _lock:
         _idle.append(engine)
     texts, confidences = found.txts or (), [float(c) for c in found.scores or ()]

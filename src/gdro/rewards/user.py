@@ -8,7 +8,7 @@ import numbers
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,16 +99,17 @@ def _load(spec: str, field: str) -> tuple[Callable[..., Any], str]:
 
 def _floats(result: Any, count: int, who: str) -> np.ndarray:
     """(count,) float64, or UserError / ImageFailure saying what is wrong with it."""
-    if (
-        isinstance(result, str | bytes | Mapping)
-        or not hasattr(result, "__len__")
-        or not hasattr(result, "__getitem__")
-    ):
-        raise UserError(f"{who} returned a {type(result).__name__}; expected a sequence of {count} numbers")
-    if len(result) != count:
-        raise UserError(f"{who} returned {len(result)} values for {count} images; expected one an image")
+    try:
+        if isinstance(result, str | bytes | Mapping | Set):
+            raise TypeError
+        iterator = iter(result)
+    except TypeError:
+        raise UserError(f"{who} returned a {type(result).__name__}; expected a sequence of {count} numbers") from None
+    found = list(iterator)
+    if len(found) != count:
+        raise UserError(f"{who} returned {len(found)} values for {count} images; expected one an image")
     values = np.empty(count, np.float64)
-    for i, value in enumerate(result):
+    for i, value in enumerate(found):
         if (
             not isinstance(value, numbers.Real) and getattr(value, "shape", None) == ()
         ):  # an array's or tensor's element
