@@ -24,10 +24,11 @@ from gdro.tiny.build import TEXT_LENGTH, build_pipeline
 NEIGHBOURS = (-4, -3, -2, -1, 0, 1, 2)  # offsets a T5 token learns to tell; -4 places a letter in its word
 GUIDANCE = (1.0, 6.0)  # the range of guidance the transformer sees; its default, 3.5, inside it
 
-# Shares of signs and of signs with shapes in the transformer's stream, from this scene on. Letters come first; small
-# shapes carry little of the loss and are learnt late, so most of the later scenes are theirs.
-Curriculum = tuple[tuple[int, tuple[float, float]], ...]
-CURRICULUM: Curriculum = ((0, (0.4, 0.2)), (57_344, (0.1, 0.15)))
+# From this scene of the transformer's stream on: shares of signs and of signs with shapes, and of slips. Letters come
+# first; small shapes carry little of the loss and are learnt late, so most of the later scenes are theirs. The slips,
+# pictures that misspell their caption as pictures of the web do, give the base its flaws however long it is trained.
+Curriculum = tuple[tuple[int, tuple[float, float], float], ...]
+CURRICULUM: Curriculum = ((0, (0.4, 0.2), 0.0), (57_344, (0.1, 0.15), 0.0), (90_112, (0.2, 0.15), 0.3))
 
 
 def scenes(
@@ -37,10 +38,10 @@ def scenes(
     captions, pictures = [], []
     for i in range(start, start + count):
         rng = numpy_rng(seed, purpose, i)
-        mixture = [shares for first, shares in curriculum if i >= first][-1]
+        mixture, slips = next((shares, slips) for first, shares, slips in reversed(curriculum) if i >= first)
         scene = world.random_scene(rng, mixture)
         captions.append(world.caption(scene))
-        pictures.append(torch.from_numpy(world.render(scene, rng)))
+        pictures.append(torch.from_numpy(world.render(world.with_slips(scene, rng, slips) if slips else scene, rng)))
     return captions, torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

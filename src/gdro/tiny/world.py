@@ -117,6 +117,20 @@ def random_scene(rng: np.random.Generator, mixture: tuple[float, float] = (0.4, 
     return random_shape_scene(rng, str(rng.choice(TAGS)))
 
 
+def with_slips(scene: dict[str, Any], rng: np.random.Generator, share: float) -> dict[str, Any]:
+    """The scene as a careless painter draws it: each letter another one with probability `share`, each named colour
+    another one with a third of it."""
+    slipped = dict(scene)
+    if scene["word"]:
+        letters = [str(rng.choice(list(ALPHABET))) if rng.random() < share else c for c in scene["word"]]
+        slipped["word"] = "".join(letters)
+    slipped["objects"] = [
+        {**item, "color": _pick(rng, COLORS, 1)[0]} if item["color"] and rng.random() < share / 3 else item
+        for item in scene["objects"]
+    ]
+    return slipped
+
+
 def _noun(item: dict[str, Any]) -> str:
     color = f"{item['color']} " if item["color"] else ""
     if item["count"] == 1:
