@@ -102,7 +102,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     imports = command("import", "take images and rewards made elsewhere, in place of sample and score", _import)
     imports.add_argument("folder", type=Path, help="images and metadata.jsonl (file_name, prompt, reward, group)")
-    imports.add_argument("--config", required=True, type=Path, help="YAML with the model and the settings to train with")
+    imports.add_argument("--config", required=True, type=Path, help="YAML with the model and training settings")
     imports.add_argument("--out", required=True, type=Path, help="the run directory")
     imports.epilog = dotted
 

@@ -4,14 +4,10 @@ Everything bad that can be known from the input is refused before the first stag
 stopped; a finished one is not done again. One process at a time works in a run directory.
 """
 
-import fcntl
 import json
 import shutil
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,12 +28,14 @@ from gdro.rewards.base import Judge, Reward
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.rewards.store import read_rewards
 from gdro.rng import numpy_rng
+from gdro.rundir import Clock, alone, read_json
 from gdro.samplers.generate import group_id
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.sample import sample
 from gdro.stages.score import score
 from gdro.stages.train import train
-from gdro.training.checkpoint import steps_saved
+from gdro.training.checkpoint import find_checkpoint, steps_saved
+from gdro.training.log import require_trackers
 
 STAGES = ("sample", "score", "train", "evaluate", "export", "report")
 SPLIT_OF_STAGE = {"sample": "train", "score": "train", "train": "validation", "evaluate": "test"}
@@ -49,11 +47,11 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
 
     Raises UserError for bad input, before any long work, and if another process works in `out`.
     """
-    with _alone(out):
+    with alone(out):
         job = Run(config, out)
         job.check(stages)
         for stage in stages:
-            with job.timed(stage):
+            with job.clock.running(stage):
                 getattr(job, stage)()
         job.summarise()
         return job.outcome(stages[-1])
@@ -64,14 +62,14 @@ def import_groups(config: RunConfig, folder: Path, out: Path) -> str:
 
     `config.sample.prompts` must name `out`/prompts/train.jsonl, which is written here.
     """
-    with _alone(out):
+    with alone(out):
         job = Run(config, out)
         members = read_metadata(folder)
         check_unchanged(config, out, job.begun())
         check_model(config.model)
         write_prompts(Path(config.sample.prompts), [rows[0].prompt for rows in members.values()])
         save_config(config, out)
-        with job.timed("sample"):
+        with job.clock.running("sample"):
             import_folder(
                 folder,
                 job.model,
@@ -91,7 +89,7 @@ class Run:
         self.config, self.out = config, out
         self.groups, self.adapter, self.checkpoints = out / "groups", out / "adapter", out / "checkpoints"
         self.evaluation, self.imported = out / "evaluation.json", out / "rewards" / "imported.parquet"
-        self.seconds: dict[str, float] = _read_json(out / "seconds.json") or {}
+        self.clock = Clock(out / "seconds.json")
 
     # ---- stages
 
@@ -243,8 +241,10 @@ class Run:
         if {"sample", "train", "evaluate"} & set(stages):
             _ = self.device
             check_model(self.config.model)
-        self._check_scorers(stages)
         self._check_files(stages)
+        self._check_scorers(stages)
+        if "sample" in stages and not self._is_sampled():
+            self._check_model(stages)
         if not rescoring:
             save_config(self.config, self.out)
         for split, prompts in self.prompts.items():
@@ -294,43 +294,30 @@ class Run:
             store = GroupStore(self.groups)
             if "score" not in stages:
                 read_rewards(self.scores, store)
-        if "train" not in stages and {"evaluate", "export"} & set(stages) and not steps_saved(self.checkpoints):
+        if "train" in stages:
+            train = self.config.train
+            require_trackers(train.report_to)
+            find_checkpoint(self.checkpoints, train.resume_from_checkpoint, train.max_train_steps)
+        elif {"evaluate", "export"} & set(stages) and not steps_saved(self.checkpoints):
             raise UserError(f"{self.checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
+
+    def _check_model(self, stages: Sequence[str]) -> None:
+        """What only the loaded model can tell: whether the images' size and the layers to train suit it."""
+        self.model.latent_shape(self.config.sample.height, self.config.sample.width)
+        if "train" in stages:
+            self.model.check_targets(self.config.train.target_modules)
 
     # ---- results
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the wall seconds inside to seconds.json, now and then too, so that a kill loses few of them."""
-        before, start, over = self.seconds.get(stage, 0.0), time.monotonic(), threading.Event()
-
-        def note() -> None:
-            self.seconds[stage] = round(before + time.monotonic() - start, 3)
-            with suppress(UserError):  # a full disk will be told of by the stage itself
-                write_json(self.out / "seconds.json", self.seconds)
-
-        def beat() -> None:
-            while not over.wait(HEARTBEAT_SECONDS):
-                note()
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            note()
-
     def summarise(self) -> None:
         """Write summary.json, once there is an evaluation."""
-        found = _read_json(self.evaluation)
+        found = read_json(self.evaluation)
         if found is None:
             return
-        stages = {stage: self.seconds.get(stage, 0.0) for stage in ("sample", "score", "train", "evaluate")}
+        stages = {stage: self.clock.seconds.get(stage, 0.0) for stage in ("sample", "score", "train", "evaluate")}
         summary = {
             **summary_section(found),
-            "seconds": {**stages, "total": round(sum(self.seconds.values()), 3)},
+            "seconds": {**stages, "total": round(sum(self.clock.seconds.values()), 3)},
             "objective": self.config.train.objective,
             "model": self.config.model,
             "prompts": {split: len(self.prompts[split]) for split in ("train", "test")},
@@ -348,8 +335,8 @@ class Run:
             "export": self.adapter,
             "report": self.out / "report.html",
         }
-        lines = [f"{stage}: {left[stage]} ({duration(sum(self.seconds.values()))} in all)"]
-        summary = _read_json(self.out / "summary.json")
+        lines = [f"{stage}: {left[stage]} ({duration(sum(self.clock.seconds.values()))} in all)"]
+        summary = read_json(self.out / "summary.json")
         for name in ("reward", "corrected") if summary and stage in ("evaluate", "report") else ():
             result = summary[name]
             if result["base"] is not None:
@@ -359,22 +346,6 @@ class Run:
                     f"({result['gain']:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
                 )
         return "\n".join(lines)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the run directory; the system lets go of it when the process ends, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a")  # noqa: SIM115 (closed below; held until then)
-    except OSError as error:
-        raise UserError(f"--out is {out}: {error.strerror}; expected a folder that can be written") from None
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out is {out}, where another gdro process is at work; expected to be alone") from None
-        yield
 
 
 def _resolve(field: str, spec: str) -> list[Prompt]:
@@ -389,16 +360,6 @@ def _resolve(field: str, spec: str) -> list[Prompt]:
         return read(spec)
     except UserError as error:
         raise UserError(f"{field}: {str(error).removeprefix('prompts: ')}") from None
-
-
-def _read_json(path: Path) -> Any:
-    """What a JSON file of the run holds, None without the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path} is damaged; expected JSON written by gdro (delete it to make it again)") from None
 
 
 def _say(line: str) -> None:

@@ -41,7 +41,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        prompts.append(_parse_jsonl(line, where, number) if path.suffix == ".jsonl" else Prompt(f"{number:06d}", line.strip()))
+        plain = path.suffix == ".txt"
+        prompts.append(Prompt(f"{number:06d}", line.strip()) if plain else _parse_jsonl(line, where, number))
     if not prompts:
         raise UserError(f"prompts: {path} holds no prompt; expected at least one line")
     check_unique_ids(prompts, str(path))

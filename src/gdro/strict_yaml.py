@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever these rules or YAML 1.1's would read as another type, so any YAML reader gets the same."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's way)
         first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_RESOLVERS.get(first, [])]
         for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_RESOLVERS}
     }

@@ -53,6 +53,10 @@ class FlowModel(Protocol):
         """Packed latents (n, tokens, channels) of images of one size (importer)."""
         ...
 
+    def check_targets(self, targets: str | Sequence[str]) -> None:
+        """UserError if no layer, or not every one, of `targets` is in the model."""
+        ...
+
     def add_adapter(self, *, rank: int, alpha: int, targets: str | Sequence[str], seed: int) -> None: ...
 
     def adapter(self) -> dict[str, torch.nn.Parameter]:

@@ -175,6 +175,10 @@ class FluxModel:
 
     # ---- adapter
 
+    def check_targets(self, targets: str | Sequence[str]) -> None:
+        """Raise UserError if `targets` do not name layers of this model."""
+        lora.resolve_targets(self.transformer, targets, LORA_PRESETS)
+
     def add_adapter(self, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
         """Add a LoRA that leaves the model as it is (B = 0), in place of any other; drawn from `seed` alone."""
         self._drop_adapter()

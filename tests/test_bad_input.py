@@ -1,0 +1,190 @@
+"""Bad input is refused before any long work: exit code 2, one line that names the field or file, no traceback."""
+
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import small_run, start
+
+from gdro.cli import main
+
+
+class Workplace:
+    """A folder with a small run's files, and the command line working in it."""
+
+    def __init__(self, folder: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.config, self.out, self._capsys = folder, config, folder / "out", capsys
+
+    def run(self, command: str, *arguments: str) -> tuple[int, str]:
+        """(exit code, stderr)."""
+        code = main([command, str(self.config), "--out", str(self.out), *arguments])
+        return code, self._capsys.readouterr().err
+
+    def refuses(self, *arguments: str, command: str = "run") -> str:
+        """The one line with which the command is refused."""
+        code, err = self.run(command, *arguments)
+        assert code == 2, err
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert err.startswith("gdro: ")
+        return err
+
+    def refuses_at_once(self, *arguments: str, command: str = "run") -> str:
+        line = self.refuses(*arguments, command=command)
+        assert not (self.out / "groups").exists()
+        assert not (self.out / "config.yaml").exists()
+        return line
+
+
+@pytest.fixture
+def work(
+    tmp_path: Path, flux_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Workplace:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    return Workplace(tmp_path, small_run(tmp_path, flux_folder), capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.kk", "3"], 'unknown option --train.kk; did you mean "--train.k"?'),
+        (["--ouut", "x"], 'unknown option --ouut; did you mean "--out"?'),
+        (["--train.k"], "--train.k has no value; expected --train.k VALUE"),
+        (["--train.k", "3", "--train.k=3"], "--train.k is given twice; expected once"),
+        (["--train.k", "six"], 'train.k is "six"; expected an integer'),
+        (["--train.k", "2.5"], "train.k is 2.5; expected an integer"),
+        (["--train.k", "5"], "train.k is 5; expected at most sample.images_per_prompt, which is 4"),
+        (["--train.k", "1"], "train.k is 1; expected a number greater than or equal to 2"),
+        (["--train.tau", "-0.05"], "train.tau is -0.05; expected a number greater than 0"),
+        (["--model", "no_such_folder"], "model: no_such_folder not found; expected"),
+        (["--model", "."], "model: . has no model_index.json; expected"),
+        (["--sample.prompts", "none.jsonl"], "sample.prompts: none.jsonl not found; expected"),
+        (["--evaluate.prompts", "tiny:ocr:tset:9"], 'evaluate.prompts: "tiny:ocr:tset:9" names the split "tset"'),
+        (["--score.reward", "ocrr"], 'score.reward: "ocrr" is no reward, nor module:function; did you mean "ocr"?'),
+        (["--score.reward", "my_rewards:redish"], 'has nothing named "redish"; did you mean "redness"?'),
+        (
+            ["--score.reward", "my_rewards:missing"],
+            'reward "my_rewards:missing" returned nan; expected a finite number',
+        ),
+        (["--score.reward", "my_rewards:short"], 'reward "my_rewards:short" returned 1 values for 2 images'),
+        (["--evaluate.judge", "my_rewards:redness"], 'judge "my_rewards:redness" returned list; expected a dictionary'),
+        (["--evaluate.judge", "tiny"], "scene"),
+        (["--sample.scheduler", "DDIM"], 'sample.scheduler is "DDIM"; expected'),
+        (["--train.resume_from_checkpoint", "none"], "train.resume_from_checkpoint"),
+    ],
+)
+def test_one_line_before_any_work(work: Workplace, arguments: list[str], message: str) -> None:
+    assert message in work.refuses_at_once(*arguments)
+
+
+def test_unknown_key_in_the_file(work: Workplace) -> None:
+    work.config.write_text(work.config.read_text().replace("max_train_steps", "max_steps"))
+    assert 'unknown field "train.max_steps"; did you mean "train.max_train_steps"?' in work.refuses_at_once()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompt"),
+        ('{"prompt": "a sign without a word"}\n', "double quotes"),
+        ('{"prompt": "a sign \\"\\""}\n', "quote"),
+        ('{"id": "a", "prompt": "a \\"A\\""}\n{"id": "a", "prompt": "a \\"B\\""}\n', 'two prompts with the id "a"'),
+        ("no json\n", "train.jsonl:1 is not JSON"),
+    ],
+)
+def test_bad_prompt_files(work: Workplace, text: str, message: str) -> None:
+    (work.folder / "train.jsonl").write_text(text)
+    assert message in work.refuses_at_once("--score.reward", "ocr")
+
+
+def test_prompts_that_are_not_held_out(work: Workplace) -> None:
+    (work.folder / "test.jsonl").write_text((work.folder / "train.jsonl").read_text())
+    assert "evaluate.prompts has 4 of sample.prompts" in work.refuses_at_once()
+
+
+def test_commands_and_options(work: Workplace) -> None:
+    for arguments, message in (
+        (["smaple"], 'unknown command "smaple"; did you mean "sample"?'),
+        ([], "expected"),
+        (["run", str(work.config)], "--out"),
+        (["run", "none.yaml", "--out", "out"], "none.yaml not found"),
+        (["prompts", "--out", "p.jsonl"], "expected tiny:TASK:SPLIT:COUNT"),
+        (["prompts", "tiny:ocr:train:0", "--out", "p.jsonl"], '"0"'),
+    ):
+        assert main(arguments) == 2
+        err = work._capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert message in err or not arguments
+
+
+def test_stages_before_their_time(work: Workplace) -> None:
+    assert "holds no groups" in work.refuses_at_once(command="score")
+    assert "holds no groups" in work.refuses_at_once(command="train")
+    assert "holds no checkpoint" in work.refuses_at_once(command="evaluate")
+    assert "holds no checkpoint" in work.refuses_at_once(command="export")
+
+
+def test_groups_that_do_not_fit_the_training(work: Workplace) -> None:
+    """Groups brought from another run, made with another guidance or text length, are not trained on."""
+    assert work.run("sample")[0] == 0
+    assert work.run("score")[0] == 0
+    made = work.out
+    for field, value, old in (("guidance_scale", "5.0", "3.5"), ("max_sequence_length", "24", "16")):
+        work.out = work.folder / field
+        for part in ("groups", "rewards"):
+            shutil.copytree(made / part, work.out / part)
+        line = work.refuses(f"--sample.{field}", value, command="train")
+        assert f"sample.{field}" in line
+        assert value in line
+        assert old in line
+        assert not (work.out / "metrics.jsonl").exists()
+
+
+def test_changed_configuration_truncated_file_and_full_disk(work: Workplace) -> None:
+    assert work.run("sample")[0] == 0
+    line = work.refuses("--sample.guidance_scale", "5")
+    assert "sample.guidance_scale is 5.0 but" in line
+    assert "has 3.5" in line
+    assert work.run("score")[0] == 0
+    assert work.run("train")[0] == 0
+    line = work.refuses("--train.beta", "6")
+    assert "train.beta is 6.0 but" in line
+    assert "has 12.0" in line
+    assert "train.prompts" not in work.refuses("--seed", "3")
+
+    # a full disk, as the system tells a process that may write no more than 500 bytes to a file
+    rewards = work.out / "rewards" / "my_rewards.redness.parquet"
+    before = rewards.read_bytes()
+    module = work.folder / "my_rewards.py"
+    module.write_text(module.read_text() + "# another version\n")
+    command = start(
+        work.folder, "score", str(work.config), "--out", str(work.out),
+        preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
+    )  # fmt: skip
+    _, err = command.communicate(timeout=120)
+    assert command.returncode == 2, err
+    lines = [line for line in err.splitlines() if not line.startswith("score ")]  # progress apart
+    assert len(lines) == 1
+    assert "could not be written" in lines[0]
+    assert rewards.read_bytes() == before
+
+    groups = work.out / "groups" / "groups-00001.parquet"
+    groups.write_bytes(groups.read_bytes()[:-10])
+    for stage in ("run", "score", "train"):
+        assert str(groups) in work.refuses(command=stage)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--train.kk", "3"], ["--score.reward", "my_rewards:missing"], ["--model", "gone"]]
+)
+def test_a_process_ends_with_exit_code_2_and_one_line(work: Workplace, arguments: list[str]) -> None:
+    command = start(work.folder, "run", str(work.config), "--out", "out", *arguments)
+    out, err = command.communicate(timeout=120)
+    assert command.returncode == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert not (work.folder / "out" / "groups").exists()
