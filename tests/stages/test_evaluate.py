@@ -92,6 +92,10 @@ def test_base_and_tuned_share_seeds_and_everything_is_written(flux: Any, tmp_pat
     with model.adapter_disabled():
         again = measure(CONFIG, model, PROMPTS, Redness(), None, flux_base, seed=3, generation=GENERATION)
     np.testing.assert_array_equal(again.reward, base)
+    means = again.means()
+    assert means["reward"] == pytest.approx(base.mean())
+    assert {"corrected", "style"}.isdisjoint(means)
+    assert {"edge_density", "layout_diversity"} <= set(means)
 
 
 def test_summary_section_has_the_promised_keys(flux: Any, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, st
             return None
         axis.set_title(name)
         axis.set_xlabel("step")
-        axis.margins(x=0.01)
+        axis.margins(x=0.01, y=0.12)
         if len(fields) > 1:
             axis.legend(loc="best")
         return _svg(figure, name)

@@ -85,8 +85,10 @@ def report(run_dir: Path) -> Path:
 def _title(run_dir: Path, evaluation: Mapping[str, Any] | None) -> dict[str, str]:
     if evaluation is None:
         return {"title": f"gdro: {run_dir.resolve().name}", "subtitle": "A run in progress."}
+    model = evaluation["model"]
+    name = Path(model).name if Path(model).is_absolute() else model
     return {
-        "title": f"{evaluation['model']} tuned on {evaluation['reward']}",
+        "title": f"{name} tuned on {evaluation['reward']}",
         "subtitle": f"Run {run_dir.resolve().name}, seed {evaluation['seed']}: "
         f"{evaluation['num_inference_steps']} steps of {evaluation['scheduler']}, "
         f"guidance {evaluation['guidance_scale']:g}, weights {evaluation['weights']}.",
