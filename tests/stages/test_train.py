@@ -75,7 +75,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def learner(model: FlowModel, toy: tuple[Path, Path], **changes: Any) -> stage.Learner:
-    return stage._prepare(TrainConfig(**(SMALL | changes)), model, *toy, seed=0, sampling=SAMPLING)[0]
+    return stage.prepare(TrainConfig(**(SMALL | changes)), model, *toy, seed=0, sampling=SAMPLING)[0]
 
 
 def test_the_first_step_costs_ln_k_factorial_and_every_figure_is_logged(

@@ -157,7 +157,7 @@ def train(
     "corrected", or without a judge "reward", decides which checkpoint is best. Raises UserError for bad input before
     any work, and if the loss stops being finite.
     """
-    learner, settings = _prepare(config, model, groups, rewards, seed=seed, sampling=sampling)
+    learner, settings = prepare(config, model, groups, rewards, seed=seed, sampling=sampling)
     folder = out / "checkpoints"
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint, config.max_train_steps)
     start = 0
@@ -298,7 +298,7 @@ def check_reference(learner: Learner, step: int, loss: float) -> None:
         raise RuntimeError("the reference moves with the adapter: disabling the adapter has no effect")
 
 
-def _prepare(
+def prepare(
     config: TrainConfig, model: FlowModel, groups: Path, rewards: Path, *, seed: int, sampling: Mapping[str, Any]
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner before step 1, and the settings a resumed run must share. Refuses what cannot be trained on."""
@@ -376,7 +376,8 @@ def _prepare(
 
 def _restore(learner: Learner, checkpoint: Checkpoint) -> None:
     learner.model.load_adapter_state(checkpoint.adapter)
-    learner.ema.weights = {name: checkpoint.ema[name].to(weight) for name, weight in learner.ema.weights.items()}
+    for name, weight in learner.ema.weights.items():
+        weight.copy_(checkpoint.ema[name])
     load_optimizer(learner.optimizer, list(learner.parameters), checkpoint.optimizer)
 
 

@@ -1,5 +1,6 @@
 """What a run says about itself: `metrics.jsonl`, tensorboard if asked for, and the alarm."""
 
+import errno
 import json
 import os
 import sys
@@ -33,7 +34,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, resumed: int | None, report_to: Sequence[str] = ()) -> None:
         write_bytes(path, b"" if resumed is None else _rows_until(path, resumed))
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._tensorboard: Any = None
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
@@ -54,9 +55,10 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Any], under: str | None = None) -> None:
         """Append {"step", **values}, or {"step", under: {...}}."""
         row = {"step": step, **({under: dict(values)} if under else values)}
+        data = (json.dumps(row) + "\n").encode()
         try:
-            self._file.write((json.dumps(row) + "\n").encode())
-            self._file.flush()
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(f"{self._file.name} could not be written: {error.strerror}") from error
         if self._tensorboard is not None:
