@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,14 @@ def small_run(folder: Path, model: Path) -> Path:
     return path
 
 
-def start(folder: Path, *arguments: str, preexec: Any = None) -> subprocess.Popen[str]:
-    """`python -m gdro ARGUMENTS` in `folder`."""
+def start(
+    folder: Path, *arguments: str, program: Sequence[str] = ("-m", "gdro"), slow: bool = False, preexec: Any = None
+) -> subprocess.Popen[str]:
+    """`python -m gdro ARGUMENTS` in `folder`; `slow` makes the reward take a while."""
     return subprocess.Popen(
-        [sys.executable, "-m", "gdro", *arguments],
+        [sys.executable, *program, *arguments],
         cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "REWARD_SECONDS": "0.2" if slow else "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
