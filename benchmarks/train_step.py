@@ -2,8 +2,8 @@
 
 Floor: reference forward without gradient, policy forward, backward through its mean square, on a batch already made.
 Step: everything `gdro train` does between two steps' log lines: draws, noise, both passes, loss, clipping, AdamW, EMA,
-figures. Both are measured in turns in one process; medians are compared. Weights do not matter for time, so the default
-is the tiny model's shape untrained; latents and rewards are random.
+figures. Both are measured in turns in one process; the ratio is the median of the turns' ratios. Weights do not
+matter for time, so the default is the tiny model's shape untrained; latents and rewards are random.
 
     python benchmarks/train_step.py --out benchmarks/results/train_step.json
 """
@@ -132,15 +132,22 @@ def main() -> None:
         learner, _ = prepare(config, model, folder / "groups", folder / "rewards.parquet", seed=0, sampling=sampling)
         floors, steps = [], []
         with MetricsLog(folder / "metrics.jsonl", resumed=None) as log:
-            for repeat in range(arguments.repeats + 2):
-                floors.append(floor_seconds(learner, repeat + 1))
-                steps.append(step_seconds(learner, repeat + 1, log))
-    floor, step = statistics.median(floors[2:]), statistics.median(steps[2:])  # the first two warm up
+            for step in range(1, arguments.repeats + 3):
+                if step % 2:  # in turns, so that a drift of the machine's speed favours neither
+                    floors.append(floor_seconds(learner, step))
+                    steps.append(step_seconds(learner, step, log))
+                else:
+                    steps.append(step_seconds(learner, step, log))
+                    floors.append(floor_seconds(learner, step))
+    floors, steps = floors[2:], steps[2:]  # the first two warm up
+    ratios = [step / floor for step, floor in zip(steps, floors, strict=True)]
+    step_time, floor_time = statistics.median(steps), statistics.median(floors)
     result = {
-        "ratio": round(step / floor, 4),
-        "step_seconds": round(step, 5),
-        "floor_seconds": round(floor, 5),
-        "images_per_second": round(arguments.groups * arguments.k / step, 2),
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
+        "step_seconds": round(step_time, 5),
+        "floor_seconds": round(floor_time, 5),
+        "images_per_second": round(arguments.groups * arguments.k / step_time, 2),
         "repeats": arguments.repeats,
         "settings": {key: value for key, value in vars(arguments).items() if key not in ("out", "model")},
         "model": "tiny, untrained" if arguments.model is None else Path(arguments.model).name,
