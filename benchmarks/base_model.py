@@ -86,7 +86,9 @@ def main() -> None:
     count = max(2, args.images // 3)
     pictures = generate(pipe, prompts, count, args.steps)
     records = [p for p in prompts for _ in range(count)]
-    verdicts = np.array([strict_verdict(np.asarray(i, np.float32), p.fields) for i, p in zip(pictures, records, strict=True)])
+    verdicts = np.array(
+        [strict_verdict(np.asarray(i, np.float32), p.fields) for i, p in zip(pictures, records, strict=True)]
+    )
     tags = np.array([p.fields["tag"] for p in records])
     by_tag = {tag: verdicts[tags == tag].mean() for tag in world.TAGS}
     grades = TinyJudge()(pictures, records)
