@@ -55,14 +55,18 @@ def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
         return str(folder), None, _read_index(name, folder / "model_index.json")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"model: {name} not found; expected {EXPECTED}")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
+    commit, cause = None, ""
     try:
-        path = Path(hf_hub_download(name, "model_index.json"))
+        commit = HfApi().model_info(name, timeout=10).sha
+    except Exception as error:  # no network, or no such model: at once, where a download would try again and again
+        cause = type(error).__name__
+    try:
+        path = Path(hf_hub_download(name, "model_index.json", revision=commit, local_files_only=commit is None))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model: {name} is no folder here, nor on the Hub ({type(error).__name__}); expected {EXPECTED}"
-        ) from None
+        cause = cause or type(error).__name__
+        raise UserError(f"model: {name} is no folder here, nor on the Hub ({cause}); expected {EXPECTED}") from None
     return name, path.parent.name, _read_index(name, path)
 
 
