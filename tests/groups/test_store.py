@@ -98,8 +98,8 @@ def test_datasets_and_pandas_open_it(tmp_path: Path) -> None:
     assert len(loaded) == 6
     assert isinstance(loaded.features["image"], datasets.Image)
     assert np.array_equal(np.array(loaded[1]["image"]), np.array(picture(1)))
-    frame = pd.read_parquet(tmp_path / "groups" / "groups-00000.parquet")
-    assert list(frame["image_id"]) == ["a/0", "a/1", "a/2"]
+    frame = pd.read_parquet(tmp_path / "groups")
+    assert list(frame["image_id"]) == [f"{group}/{index}" for group in "ab" for index in range(3)]
     latent = np.frombuffer(frame["latent"][1], "<f4").reshape(frame["latent_shape"][1])
     assert np.array_equal(latent, make_rows("a")[1].latent.numpy())
     assert json.loads(frame["record"][0])["scene"] == {"wall": "red"}
@@ -108,12 +108,12 @@ def test_datasets_and_pandas_open_it(tmp_path: Path) -> None:
 def test_equal_groups_give_equal_bytes(tmp_path: Path) -> None:
     one, two = write(tmp_path / "1", [["a"]]), write(tmp_path / "2", [["a"]])
     assert one.contents == two.contents
-    for name in ("groups-00000.parquet", "embeddings-00000.safetensors"):
+    for name in ("groups-00000.parquet", "_embeddings-00000.safetensors"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.98])
-@pytest.mark.parametrize("name", ["groups-00001.parquet", "embeddings-00001.safetensors"])
+@pytest.mark.parametrize("name", ["groups-00001.parquet", "_embeddings-00001.safetensors"])
 def test_truncated_file_is_named(tmp_path: Path, name: str, kept: float) -> None:
     write(tmp_path, [["a"], ["b"]])
     data = (tmp_path / name).read_bytes()
@@ -139,8 +139,8 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no groups-\*.parquet"):
         GroupStore(tmp_path)
     write(tmp_path, [["a"], ["b"]])
-    (tmp_path / "embeddings-00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"embeddings-00001.safetensors is missing"):
+    (tmp_path / "_embeddings-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"_embeddings-00001.safetensors is missing"):
         GroupStore(tmp_path)
     (tmp_path / "groups-00000.parquet").unlink()
     with pytest.raises(UserError, match=r"no groups-00000.parquet"):
@@ -188,7 +188,7 @@ GroupWriter(Path(sys.argv[1])).write_shard(0, make_rows("a", 9), {"a": make_text
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
-@pytest.mark.parametrize(("limit", "named"), [(64, "embeddings-00000.safetensors"), (2000, "groups-00000.parquet")])
+@pytest.mark.parametrize(("limit", "named"), [(64, "_embeddings-00000.safetensors"), (2000, "groups-00000.parquet")])
 def test_full_disk_leaves_the_old_file(tmp_path: Path, limit: int, named: str) -> None:
     """The system itself refuses the write, at the embeddings or only at the larger parquet file."""
     write(tmp_path, [["a"]])

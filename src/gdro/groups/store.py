@@ -1,6 +1,6 @@
 """The store of groups: a folder of parquet files with the text embeddings of each beside it.
 
-`groups-00000.parquet` holds whole groups, one row an image, one row group a group; `embeddings-00000.safetensors`
+`groups-00000.parquet` holds whole groups, one row an image, one row group a group; `_embeddings-00000.safetensors`
 holds, for each of its groups, the tensors `<group_id>/<name>`. The embeddings are written first, so a parquet file
 exists only when everything it refers to does.
 """
@@ -176,7 +176,7 @@ def _groups_name(i: int) -> str:
 
 
 def _embeddings_name(i: int) -> str:
-    return f"embeddings-{i:05d}.safetensors"
+    return f"_embeddings-{i:05d}.safetensors"
 
 
 def _owner(key: str) -> str:

@@ -21,7 +21,7 @@ from gdro.rng import torch_rng
 from gdro.samplers.ode import generate
 from gdro.samplers.schedulers import SchedulerName
 
-STARTED = "sampling.json"
+STARTED = "_sampling.json"
 
 
 class Generation(BaseModel):

@@ -28,7 +28,17 @@ GUIDANCE = (1.0, 6.0)  # the range of guidance the transformer sees; its default
 # first; small shapes carry little of the loss and are learnt late, so most of the later scenes are theirs. The slips,
 # pictures that misspell their caption as pictures of the web do, give the base its flaws however long it is trained.
 Curriculum = tuple[tuple[int, tuple[float, float], float], ...]
-CURRICULUM: Curriculum = ((0, (0.4, 0.2), 0.0), (57_344, (0.1, 0.15), 0.0), (90_112, (0.2, 0.15), 0.3))
+CURRICULUM: Curriculum = (
+    (0, (0.4, 0.2), 0.0),
+    (57_344, (0.1, 0.15), 0.0),
+    (90_112, (0.2, 0.15), 0.3),
+    (163_840, (0.2, 0.1), 0.1),
+)
+BATCH = 128
+CHUNK = 8192  # fresh pictures encoded at a time; also the unit of resumption
+VISITS = 2  # times each picture is used, with new noise
+# Cycles of the learning rate: chunks and peak. The second was added when the first had left the shapes too rough.
+CYCLES = ((20, 1.0), (12, 0.7))
 
 
 def scenes(
@@ -131,14 +141,13 @@ def encode_chunk(pipe: FluxPipeline, seed: int, start: int, count: int) -> tuple
 
 
 class FlowTrainer:
-    """Flow matching on a stream of fresh scenes, in chunks; each picture is visited `visits` times with new noise."""
+    """Flow matching on a stream of fresh scenes, in chunks; each picture is used VISITS times with new noise."""
 
-    def __init__(
-        self, pipe: FluxPipeline, seed: int, images: int, *, batch: int, chunk: int, visits: int, compiled: bool
-    ):
-        self.pipe, self.seed, self.batch, self.chunk, self.visits = pipe, seed, batch, chunk, visits
-        self.chunk_count = -(-images // (chunk * visits))
-        self.steps_per_chunk = chunk * visits // batch
+    chunk_count = sum(chunks for chunks, _ in CYCLES)
+    steps_per_chunk = CHUNK * VISITS // BATCH
+
+    def __init__(self, pipe: FluxPipeline, seed: int, *, compiled: bool):
+        self.pipe, self.seed = pipe, seed
         model = pipe.transformer
         self.parameters = dict(model.named_parameters())
         matrices = [
@@ -157,22 +166,24 @@ class FlowTrainer:
         self.image_ids = pipe._prepare_latent_image_ids(1, world.HEIGHT // 8, world.WIDTH // 8, "cpu", torch.float32)
 
     def learning_rate(self, step: int) -> float:
-        """Share of the base rate: short warm-up, constant, linear decay over the last third."""
-        total = self.chunk_count * self.steps_per_chunk
-        return min(1.0, (step + 1) / 200, 3 * (total - step) / total)
+        """Share of the base rate; each cycle has a short warm-up, a plateau and a linear decay over its last third."""
+        begin = 0
+        for chunks, peak in CYCLES:
+            length = chunks * self.steps_per_chunk
+            if step < begin + length:
+                return peak * min(1.0, (step - begin + 1) / 200, 3 * (begin + length - step) / length)
+            begin += length
+        raise ValueError(f"step {step} lies beyond the last cycle, which ends at {begin}")
 
     def run_chunk(self, index: int) -> float:
-        data = encode_chunk(self.pipe, self.seed, index * self.chunk, self.chunk)
+        data = encode_chunk(self.pipe, self.seed, index * CHUNK, CHUNK)
         order = torch.cat(
-            [
-                torch.randperm(self.chunk, generator=torch_rng(self.seed, "pretrain-order", index, v))
-                for v in range(self.visits)
-            ]
+            [torch.randperm(CHUNK, generator=torch_rng(self.seed, "pretrain-order", index, v)) for v in range(VISITS)]
         )
         total = 0.0
         for i in range(self.steps_per_chunk):
             step = index * self.steps_per_chunk + i
-            x0, states, pooled = (part[order[i * self.batch : (i + 1) * self.batch]] for part in data)
+            x0, states, pooled = (part[order[i * BATCH : (i + 1) * BATCH]] for part in data)
             total += self.step(step, x0, states, pooled)
         return total / self.steps_per_chunk
 
@@ -245,14 +256,8 @@ def save_pipeline(pipe: FluxPipeline, folder: Path, ema: dict[str, Tensor] | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="working folder; the model lands in OUT/model")
-    parser.add_argument("--images", type=int, default=327_680, help="pictures the transformer is trained on")
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--vae-steps", type=int, default=1600)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument(
-        "--chunk", type=int, default=8192, help="fresh pictures encoded at a time; also the unit of resumption"
-    )
-    parser.add_argument("--visits", type=int, default=2, help="times each picture is used, with new noise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler)")
     args = parser.parse_args()
@@ -265,18 +270,16 @@ def main() -> None:
         train_text(pipe, args.seed, args.text_steps)
         train_vae(pipe, args.seed, args.vae_steps)
         pipe.save_pretrained(encoders)
-    trainer = FlowTrainer(
-        pipe, args.seed, args.images, batch=args.batch, chunk=args.chunk, visits=args.visits, compiled=args.compile
-    )
+    trainer = FlowTrainer(pipe, args.seed, compiled=args.compile)
     state = args.out / "state.safetensors"
     start = trainer.load(state) if state.exists() else 0
     began = time.monotonic()
     for index in range(start, trainer.chunk_count):
         loss = trainer.run_chunk(index)
         trainer.save(state, index + 1)
-        rate = (index + 1 - start) * args.chunk * args.visits / (time.monotonic() - began)
-        seen = (index + 1) * args.chunk * args.visits
-        left = (trainer.chunk_count * args.chunk * args.visits - seen) / rate / 60
+        rate = (index + 1 - start) * CHUNK * VISITS / (time.monotonic() - began)
+        seen = (index + 1) * CHUNK * VISITS
+        left = (trainer.chunk_count * CHUNK * VISITS - seen) / rate / 60
         print(f"flow {seen} images, loss {loss:.4f}, {rate:.0f} images/s, {left:.0f} min left", flush=True)
         with open(args.out / "log.jsonl", "a") as log:
             log.write(json.dumps({"images": seen, "loss": loss, "images_per_second": rate}) + "\n")

@@ -1,0 +1,169 @@
+"""The paper's ablations in miniature on the embedded default: one change at a time, three seeds each.
+
+    python benchmarks/ablations.py --groups runs/demo [--jobs 2] [--only k=2 gamma=0] [--steps 120] [--seeds 3]
+
+Groups and rewards of an existing run are shared; each variant trains from them and is measured on validation prompts
+(never the test prompts) with its last weights, not its best ones, so that a collapse shows. Results are kept a run at
+a time in benchmarks/results/ablations.jsonl, so a stopped call goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "k=2": {"k": 2},
+    "k=4": {"k": 4},
+    "k=8": {"k": 8},
+    "gamma=0": {"gamma": 0.0},
+    "beta/2": {"beta": 0.5},
+    "beta*2": {"beta": 2.0},
+    "tau=.025": {"tau": 0.025},
+    "tau=.5": {"tau": 0.5},
+}
+IMAGES_A_STEP = 48  # the same for every k
+
+
+def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
+    """Train and measure one variant with one seed; append its row to `results`."""
+    import torch
+
+    torch.set_num_threads(1)
+    from gdro.config import load_config
+    from gdro.evaluation.measure import measure
+    from gdro.models import load_model
+    from gdro.rewards.registry import load_judge, load_reward
+    from gdro.stages.train import train
+    from gdro.tiny.prompts import tiny_prompts
+
+    config = load_config(run / "config.yaml")
+    change = dict(VARIANTS[name])
+    if "beta" in change:
+        change["beta"] *= config.train.beta
+    k = change.get("k", config.train.k)
+    section = config.train.model_copy(
+        update={
+            **change,
+            "groups_per_step": IMAGES_A_STEP // k,
+            "max_train_steps": steps,
+            "validation_steps": steps,
+            "checkpointing_steps": steps,
+        }
+    )
+    model = load_model(config.model, device=torch.device("cpu"), dtype=torch.float32)
+    reward, judge = load_reward(config.score.reward), load_judge("tiny")
+    prompts = tiny_prompts("tiny:ocr:validation:96")
+    found: dict[int, dict[str, float]] = {}
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def validate(model: Any, step: int) -> dict[str, float]:
+            measured = measure(
+                config.evaluate.model_copy(update={"images_per_prompt": 4}),
+                model,
+                prompts,
+                reward,
+                judge,
+                Path(folder) / f"step-{step}",
+                seed=1000 + seed,
+                generation=config.sample,
+                label=name,
+            )
+            found[step] = measured.means()
+            return found[step]
+
+        train(
+            section,
+            model,
+            run / "groups",
+            run / "rewards" / f"{reward.name}.parquet",
+            Path(folder),
+            seed=seed,
+            sampling=config.sample.model_dump(include={"guidance_scale", "max_sequence_length", "height", "width"}),
+            validate=validate,
+        )
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        last = [row for row in rows if "loss" in row][-20:]
+    figures = {n: float(np.mean([r[n] for r in last])) for n in ("drift_best", "drift_worst", "entropy_p", "spread_s")}
+    scores = {
+        f"{axis}_{when}": found[step][axis]
+        for axis in ("reward", "corrected", "alignment", "coherence", "style")
+        for when, step in (("base", 0), ("tuned", steps))
+    }
+    row = {"variant": name, "seed": seed, "steps": steps, **scores, **figures}
+    with open(results, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def table(results: Path) -> str:
+    """A Markdown table: mean over seeds, with the half-width of a 95 % t-interval over them."""
+    rows = defaultdict(list)
+    for line in results.read_text().splitlines():
+        row = json.loads(line)
+        rows[row["variant"]].append(row)
+    lines = [
+        "| variant | seeds | reward gain | corrected gain | judge mean | drift best | drift worst |",
+        "|---|" + "---|" * 6,
+    ]
+    for name in VARIANTS:
+        if name not in rows:
+            continue
+        found = rows[name]
+
+        def gain(axis: str, found: list[dict[str, float]] = found) -> str:
+            values = np.array([r[f"{axis}_tuned"] - r[f"{axis}_base"] for r in found])
+            t = {1: np.nan, 2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+            return f"{values.mean():+.3f} ± {t * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan:.3f}"
+
+        judge = np.mean([[r[f"{a}_tuned"] for a in ("alignment", "coherence", "style")] for r in found])
+        best, worst = (np.mean([r[n] for r in found]) for n in ("drift_best", "drift_worst"))
+        lines.append(
+            f"| {name} | {len(found)} | {gain('reward')} | {gain('corrected')} | {judge:.2f} | {best:+.4f} | {worst:+.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=Path, required=True, help="a run directory with groups and rewards")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "ablations.jsonl")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(args.groups, args.one[0], int(args.one[1]), args.steps, args.results)
+        return
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    done = set()
+    if args.results.exists():
+        done = {(r["variant"], r["seed"]) for r in map(json.loads, args.results.read_text().splitlines())}
+    todo = [(n, s) for s in range(args.seeds) for n in args.only if (n, s) not in done]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(variant: tuple[str, int]) -> int:
+        command = [sys.executable, __file__, "--groups", str(args.groups), "--steps", str(args.steps)]
+        command += ["--results", str(args.results), "--one", variant[0], str(variant[1])]
+        return subprocess.run(command, env=environment).returncode
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        codes = list(pool.map(start, todo))
+    if any(codes):
+        sys.exit("a variant failed; see above")
+    print(table(args.results))
+
+
+if __name__ == "__main__":
+    main()
