@@ -123,13 +123,13 @@ def table(results: Path) -> str:
         def gain(axis: str, found: list[dict[str, float]] = found) -> str:
             values = np.array([r[f"{axis}_tuned"] - r[f"{axis}_base"] for r in found])
             t = {1: np.nan, 2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
-            return f"{values.mean():+.3f} ± {t * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan:.3f}"
+            half = t * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+            return f"{values.mean():+.3f} ± {half:.3f}"
 
         judge = np.mean([[r[f"{a}_tuned"] for a in ("alignment", "coherence", "style")] for r in found])
         best, worst = (np.mean([r[n] for r in found]) for n in ("drift_best", "drift_worst"))
-        lines.append(
-            f"| {name} | {len(found)} | {gain('reward')} | {gain('corrected')} | {judge:.2f} | {best:+.4f} | {worst:+.4f} |"
-        )
+        gains = f"{gain('reward')} | {gain('corrected')}"
+        lines.append(f"| {name} | {len(found)} | {gains} | {judge:.2f} | {best:+.4f} | {worst:+.4f} |")
     return "\n".join(lines)
 
 
