@@ -137,10 +137,10 @@ def test_groups_that_do_not_fit_the_training(work: Workplace) -> None:
         work.out = work.folder / field
         for part in ("groups", "rewards"):
             shutil.copytree(made / part, work.out / part)
-        line = work.refuses(f"--sample.{field}", value, command="train")
-        assert f"sample.{field}" in line
-        assert value in line
-        assert old in line
+        for command in ("train", "run"):
+            line = work.refuses(f"--sample.{field}", value, command=command)
+            assert f"sample.{field}: {value}, but the groups in" in line
+            assert f"were made with {old}" in line
         assert not (work.out / "metrics.jsonl").exists()
 
 

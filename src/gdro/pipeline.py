@@ -33,7 +33,7 @@ from gdro.samplers.generate import group_id
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.sample import sample
 from gdro.stages.score import score
-from gdro.stages.train import train
+from gdro.stages.train import check_sampling, train
 from gdro.training.checkpoint import find_checkpoint, steps_saved
 from gdro.training.log import require_trackers
 
@@ -118,9 +118,7 @@ class Run:
             self.scores,
             self.out,
             seed=self.config.seed,
-            sampling=self.config.sample.model_dump(
-                include={"guidance_scale", "max_sequence_length", "height", "width"}
-            ),
+            sampling=self.sampling,
             validate=self._validate if self.validates else None,
         )
 
@@ -181,6 +179,11 @@ class Run:
             "test": ("evaluate.prompts", config.evaluate.prompts),
         }
         return {split: _resolve(field, spec) for split, (field, spec) in named.items() if spec is not None}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings that generation and training must share."""
+        return self.config.sample.model_dump(include={"guidance_scale", "max_sequence_length", "height", "width"})
 
     @property
     def validates(self) -> bool:
@@ -290,9 +293,11 @@ class Run:
 
     def _check_files(self, stages: Sequence[str]) -> None:
         """What earlier stages left must be there and whole."""
-        if "sample" not in stages and {"score", "train"} & set(stages):
+        if "sample" in self.begun() or ("sample" not in stages and {"score", "train"} & set(stages)):
             store = GroupStore(self.groups)
-            if "score" not in stages:
+            if "train" in stages:
+                check_sampling(store, self.sampling)
+            if "train" in stages and "score" not in stages:
                 read_rewards(self.scores, store)
         if "train" in stages:
             train = self.config.train

@@ -298,18 +298,23 @@ def check_reference(learner: Learner, step: int, loss: float) -> None:
         raise RuntimeError("the reference moves with the adapter: disabling the adapter has no effect")
 
 
+def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
+    """Raise UserError if `store` was made with other settings than `sampling`'s."""
+    for field, value in sampling.items():
+        if store.settings[field] != value:
+            raise UserError(
+                f"sample.{field}: {value!r}, but the groups in {store.folder} were made with "
+                f"{store.settings[field]!r}; training must use the same"
+            )
+
+
 def prepare(
     config: TrainConfig, model: FlowModel, groups: Path, rewards: Path, *, seed: int, sampling: Mapping[str, Any]
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner before step 1, and the settings a resumed run must share. Refuses what cannot be trained on."""
     require_trackers(config.report_to)
     store = GroupStore(groups)
-    for field, value in sampling.items():
-        if store.settings[field] != value:
-            raise UserError(
-                f"sample.{field}: {value!r}, but the groups in {groups} were made with {store.settings[field]!r}; "
-                "training must use the same"
-            )
+    check_sampling(store, sampling)
     if store.settings["revision"].partition("+")[0] != model.revision:  # "+" precedes the digest of an adapter
         raise UserError(
             f"model: {model.name} has revision {model.revision!r}, but the groups in {groups} were made with "
