@@ -3,7 +3,7 @@
     python benchmarks/base_model.py [--model FOLDER] [--prompts 64] [--images 12] [--steps 28]
 
 On validation prompts: OCR reward (mean, spread within a group, best of the group), the judge's axes, and the strict
-GenEval verdict for each of the six tags, read off the pictures by the tiny world's own classical vision.
+and soft GenEval verdicts for each of the six tags, read off the pictures by the tiny world's own classical vision.
 """
 
 import argparse
@@ -22,21 +22,26 @@ from gdro.tiny.judge import TinyJudge, see
 from gdro.tiny.prompts import tiny_prompts
 
 
-def strict_verdict(image: np.ndarray, record: dict[str, Any]) -> bool:
-    """Every wanted class there in its exact number and colour, and placed as asked."""
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+
+
+def verdict(image: np.ndarray, record: dict[str, Any]) -> tuple[bool, float]:
+    """Strict: every wanted class there in its exact number and colour, and placed as asked. Soft: the share of these
+    parts, a number counting 1 - |found - wanted| / wanted, never below 0 (as the GenEval training reward)."""
     shapes = see(image).shapes
+    parts: list[float] = []
     found = []
     for item in record["include"]:
         same = [s for s in shapes if s.kind == item["class"]]
-        if len(same) != item["count"] or any(s.color != item.get("color", s.color) for s in same):
-            return False
         found.append(same)
+        parts.append(max(0.0, 1 - abs(len(same) - item["count"]) / item["count"]))
+        if "color" in item:
+            parts.append(min(1.0, sum(s.color == item["color"] for s in same) / item["count"]))
         if "position" in item:
-            relation, index = item["position"]
-            axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
-            if any(sign * (a.center[axis] - b.center[axis]) <= 4 for a in same for b in found[index]):
-                return False
-    return True
+            axis, sign = RELATIONS[item["position"][0]]
+            pairs = [sign * (a.center[axis] - b.center[axis]) > 4 for a in same for b in found[item["position"][1]]]
+            parts.append(float(bool(pairs) and all(pairs)))
+    return min(parts) == 1, float(np.mean(parts))
 
 
 def generate(pipe: FluxPipeline, prompts: list[Any], images: int, steps: int) -> list[Any]:
@@ -87,16 +92,14 @@ def main() -> None:
     pictures = generate(pipe, prompts, count, args.steps)
     records = [p for p in prompts for _ in range(count)]
     verdicts = np.array(
-        [strict_verdict(np.asarray(i, np.float32), p.fields) for i, p in zip(pictures, records, strict=True)]
+        [verdict(np.asarray(i, np.float32), p.fields) for i, p in zip(pictures, records, strict=True)], float
     )
     tags = np.array([p.fields["tag"] for p in records])
-    by_tag = {tag: verdicts[tags == tag].mean() for tag in world.TAGS}
     grades = TinyJudge()(pictures, records)
-    result["geneval"] = {
-        "overall": np.mean(list(by_tag.values())),
-        **by_tag,
-        **{axis: values.mean() for axis, values in grades.items()},
-    }
+    result["geneval"] = {axis: values.mean() for axis, values in grades.items()}
+    for kind, values in zip(("strict", "soft"), verdicts.T, strict=True):
+        by_tag = {tag: values[tags == tag].mean() for tag in world.TAGS}
+        result["geneval"][kind] = {"overall": np.mean(list(by_tag.values())), **by_tag}
     sheet += pictures[::count][:24]
     print(json.dumps(result, indent=2, default=lambda x: round(float(x), 4)))
     if args.sheet:
