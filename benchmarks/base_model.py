@@ -21,7 +21,6 @@ from gdro.tiny import MODEL_FOLDER, world
 from gdro.tiny.judge import TinyJudge, see
 from gdro.tiny.prompts import tiny_prompts
 
-
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 
