@@ -18,7 +18,7 @@ def require_trackers(report_to: Sequence[str]) -> None:
     """Raise UserError if a tracker's package is missing."""
     if "tensorboard" in report_to:
         try:
-            import tensorboard  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
+            import tensorboard  # noqa: F401
         except ImportError:
             raise UserError(
                 'train.report_to: "tensorboard" needs the package tensorboard; pip install "gdro[tensorboard]"'
