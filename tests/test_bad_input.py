@@ -165,7 +165,7 @@ def test_changed_configuration_truncated_file_and_full_disk(work: Workplace) -> 
         work.folder, "score", str(work.config), "--out", str(work.out),
         preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
     )  # fmt: skip
-    _, err = command.communicate(timeout=120)
+    _, err = command.communicate(timeout=300)
     assert command.returncode == 2, err
     lines = [line for line in err.splitlines() if not line.startswith("score ")]  # progress apart
     assert len(lines) == 1
@@ -183,7 +183,7 @@ def test_changed_configuration_truncated_file_and_full_disk(work: Workplace) -> 
 )
 def test_a_process_ends_with_exit_code_2_and_one_line(work: Workplace, arguments: list[str]) -> None:
     command = start(work.folder, "run", str(work.config), "--out", "out", *arguments)
-    out, err = command.communicate(timeout=120)
+    out, err = command.communicate(timeout=300)
     assert command.returncode == 2
     assert out == ""
     assert len(err.splitlines()) == 1, err
