@@ -252,6 +252,10 @@ def save_pipeline(pipe: FluxPipeline, folder: Path, ema: dict[str, Tensor] | Non
     if ema:
         pipe.transformer.load_state_dict(ema)
     pipe.save_pretrained(folder)
+    for path in folder.rglob("*.json"):  # the folder the parts came from means nothing elsewhere
+        value = json.loads(path.read_text())
+        if isinstance(value, dict) and value.keys() & {"_name_or_path", "name_or_path"}:
+            write_json(path, {k: v for k, v in value.items() if k not in ("_name_or_path", "name_or_path")})
     pipe.transformer.load_state_dict(raw)
 
 
