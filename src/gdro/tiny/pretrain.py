@@ -247,16 +247,13 @@ class FlowTrainer:
         return chunks
 
 
-def save_pipeline(pipe: FluxPipeline, folder: Path, ema: dict[str, Tensor] | None = None) -> None:
-    raw = {n: p.detach().clone() for n, p in pipe.transformer.named_parameters()}
-    if ema:
-        pipe.transformer.load_state_dict(ema)
+def save_pipeline(pipe: FluxPipeline, folder: Path, ema: dict[str, Tensor]) -> None:
+    pipe.transformer.load_state_dict(ema)
     pipe.save_pretrained(folder)
     for path in folder.rglob("*.json"):  # the folder the parts came from means nothing elsewhere
         value = json.loads(path.read_text())
-        if isinstance(value, dict) and value.keys() & {"_name_or_path", "name_or_path"}:
-            write_json(path, {k: v for k, v in value.items() if k not in ("_name_or_path", "name_or_path")})
-    pipe.transformer.load_state_dict(raw)
+        if isinstance(value, dict) and "_name_or_path" in value:
+            write_json(path, {name: v for name, v in value.items() if name != "_name_or_path"})
 
 
 def main() -> None:
