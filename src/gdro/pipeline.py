@@ -5,7 +5,6 @@ stopped; a finished one is not done again. One process at a time works in a run 
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,7 +17,7 @@ from PIL import Image
 from gdro.config import RunConfig, check_unchanged, save_config
 from gdro.errors import UserError
 from gdro.evaluation.measure import measure
-from gdro.files import write_json
+from gdro.files import discard, sweep, write_json
 from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import GroupStore
 from gdro.models import FlowModel, check_model, load_model
@@ -214,7 +213,8 @@ class Run:
     def _validate(self, model: FlowModel, step: int) -> dict[str, float]:
         folder = self.out / "validation" / f"step-{step:06d}"
         for path in set(folder.parent.glob("step-*")) - {folder}:  # the last one's images are kept, to look at
-            shutil.rmtree(path)
+            discard(path)
+        sweep(folder.parent)
         return measure(
             self.config.evaluate,
             model,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gdro.errors import UserError
+from gdro.files import sweep
 from gdro.training.checkpoint import (
     check_settings,
     find_checkpoint,
@@ -16,7 +17,6 @@ from gdro.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
     steps_saved,
-    sweep,
 )
 
 

@@ -4,7 +4,6 @@ Used for the test prompts (base and tuned) and for validation during training.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gdro.errors import UserError
 from gdro.evaluation.signs import image_signs
 from gdro.evaluation.statistics import AXES, corrected_axes, corrected_score
+from gdro.files import discard
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
@@ -156,4 +156,4 @@ def _discard_other_weights(folder: Path, model: FlowModel) -> None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / STARTED} is damaged; remove {folder} to evaluate anew") from None
     if begun != model.weights:
-        shutil.rmtree(folder)
+        discard(folder)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from gdro.errors import UserError
-from gdro.files import fingerprint
+from gdro.files import fingerprint, sweep
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
 from gdro.objectives.forward.gdro import (
@@ -41,7 +41,6 @@ from gdro.training.checkpoint import (
     optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
-    sweep,
 )
 from gdro.training.ema import Ema, ema_decay
 from gdro.training.log import DriftAlarm, MetricsLog, require_trackers

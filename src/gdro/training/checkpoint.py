@@ -18,7 +18,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from gdro.errors import UserError
-from gdro.files import write_bytes, write_json
+from gdro.files import discard, write_bytes, write_json
 
 FIELD = "train.resume_from_checkpoint"
 PREFIX = "step-"
@@ -149,22 +149,6 @@ def prune_checkpoints(folder: Path, *, limit: int | None, best: int | None) -> N
     for step in spare[: max(0, len(steps) - limit)] if limit else []:
         if step != steps[-1]:
             discard(checkpoint_path(folder, step))
-
-
-def discard(path: Path) -> None:
-    """Delete a folder; renamed first, so that no half of it is ever taken for a checkpoint."""
-    if path.exists():
-        doomed = path.with_name(f".{path.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a kill left half written or half deleted."""
-    for pattern in (f".{PREFIX}*.tmp", f".{PREFIX}*.deleted"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
