@@ -21,7 +21,7 @@ from gdro.files import discard, sweep, write_json
 from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import GroupStore
 from gdro.models import FlowModel, check_model, load_model
-from gdro.progress import duration
+from gdro.progress import duration, interval
 from gdro.prompts import Prompt, read_prompts, write_prompts
 from gdro.rewards.base import Judge, Reward
 from gdro.rewards.registry import load_judge, load_reward
@@ -38,7 +38,6 @@ from gdro.training.log import require_trackers
 
 STAGES = ("sample", "score", "train", "evaluate", "export", "report")
 SPLIT_OF_STAGE = {"sample": "train", "score": "train", "train": "validation", "evaluate": "test"}
-HEARTBEAT_SECONDS = 5.0
 
 
 def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
@@ -198,7 +197,7 @@ class Run:
         """The stages that have left results which the configuration must keep to."""
         left = {
             "sample": self.groups.is_dir() and any(self.groups.glob("*.parquet")),
-            "train": (self.out / "metrics.jsonl").exists() or bool(steps_saved(self.checkpoints)),
+            "train": bool(steps_saved(self.checkpoints)),
             "evaluate": (self.out / "evaluation").is_dir(),
         }
         return {stage for stage, there in left.items() if there}
@@ -250,8 +249,12 @@ class Run:
             self._check_model(stages)
         if not rescoring:
             save_config(self.config, self.out)
-        for split, prompts in self.prompts.items():
-            write_prompts(self.out / "prompts" / f"{split}.jsonl", prompts)
+        for split in ("train", "validation", "test"):
+            path = self.out / "prompts" / f"{split}.jsonl"
+            if split in self.prompts:
+                write_prompts(path, self.prompts[split])
+            else:
+                path.unlink(missing_ok=True)
 
     def _check_splits(self, begun: set[str]) -> None:
         """Held-out prompts must be held out, and the prompts must stay those that the run was begun with."""
@@ -266,7 +269,7 @@ class Run:
                 )
         for split, stage in (("train", "train"), ("validation", "train"), ("test", "evaluate")):
             path = self.out / "prompts" / f"{split}.jsonl"
-            if stage in begun and path.exists() and read_prompts(path) != self.prompts.get(split):
+            if stage in begun and split in self.prompts and path.exists() and read_prompts(path) != self.prompts[split]:
                 raise UserError(f"{path} has other prompts than there are now; expected those the run was begun with")
 
     def _check_scorers(self, stages: Sequence[str]) -> None:
@@ -345,10 +348,9 @@ class Run:
         for name in ("reward", "corrected") if summary and stage in ("evaluate", "report") else ():
             result = summary[name]
             if result["base"] is not None:
-                low, high = result["ci95"]
                 lines.append(
                     f"{name}: {result['base']:.3f} -> {result['tuned']:.3f} "
-                    f"({result['gain']:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
+                    f"({result['gain']:+.3f}, 95 % {interval(result['ci95'])})"
                 )
         return "\n".join(lines)
 

@@ -5,6 +5,7 @@ Both go to stderr. The rate counts only this session's work, so it stays honest 
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -72,6 +73,12 @@ class Progress:
     @staticmethod
     def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+
+def interval(ends: Sequence[float | None], digits: int = 3) -> str:
+    """Both ends of an interval with their signs; a dash if there is none (one prompt)."""
+    low, high = ends
+    return "–" if low is None or high is None else f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
 def duration(seconds: float) -> str:

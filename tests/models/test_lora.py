@@ -1,6 +1,7 @@
 """The file of an adapter: plain diffusers reads ours, and we refuse what does not fit."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from gdro.errors import UserError
 from gdro.models import load_model
 from gdro.models.flux import FluxModel
+from gdro.models.lora import write_lora
 
 FILE = "pytorch_lora_weights.safetensors"
+SHAPE = {"r": 4, "lora_alpha": 10}
 HOW = {"guidance_scale": 3.5, "height": 32, "width": 64}
 
 
@@ -27,6 +30,12 @@ def tuned(flux: FluxModel) -> FluxModel:
     return flux
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def velocity(model: FluxModel) -> torch.Tensor:
     x_t = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -34,7 +43,8 @@ def velocity(model: FluxModel) -> torch.Tensor:
 
 
 def test_adapter_comes_back_as_it_was(tuned: FluxModel, flux_folder: Path, tmp_path: Path):
-    tuned.save_adapter(tmp_path, tuned.adapter(), {"step": 3})
+    write_lora(tmp_path, tuned.adapter(), SHAPE, {"step": 3})
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o666 & ~umask()
     with safe_open(tmp_path / FILE, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["gdro"] == {"step": 3}
     other = load_model(str(flux_folder), device=torch.device("cpu"), dtype=torch.float32)
@@ -42,7 +52,7 @@ def test_adapter_comes_back_as_it_was(tuned: FluxModel, flux_folder: Path, tmp_p
     assert other.adapter().keys() == tuned.adapter().keys()
     assert other.weights == tuned.weights
     assert torch.equal(velocity(other), velocity(tuned))
-    other.save_adapter(tmp_path / "again", other.adapter(), {"step": 3})
+    write_lora(tmp_path / "again", other.adapter(), SHAPE, {"step": 3})
     assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
 
 
@@ -74,7 +84,7 @@ def test_adapters_that_do_not_fit_are_refused(tuned: FluxModel, tmp_path: Path):
         tuned.load_adapter(tmp_path / "nowhere")
 
     tuned.add_adapter(rank=4, alpha=10, targets="attention", seed=0)
-    tuned.save_adapter(tmp_path, tuned.adapter(), {})
+    write_lora(tmp_path, tuned.adapter(), SHAPE, {})
     good = load_file(tmp_path / FILE)
     wrong = {
         "damaged": None,

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from gdro.errors import UserError
 from gdro.models.flux import FluxModel
+from gdro.models.lora import write_lora
 from gdro.samplers.ode import generate
 from gdro.samplers.schedulers import SchedulerName, flow_scheduler, resolution_shift
 
@@ -49,7 +50,7 @@ def test_euler_gives_the_pipelines_own_images(flux_folder: Path, flux: FluxModel
         flux.add_adapter(rank=4, alpha=10, targets="attention+ff", seed=0)
         for parameter in flux.adapter().values():
             parameter.data.add_(0.1)
-        flux.save_adapter(tmp_path, flux.adapter(), {})
+        write_lora(tmp_path, flux.adapter(), {"r": 4, "lora_alpha": 10}, {})
         pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     latents = solve(flux, "FlowMatchEulerDiscreteScheduler", 5)
     images = np.stack([np.asarray(image, np.int16) for image in flux.decode(latents, 32, 64)])

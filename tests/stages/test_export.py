@@ -112,6 +112,15 @@ def test_a_card_without_a_judge_leaves_its_rows_out(run_dir: Path):
     assert "style" not in card
 
 
+def test_a_card_of_one_prompt_has_no_interval(run_dir: Path):
+    figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [None, None]}
+    axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
+    summary = {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    assert "| reward | 0.5000 | 0.7000 | +0.2000 | – |" in card
+
+
 def test_a_card_without_evaluation_claims_nothing(run_dir: Path):
     card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward" not in card

@@ -71,10 +71,6 @@ class FlowModel(Protocol):
         """Inside it the model is the reference (base weights only)."""
         ...
 
-    def save_adapter(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write `pytorch_lora_weights.safetensors`, loadable by `pipe.load_lora_weights(folder)`."""
-        ...
-
     def load_adapter(self, folder: Path) -> None:
-        """Add and load an adapter written by save_adapter (or by any diffusers trainer)."""
+        """Add and load an adapter that gdro exported (or any diffusers trainer wrote)."""
         ...

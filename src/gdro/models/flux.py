@@ -215,12 +215,6 @@ class FluxModel:
             for layer in layers:
                 layer.enable_adapters(True)
 
-    def save_adapter(self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write `state` (names of adapter()) for `pipe.load_lora_weights(folder)`; `metadata` goes along as JSON."""
-        config = self.transformer.peft_config[lora.ADAPTER]
-        kept = {key: getattr(config, key) for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
-        lora.write_lora(folder, state, kept, metadata)
-
     def load_adapter(self, folder: Path) -> None:
         """Add the adapter in `folder`, in place of any other."""
         self._drop_adapter()

@@ -15,11 +15,11 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from gdro.errors import UserError, did_you_mean
-from gdro.files import atomic_path
+from gdro.files import write_bytes
 from gdro.rng import torch_rng
 
 ADAPTER = "default"
@@ -124,8 +124,7 @@ def write_lora(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, A
     header = {f"transformer.{k}": v for k, v in {**config, "target_modules": modules}.items()}
     tensors = {f"transformer.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
     path = folder / LORA_WEIGHT_NAME_SAFE
-    with atomic_path(path) as tmp:
-        save_file(tensors, tmp, metadata={LORA_ADAPTER_METADATA_KEY: json.dumps({**header, "gdro": dict(about)})})
+    write_bytes(path, save(tensors, {LORA_ADAPTER_METADATA_KEY: json.dumps({**header, "gdro": dict(about)})}))
     return path
 
 

@@ -12,6 +12,7 @@ from gdro.errors import UserError
 from gdro.files import atomic_path, write_bytes
 from gdro.groups.store import GroupStore
 from gdro.models.lora import write_lora
+from gdro.progress import interval
 from gdro.strict_yaml import dump_yaml, read_yaml
 from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, steps_saved
 
@@ -110,8 +111,9 @@ def _figures(summary: Mapping[str, Any]) -> str:
         s = summary[name]
         if s["base"] is None:  # no judge
             continue
-        low, high = s["ci95"]
-        rows.append(f"| {name} | {s['base']:.4f} | {s['tuned']:.4f} | {s['gain']:+.4f} | {low:+.4f} to {high:+.4f} |")
+        rows.append(
+            f"| {name} | {s['base']:.4f} | {s['tuned']:.4f} | {s['gain']:+.4f} | {interval(s['ci95'], digits=4)} |"
+        )
     for axis, base in summary["judge"]["base"].items():
         tuned = summary["judge"]["tuned"][axis]
         if base is not None:
@@ -139,7 +141,8 @@ image = pipe(
 ).images[0]
 ```
 
-The file in this folder holds the moving average (EMA) of the weights; `raw/` holds the last step's own."""
+The file in this folder holds the moving average (EMA) of the weights; `raw/` holds the chosen
+checkpoint's own weights without EMA."""
 
 
 def _plain(text: str) -> str:

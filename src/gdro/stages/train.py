@@ -229,7 +229,7 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
         if not math.isfinite(value):
             raise UserError(
                 f"train.learning_rate: {config.learning_rate}: the {name} is {value} at step {step}; "
-                "expected a finite number. The last checkpoint is kept; try a smaller rate"
+                "expected a finite number. Try a smaller rate with another --out, to which groups/ and rewards/ may be copied"
             )
     learner.optimizer.step()
     learner.optimizer.zero_grad()
