@@ -33,7 +33,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"prompts: {path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in JSON
     except UnicodeDecodeError as error:
         raise UserError(f"prompts: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     prompts = []
