@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -60,6 +61,8 @@ def test_import_makes_a_store_and_rewards(tmp_path: Path, flux: Any) -> None:
     expected = flux.encode_text(["a blue wall"], 24)
     assert all(torch.equal(value, expected[name]) for name, value in store.text("7").items())
 
+    assert len(pd.read_parquet(tmp_path / "groups", columns=["image_id"])) == 6, "the whole folder opens elsewhere"
+
     before = {p.name: p.read_bytes() for p in (tmp_path / "groups").iterdir()}
     assert run(tmp_path, flux) == path
     assert {p.name: p.read_bytes() for p in (tmp_path / "groups").iterdir()} == before
@@ -67,7 +70,8 @@ def test_import_makes_a_store_and_rewards(tmp_path: Path, flux: Any) -> None:
         run(tmp_path, flux, guidance_scale=4.0)
 
 
-def test_every_bad_row_is_named(tmp_path: Path, flux: Any) -> None:
+def test_every_bad_row_is_named(tmp_path: Path, flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdro.groups.importer.SHOWN", 100)
     rows: list[Any] = make_rows(tmp_path / "source")
     Image.new("RGB", (32, 32)).save(tmp_path / "source" / "square.png")
     (tmp_path / "source" / "text.png").write_text("no image")
@@ -92,12 +96,27 @@ def test_every_bad_row_is_named(tmp_path: Path, flux: Any) -> None:
     write_rows(tmp_path / "source", [*rows, "", *(row for row, _ in bad)])
     with pytest.raises(UserError) as error:
         run(tmp_path, flux)
-    lines = str(error.value).splitlines()
+    lines = str(error.value).split("; also ")
     assert len(lines) == len(bad)
+    assert "\n" not in str(error.value)
     for number, (line, (_, message)) in enumerate(zip(lines, bad, strict=True), len(rows) + 2):
         assert f"metadata.jsonl:{number}" in line
         assert message in line
     assert not (tmp_path / "groups").exists()
+
+
+def test_of_many_mistakes_the_first_are_told(tmp_path: Path, flux: Any) -> None:
+    write_rows(tmp_path / "source", [*make_rows(tmp_path / "source"), *["{"] * 20])
+    with pytest.raises(UserError, match=r"jsonl:7 .*jsonl:8 .*jsonl:9 .*\); and 17 more mistakes in .*metadata.jsonl$"):
+        run(tmp_path, flux)
+
+
+def test_a_line_separator_inside_a_prompt_is_kept(tmp_path: Path, flux: Any) -> None:
+    rows = [row | {"prompt": f"{row['prompt']}\u2028x\x85"} for row in make_rows(tmp_path / "source")]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "source" / "metadata.jsonl").write_bytes(text.encode())
+    run(tmp_path, flux)
+    assert GroupStore(tmp_path / "groups").prompt("7").text == "a blue wall\u2028x\x85"
 
 
 def test_groups_that_cannot_be_compared_are_named(tmp_path: Path, flux: Any) -> None:
@@ -119,6 +138,10 @@ def test_damaged_image_is_named(tmp_path: Path, flux: Any) -> None:
     with pytest.raises(UserError, match=r"metadata.jsonl:4: .*3.png is damaged"):
         run(tmp_path, flux)
     assert not list((tmp_path / "groups").glob("*.parquet"))
+
+    Image.new("RGB", (64, 32)).save(path)
+    run(tmp_path, flux, guidance_scale=4.0)  # nothing was imported, so settings may change
+    assert GroupStore(tmp_path / "groups").settings["guidance_scale"] == 4.0
 
 
 def test_missing_and_empty_metadata(tmp_path: Path, flux: Any) -> None:

@@ -129,6 +129,22 @@ def test_a_store_begun_otherwise_is_refused(flux: FluxModel, tmp_path: Path):
         sample_groups(SETTINGS, flux, PROMPTS[:2], tmp_path, seed=7)
 
 
+def test_a_store_without_a_group_may_be_begun_otherwise(
+    flux: FluxModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GroupWriter, "write_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sample_groups(SETTINGS, flux, PROMPTS, tmp_path, seed=7)
+    monkeypatch.undo()
+    (tmp_path / ".groups-00000.parquet.tmp-1").write_bytes(b"half")
+    sample_groups(SETTINGS.model_copy(update={"num_inference_steps": 1}), flux, PROMPTS[2:], tmp_path, seed=8)
+    assert GroupStore(tmp_path).group_ids == [prompt.id for prompt in PROMPTS[2:]]
+    assert not list(tmp_path.glob(".*")), "what the killed writer left is swept up"
+
+
 def test_rounds_and_purposes_draw_other_noise(flux: FluxModel, tmp_path: Path):
     for name, how in (("a", {}), ("b", {"round": 1}), ("c", {"purpose": "evaluation"})):
         sample_groups(SETTINGS, flux, PROMPTS[:1], tmp_path / name, seed=7, **how)

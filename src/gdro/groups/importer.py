@@ -23,8 +23,9 @@ from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.store import Header, rewards_table, write_rewards
 
-BEGUN = "importing.json"
+BEGUN = "_importing.json"
 GROUPS_PER_SHARD = 16
+SHOWN = 3  # mistakes that are told in full, of any number
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def import_folder(
     """Make a store in `groups` and `rewards/<reward_name>.parquet`; returns the latter. Goes on where it stopped.
 
     Latents and text embeddings are `model`'s, `guidance_scale` and `max_sequence_length` those training shall use.
-    Raises UserError naming the line of every mistake in the folder: a bad row, an image that is missing, damaged or of
-    another size, a group of one image.
+    Raises UserError naming the line of the first SHOWN mistakes in the folder: a bad row, an image that is missing,
+    damaged or of another size, a group of one image.
     """
     members = read_metadata(folder)
     with Image.open(next(iter(members.values()))[0].path) as first:
@@ -114,12 +115,12 @@ def import_folder(
 
 
 def read_metadata(folder: Path) -> dict[str, list[Row]]:
-    """Group id -> its rows, everything checked but the pixels; UserError with every mistake's line."""
+    """Group id -> its rows, everything checked but the pixels; UserError with the lines of the first mistakes."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise UserError(f"{path} not found; expected one JSON object an image: file_name, prompt, reward, group")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in JSON
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     mistakes: list[str] = []
@@ -153,7 +154,8 @@ def read_metadata(folder: Path) -> dict[str, list[Row]]:
         if len(members) == 1 and not mistakes:
             mistakes.append(f'{members[0].where}: group "{group}" has one image; expected at least two to compare')
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        rest = f"; and {len(mistakes) - SHOWN} more mistakes in {path}" if len(mistakes) > SHOWN else ""
+        raise UserError("; also ".join(mistakes[:SHOWN]) + rest)
     if not groups:
         raise UserError(f"{path} has no row; expected one JSON object an image")
     return groups
@@ -206,7 +208,9 @@ def _image(row: Row) -> Image.Image:
 def _begin(groups: Path, begun: dict[str, Any]) -> None:
     """Note what the store is made from; refuse a store made from something else."""
     path = groups / BEGUN
-    if path.exists():
+    if groups.is_dir() and any(groups.glob("*.parquet")):  # else there is nothing yet, and it may be begun anew
+        if not path.exists():
+            raise UserError(f"{groups} holds groups of another origin; expected an empty or new folder")
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -216,6 +220,4 @@ def _begin(groups: Path, begun: dict[str, Any]) -> None:
                 raise UserError(
                     f"{groups} was imported with {field} {before.get(field)!r}, now {value!r}; expected another folder"
                 )
-    elif groups.is_dir() and any(groups.glob("*.parquet")):
-        raise UserError(f"{groups} holds groups of another origin; expected an empty or new folder")
     write_json(path, begun)

@@ -138,9 +138,10 @@ def _plan(
 ) -> list[Sequence[Prompt]]:
     """The prompts of each shard: those the store was begun with as they were, then any new ones."""
     path = folder / STARTED
-    if not path.exists() and folder.is_dir() and any(folder.glob("*.parquet")):
+    filled = folder.is_dir() and any(folder.glob("*.parquet"))
+    if filled and not path.exists():
         raise UserError(f"{label}: {folder} holds groups of another origin; expected an empty or new folder")
-    old_settings, old_shards = _begun(path) if path.exists() else (begun, [])
+    old_settings, old_shards = _begun(path) if filled else (begun, [])  # nothing yet: begun anew
     for field, value in begun.items():
         if old_settings.get(field) != value:
             raise UserError(
