@@ -140,10 +140,15 @@ def test_own_judge(module: Write) -> None:
     name = module(
         "def good(images, prompts):\n    return {a: [1, 3, 5] for a in ('alignment', 'coherence', 'style')}\n"
         "def short(images, prompts):\n    return {'alignment': [1, 3, 5]}\n"
+        "def gaps(images, prompts):\n    return good(images, prompts) | {'style': [1, None, float('nan')]}\n"
+        "def endless(images, prompts):\n    return good(images, prompts) | {'style': [1, 2, float('inf')]}\n"
         "def wide(images, prompts):\n    return good(images, prompts) | {'style': [1, 6, 5]}\n"
     )
     grades = load_judge(f"{name}:good")(IMAGES, PROMPTS)
     assert {a: values.tolist() for a, values in grades.items()} == {a: [1.0, 3.0, 5.0] for a in grades}
+    np.testing.assert_array_equal(load_judge(f"{name}:gaps")(IMAGES, PROMPTS)["style"], [1, np.nan, np.nan])
+    with pytest.raises(ImageFailure, match=r"image 2 .*style returned inf; expected a finite number"):
+        load_judge(f"{name}:endless")(IMAGES, PROMPTS)
     with pytest.raises(UserError, match=r"returned \['alignment'\]; expected a dictionary with the keys"):
         load_judge(f"{name}:short")(IMAGES, PROMPTS)
     with pytest.raises(ImageFailure, match=r"image 1 .*style returned 6; expected 1 to 5"):

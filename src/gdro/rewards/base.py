@@ -67,5 +67,5 @@ class Judge(Protocol):
     def check(self, prompts: Sequence[Prompt]) -> None: ...
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        """{"alignment" | "coherence" | "style": (n,) float64 in [1, 5]}."""
+        """{"alignment" | "coherence" | "style": (n,) float64 in [1, 5], NaN where missing}."""
         ...

@@ -53,7 +53,10 @@ class UserReward(_UserFunction):
 
 
 class UserJudge(_UserFunction):
-    """`function(images, prompts) -> {"alignment": ..., "coherence": ..., "style": ...}`, a grade in [1, 5] an image."""
+    """`function(images, prompts) -> {"alignment": ..., "coherence": ..., "style": ...}`, a grade in [1, 5] an image.
+
+    None or NaN is a grade that is missing.
+    """
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         result = self._function(list(images), list(prompts))
@@ -61,7 +64,7 @@ class UserJudge(_UserFunction):
         if not isinstance(result, Mapping) or set(result) != set(AXES):
             found = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
             raise UserError(f"{who} returned {found}; expected a dictionary with the keys {', '.join(AXES)}")
-        grades = {axis: _floats(result[axis], len(images), f"{who}, {axis}") for axis in AXES}
+        grades = {axis: _floats(result[axis], len(images), f"{who}, {axis}", missing=True) for axis in AXES}
         for axis, values in grades.items():
             for i in np.flatnonzero((values < 1) | (values > 5)):
                 raise ImageFailure(int(i), f"{who}, {axis} returned {values[i]:g}; expected 1 to 5")
@@ -97,8 +100,8 @@ def _load(spec: str, field: str) -> tuple[Callable[..., Any], str]:
     return function, hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]
 
 
-def _floats(result: Any, count: int, who: str) -> np.ndarray:
-    """(count,) float64, or UserError / ImageFailure saying what is wrong with it."""
+def _floats(result: Any, count: int, who: str, *, missing: bool = False) -> np.ndarray:
+    """(count,) float64, or UserError / ImageFailure saying what is wrong with it; with `missing`, None is NaN."""
     try:
         if isinstance(result, str | bytes | Mapping | Set):
             raise TypeError
@@ -114,9 +117,11 @@ def _floats(result: Any, count: int, who: str) -> np.ndarray:
             not isinstance(value, numbers.Real) and getattr(value, "shape", None) == ()
         ):  # an array's or tensor's element
             value = value.item()
+        if value is None and missing:
+            value = math.nan
         if not isinstance(value, numbers.Real | np.bool_):
             raise ImageFailure(i, f"{who} returned {value!r} ({type(value).__name__}); expected a number")
-        if not math.isfinite(value):
+        if not math.isfinite(value) and not (missing and math.isnan(value)):
             raise ImageFailure(i, f"{who} returned {value}; expected a finite number")
         values[i] = float(value)
     return values
