@@ -16,7 +16,11 @@ def _key(seed: int, purpose: str, index: tuple[int | str, ...]) -> int:
 
 
 def torch_rng(seed: int, purpose: str, *index: int | str) -> torch.Generator:
-    """A fresh CPU generator for the draw named by (seed, purpose, index)."""
+    """A fresh CPU generator for the draw named by (seed, purpose, index).
+
+    PyTorch's CPU generator uses the low 32 bits of its seed only, so two of n draws coincide with probability about
+    n^2 / 2^33: 10,000 images all have noise of their own with 99 %. NumPy's generator uses the whole key.
+    """
     return torch.Generator().manual_seed(_key(seed, purpose, index))
 
 
