@@ -87,6 +87,8 @@ def measure(
     *,
     seed: int,
     generation: Generation,
+    score_workers: int = 0,
+    score_batch_size: int = 64,
     label: str = "evaluate",
 ) -> Measured:
     """Generate, score and judge images of `prompts` by the model as it is now; resumable, images kept in `folder`.
@@ -105,7 +107,7 @@ def measure(
     )
     sample_groups(settings, model, prompts, folder, seed=seed, purpose="evaluation", label=label)
     store = GroupStore(folder)
-    path = score_groups(reward, folder, folder / "rewards")
+    path = score_groups(reward, folder, folder / "rewards", workers=score_workers, batch_size=score_batch_size)
     scores, evidence = read_rewards(path, store), read_evidence(path)
     axes = {axis: np.full((len(prompts), config.images_per_prompt), np.nan) for axis in AXES}
     signs: dict[str, list[np.ndarray]] = {}
