@@ -1,14 +1,17 @@
 """Bad input is refused before any long work: exit code 2, one line that names the field or file, no traceback."""
 
+import json
 import resource
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from small_run import small_run, start
+from PIL import Image
+from small_run import REWARDS, small_run, start
 
 from gdro.cli import main
+from gdro.files import discard
 
 
 class Workplace:
@@ -104,6 +107,17 @@ def test_bad_prompt_files(work: Workplace, text: str, message: str) -> None:
 def test_prompts_that_are_not_held_out(work: Workplace) -> None:
     (work.folder / "test.jsonl").write_text((work.folder / "train.jsonl").read_text())
     assert "evaluate.prompts has 4 of sample.prompts" in work.refuses_at_once()
+    (work.folder / "test.jsonl").write_text((work.folder / "validation.jsonl").read_text())
+    assert "train.validation_prompts has 2 of evaluate.prompts" in work.refuses_at_once()
+
+
+def test_functions_changed_after_sampling_are_tried_before_training(work: Workplace) -> None:
+    assert work.run("sample")[0] == 0
+    assert work.run("score")[0] == 0
+    for command in ("train", "run"):
+        line = work.refuses("--evaluate.judge", "my_rewards:redness", command=command)
+        assert "returned list; expected a dictionary" in line
+    assert not (work.out / "checkpoints").exists()
 
 
 def test_commands_and_options(work: Workplace) -> None:
@@ -150,11 +164,6 @@ def test_changed_configuration_truncated_file_and_full_disk(work: Workplace) -> 
     assert "sample.guidance_scale is 5.0 but" in line
     assert "has 3.5" in line
     assert work.run("score")[0] == 0
-    assert work.run("train")[0] == 0
-    line = work.refuses("--train.beta", "6")
-    assert "train.beta is 6.0 but" in line
-    assert "has 12.0" in line
-    assert "train.prompts" not in work.refuses("--seed", "3")
 
     # a full disk, as the system tells a process that may write no more than 500 bytes to a file
     rewards = work.out / "rewards" / "my_rewards.redness.parquet"
@@ -172,10 +181,80 @@ def test_changed_configuration_truncated_file_and_full_disk(work: Workplace) -> 
     assert "could not be written" in lines[0]
     assert rewards.read_bytes() == before
 
+    # other versions of a reward: not trained on before scoring, not scored by after training
+    line = work.refuses(command="train")
+    assert "score.reward: my_rewards.redness is of version" in line
+    assert 'run "gdro score" again' in line
+    module.write_text(REWARDS)
+    assert work.run("train", "--train.learning_rate", "1e-3")[0] == 0
+    module.write_text(REWARDS + "# another version\n")
+    for stage in ("run", "score", "train"):
+        assert "expected the version trained on, or another --out" in work.refuses(
+            "--train.learning_rate", "1e-3", command=stage
+        )
+    module.write_text(REWARDS)
+
+    line = work.refuses("--train.learning_rate", "1e-3", "--train.beta", "6")
+    assert "train.beta is 6.0 but" in line
+    assert "has 12.0" in line
+    assert "evaluate.judge is null but" in work.refuses("--train.learning_rate", "1e-3", "--evaluate.judge", "null")
+    assert "seed is 3 but" in work.refuses("--train.learning_rate", "1e-3", "--seed", "3")
+    own = work.out / "config.yaml"
+    written = own.read_text()
+    work.config = own
+    own.write_text(written.replace("beta: 12.0", "beta: 6.0"))
+    assert "train.beta is 6.0 but" in work.refuses()
+    own.write_text(written)
+
     groups = work.out / "groups" / "groups-00001.parquet"
     groups.write_bytes(groups.read_bytes()[:-10])
     for stage in ("run", "score", "train"):
         assert str(groups) in work.refuses(command=stage)
+
+
+def test_groups_with_a_gap_are_sampled_again_and_half_of_them_not_trained_on(work: Workplace) -> None:
+    assert work.run("sample")[0] == 0
+    folder = work.out / "groups"
+    whole = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    (folder / "groups-00001.parquet").unlink()
+    assert "has groups-00002.parquet but no groups-00001.parquet" in work.refuses(command="score")
+    assert work.run("sample")[0] == 0
+    assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == whole
+
+    (folder / "groups-00003.parquet").unlink()
+    assert work.run("score")[0] == 0
+    assert "holds 3 groups, which are not those of the 4 sample.prompts" in work.refuses(command="train")
+
+
+def test_images_of_another_size_are_not_imported(work: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"file_name": f"{i}.png", "prompt": "a", "reward": i, "group": "g"} for i in range(3)]
+    for row in rows:
+        Image.new("RGB", (48, 32)).save(work.folder / str(row["file_name"]))
+    (work.folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["import", str(work.folder), "--config", str(work.config), "--out", str(work.out)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("gdro: sample.width is 64, but ")
+    assert err.endswith("0.png is 48x32; expected 48\n")
+    assert not (work.out / "groups").exists()
+
+
+def test_training_settings_may_change_until_there_is_a_checkpoint(work: Workplace) -> None:
+    assert work.run("sample")[0] == 0
+    assert work.run("score")[0] == 0
+    line = work.run("train", "--train.learning_rate", "1e30", "--train.max_grad_norm", "1e30")[1]
+    assert "Try a smaller rate with another --out" in line
+    discard(work.out / "checkpoints")
+    assert (work.out / "validation" / "step-000000").exists()
+    changed = ("--evaluate.images_per_prompt", "3", "--train.max_train_steps", "1", "--train.beta", "6")
+    assert work.run("train", *changed)[0] == 0
+    assert work.run("train", *changed)[0] == 0
+
+
+def test_validation_prompts_given_up_before_training_leave_no_file(work: Workplace) -> None:
+    assert work.run("sample")[0] == 0
+    assert (work.out / "prompts" / "validation.jsonl").exists()
+    assert work.run("score", "--train.validation_prompts", "null")[0] == 0
+    assert not (work.out / "prompts" / "validation.jsonl").exists()
 
 
 @pytest.mark.parametrize(

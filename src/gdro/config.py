@@ -18,6 +18,7 @@ from gdro.stages.train import TrainConfig
 from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 CONFIG = "config.yaml"
+KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
 
 # Fields that say how fast or how long, never what comes out at a given step; every other one is fixed once its stage
 # has begun.
@@ -29,6 +30,8 @@ MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "score.batch_size",
     "evaluate.batch_size",
 }
+# Validation uses these, so training that validates fixes them too.
+VALIDATION = {f"evaluate.{name}" for name in ("images_per_prompt", "num_inference_steps", "judge", "corrected_axes")}
 # The top-level fields every stage uses are fixed once any stage has begun.
 STAGE_OF_SECTION = {"sample": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
 
@@ -71,22 +74,36 @@ def validate(data: dict[str, Any]) -> RunConfig:
 
 
 def save_config(config: RunConfig, out: Path) -> None:
-    """Write the resolved configuration to `out`/config.yaml, whole or not at all."""
-    write_bytes(out / CONFIG, dump_yaml(config.model_dump(mode="json")).encode())
+    """Write the resolved configuration to `out`/config.yaml, whole or not at all, and a copy to compare with."""
+    for name in (KEPT, CONFIG):
+        write_bytes(out / name, dump_yaml(config.model_dump(mode="json")).encode())
+
+
+def saved_config(out: Path) -> RunConfig | None:
+    """The configuration that gdro last wrote to `out`, whatever has become of config.yaml since."""
+    path = _saved(out)
+    return validate(read_yaml(path)) if path.exists() else None
+
+
+def _saved(out: Path) -> Path:
+    return out / KEPT if (out / KEPT).exists() else out / CONFIG
 
 
 def check_unchanged(config: RunConfig, out: Path, begun: set[str]) -> None:
     """Refuse a configuration that would change the result of a stage already `begun` in the run directory `out`."""
-    path = out / CONFIG
-    if not path.exists() or not begun:
+    saved = saved_config(out) if begun else None
+    if saved is None:
         return
-    old = dict(_flat(validate(read_yaml(path)).model_dump(mode="json")))
+    old = dict(_flat(saved.model_dump(mode="json")))
     for name, value in _flat(config.model_dump(mode="json")):
         section, dot, _ = name.partition(".")
-        if name in MAY_CHANGE or old.get(name) == value or (dot and STAGE_OF_SECTION[section] not in begun):
+        stages = {STAGE_OF_SECTION[section]} if dot else begun
+        if name in VALIDATION and saved.train.validates:
+            stages.add("train")
+        if name in MAY_CHANGE or old.get(name) == value or not stages & begun:
             continue
         raise UserError(
-            f"{name} is {_show(value)} but {path} has {_show(old.get(name))}; "
+            f"{name} is {_show(value)} but {_saved(out)} has {_show(old.get(name))}; "
             "expected the configuration the run was begun with, or another --out"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gdro.config import RunConfig, check_unchanged, save_config
+from gdro.config import RunConfig, check_unchanged, save_config, saved_config
 from gdro.errors import UserError
 from gdro.evaluation.measure import measure
 from gdro.files import discard, sweep, write_json
@@ -25,7 +25,7 @@ from gdro.progress import duration, interval
 from gdro.prompts import Prompt, read_prompts, write_prompts
 from gdro.rewards.base import Judge, Reward
 from gdro.rewards.registry import load_judge, load_reward
-from gdro.rewards.store import read_rewards
+from gdro.rewards.store import read_header, read_rewards
 from gdro.rng import numpy_rng
 from gdro.rundir import Clock, alone, read_json
 from gdro.samplers.generate import group_id
@@ -46,7 +46,7 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
     Raises UserError for bad input, before any long work, and if another process works in `out`.
     """
     with alone(out):
-        job = Run(config, out)
+        job = Run(config, out, stages)
         job.check(stages)
         for stage in stages:
             with job.clock.running(stage):
@@ -65,6 +65,7 @@ def import_groups(config: RunConfig, folder: Path, out: Path) -> str:
         members = read_metadata(folder)
         check_unchanged(config, out, job.begun())
         check_model(config.model)
+        _check_size(config, next(iter(members.values()))[0].path)
         write_prompts(Path(config.sample.prompts), [rows[0].prompt for rows in members.values()])
         save_config(config, out)
         with job.clock.running("sample"):
@@ -83,8 +84,8 @@ def import_groups(config: RunConfig, folder: Path, out: Path) -> str:
 class Run:
     """A run directory and its stages, each a method; model, reward and judge are loaded when first needed."""
 
-    def __init__(self, config: RunConfig, out: Path) -> None:
-        self.config, self.out = config, out
+    def __init__(self, config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> None:
+        self.config, self.out, self.stages = config, out, list(stages)
         self.groups, self.adapter, self.checkpoints = out / "groups", out / "adapter", out / "checkpoints"
         self.evaluation, self.imported = out / "evaluation.json", out / "rewards" / "imported.parquet"
         self.clock = Clock(out / "seconds.json")
@@ -98,7 +99,7 @@ class Run:
         sample(self.config.sample, self.model, self.prompts["train"], self.groups, seed=self.config.seed)
 
     def score(self) -> None:
-        if self.scores == self.imported:
+        if self.scores == self.imported and self.stages != ["score"]:  # asked for alone, the reward scores them too
             _say(f"score: imported before, {self.imported}")
             return
         score(self.config.score, self.reward, self.groups, self.scores.parent)
@@ -117,7 +118,7 @@ class Run:
             self.out,
             seed=self.config.seed,
             sampling=self.sampling,
-            validate=self._validate if self.validates else None,
+            validate=self._validate if self.config.train.validates else None,
         )
 
     def evaluate(self) -> None:
@@ -134,6 +135,7 @@ class Run:
             self.out,
             seed=self.config.seed,
             sample_config=self.config.sample,
+            **self.scoring,
         )
 
     def export(self) -> None:
@@ -173,7 +175,10 @@ class Run:
         config = self.config
         named = {
             "train": ("sample.prompts", config.sample.prompts),
-            "validation": ("train.validation_prompts", config.train.validation_prompts if self.validates else None),
+            "validation": (
+                "train.validation_prompts",
+                config.train.validation_prompts if config.train.validates else None,
+            ),
             "test": ("evaluate.prompts", config.evaluate.prompts),
         }
         return {split: _resolve(field, spec) for split, (field, spec) in named.items() if spec is not None}
@@ -184,8 +189,9 @@ class Run:
         return self.config.sample.model_dump(include={"guidance_scale", "max_sequence_length", "height", "width"})
 
     @property
-    def validates(self) -> bool:
-        return self.config.train.validation_prompts is not None and self.config.train.validation_steps > 0
+    def scoring(self) -> dict[str, int]:
+        """How the reward is run in validation and evaluation."""
+        return {"score_workers": self.config.score.workers, "score_batch_size": self.config.score.batch_size}
 
     @property
     def scores(self) -> Path:
@@ -204,7 +210,12 @@ class Run:
 
     def _is_sampled(self) -> bool:
         expected = {group_id(prompt, 0) for prompt in self.prompts["train"]}
-        return "sample" in self.begun() and set(GroupStore(self.groups).group_ids) == expected
+        return "sample" in self.begun() and not self._has_gap() and set(GroupStore(self.groups).group_ids) == expected
+
+    def _has_gap(self) -> bool:
+        """Whether a file of groups is missing among the others."""
+        names = sorted(path.name for path in self.groups.glob("groups-*.parquet"))
+        return names != [f"groups-{i:05d}.parquet" for i in range(len(names))]
 
     def _is_trained(self) -> bool:
         return self.config.train.max_train_steps in steps_saved(self.checkpoints)
@@ -224,6 +235,7 @@ class Run:
             seed=self.config.seed,
             generation=self.config.sample,
             label=f"validate step {step}",
+            **self.scoring,
         ).means()
 
     def _export(self) -> Path:
@@ -237,16 +249,22 @@ class Run:
         """Refuse bad input; then note the configuration and the prompts in the run directory."""
         begun = self.begun()
         # scoring once more, with another reward, is no change of what was trained on
-        rescoring = list(stages) == ["score"] and "train" in begun
+        saved = saved_config(self.out) if begun else None
+        other_reward = saved is not None and saved.score.reward != self.config.score.reward
+        rescoring = list(stages) == ["score"] and "train" in begun and other_reward
         check_unchanged(self.config, self.out, begun - {"train"} if rescoring else begun)
         self._check_splits(begun)
         if {"sample", "train", "evaluate"} & set(stages):
             _ = self.device
             check_model(self.config.model)
         self._check_files(stages)
+        if not rescoring:
+            self._check_version(stages, begun)
         self._check_scorers(stages)
         if "sample" in stages and not self._is_sampled():
             self._check_model(stages)
+        if "train" not in begun and saved != self.config:
+            discard(self.out / "validation")  # measured by what may have changed
         if not rescoring:
             save_config(self.config, self.out)
         for split in ("train", "validation", "test"):
@@ -258,14 +276,18 @@ class Run:
 
     def _check_splits(self, begun: set[str]) -> None:
         """Held-out prompts must be held out, and the prompts must stay those that the run was begun with."""
-        fields = {"validation": "train.validation_prompts", "test": "evaluate.prompts"}
-        texts = {prompt.text for prompt in self.prompts["train"]}
-        for split, field in fields.items():
+        fields = {"train": "sample.prompts", "validation": "train.validation_prompts", "test": "evaluate.prompts"}
+        for split, other, use in (
+            ("validation", "train", "trained on"),
+            ("test", "train", "trained on"),
+            ("validation", "test", "tested on"),
+        ):
+            texts = {prompt.text for prompt in self.prompts[other]}
             shared = [prompt.text for prompt in self.prompts.get(split, []) if prompt.text in texts]
             if shared:
                 raise UserError(
-                    f"{field} has {len(shared)} of sample.prompts, such as {json.dumps(shared[0])}; "
-                    "expected prompts that are not trained on"
+                    f"{fields[split]} has {len(shared)} of {fields[other]}, such as {json.dumps(shared[0])}; "
+                    f"expected prompts that are not {use}"
                 )
         for split, stage in (("train", "train"), ("validation", "train"), ("test", "evaluate")):
             path = self.out / "prompts" / f"{split}.jsonl"
@@ -279,11 +301,12 @@ class Run:
             self.reward.check(self.prompts[split])
             if self.judge is not None and split != "train":
                 self.judge.check(self.prompts[split])
-        if "sample" in stages and not self._is_sampled():
+        done = {"sample": self._is_sampled, "train": self._is_trained, "evaluate": self.evaluation.exists}
+        if any(stage in stages and not is_done() for stage, is_done in done.items()):
             self._try_functions()
 
     def _try_functions(self) -> None:
-        """A user's reward or judge that returns nonsense is found on two images of noise, not after the sampling."""
+        """A user's reward or judge that returns nonsense is found on two images of noise, not after the long work."""
         config = self.config.sample
         shape = (2, config.height, config.width, 3)
         noise = numpy_rng(0, "trial").integers(0, 256, shape, dtype="uint8")
@@ -296,10 +319,16 @@ class Run:
 
     def _check_files(self, stages: Sequence[str]) -> None:
         """What earlier stages left must be there and whole."""
-        if "sample" in self.begun() or ("sample" not in stages and {"score", "train"} & set(stages)):
+        remade = "sample" in stages and ("sample" not in self.begun() or self._has_gap())
+        if not remade and {"sample", "score", "train"} & set(stages):
             store = GroupStore(self.groups)
             if "train" in stages:
                 check_sampling(store, self.sampling)
+            if "train" in stages and "sample" not in stages and not self._is_sampled():
+                raise UserError(
+                    f"{self.groups} holds {len(store.group_ids)} groups, which are not those of the "
+                    f'{len(self.prompts["train"])} sample.prompts; expected them whole (run "gdro sample" first)'
+                )
             if "train" in stages and "score" not in stages:
                 read_rewards(self.scores, store)
         if "train" in stages:
@@ -308,6 +337,22 @@ class Run:
             find_checkpoint(self.checkpoints, train.resume_from_checkpoint, train.max_train_steps)
         elif {"evaluate", "export"} & set(stages) and not steps_saved(self.checkpoints):
             raise UserError(f"{self.checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
+
+    def _check_version(self, stages: Sequence[str], begun: set[str]) -> None:
+        """Rewards of an older version of the reward are not trained on, nor replaced once something was."""
+        trained = "train" in begun
+        if not {"score", "train"} & set(stages) or ("score" in stages and not trained):
+            return
+        path = self.scores
+        if path == self.imported or not path.exists():
+            return
+        version, now = read_header(path).version, self.reward.version
+        if version != now:
+            wanted = "the version trained on, or another --out" if trained else 'one version (run "gdro score" again)'
+            raise UserError(
+                f"score.reward: {self.reward.name} is of version {now}, but {path} was scored by version {version}; "
+                f"expected {wanted}"
+            )
 
     def _check_model(self, stages: Sequence[str]) -> None:
         """What only the loaded model can tell: whether the images' size and the layers to train suit it."""
@@ -353,6 +398,15 @@ class Run:
                     f"({result['gain']:+.3f}, 95 % {interval(result['ci95'])})"
                 )
         return "\n".join(lines)
+
+
+def _check_size(config: RunConfig, image: Path) -> None:
+    """Images of another size than the configuration's would be refused once training starts."""
+    with Image.open(image) as first:
+        width, height = first.size
+    for field, value, found in (("width", config.sample.width, width), ("height", config.sample.height, height)):
+        if value != found:
+            raise UserError(f"sample.{field} is {value}, but {image} is {width}x{height}; expected {found}")
 
 
 def _resolve(field: str, spec: str) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,18 @@ def test_a_rerun_goes_on_and_other_weights_start_over(flux: Any, tmp_path: Path)
     assert files[0].stat().st_mtime_ns == written[0]
 
 
+def test_images_are_scored_as_many_at_once_as_asked_for(flux: Any, tmp_path: Path) -> None:
+    class Counting(Redness):
+        sizes: list[int] = []  # noqa: RUF012
+
+        def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+            self.sizes.append(len(images))
+            return super().__call__(images, prompts)
+
+    run(adapted(flux), tmp_path, reward=Counting(), score_batch_size=1)
+    assert set(Counting.sizes) == {1}
+
+
 def test_an_adapter_that_changes_nothing_is_said_to(flux: Any, tmp_path: Path) -> None:
     """A fresh LoRA has B = 0."""
     flux.add_adapter(rank=2, alpha=4, targets="attention", seed=0)
@@ -136,6 +149,15 @@ def test_without_a_judge_there_is_no_corrected_score(flux: Any, tmp_path: Path) 
     assert evaluation["results"]["corrected"] == {"base": None, "tuned": None, "gain": None, "ci95": [None, None]}
     assert evaluation["corrected_of_means"] == {"base": None, "tuned": None}
     assert evaluation["missing"] == {"base": 6, "tuned": 6}
+
+
+def test_without_a_judge_the_headline_claims_no_quality() -> None:
+    nothing = dict.fromkeys(("alignment", "coherence", "style"), np.full((20, 4), np.nan))
+    sides = [replace(measured(reward, 4.0, edges=edges), axes=nothing) for reward, edges in ((0.5, 0.5), (0.8, 0.501))]
+    found = compare_measured(sides[0], sides[1], samples=200, seed=0)["verdict"]
+    assert found["outcome"] == "improved"
+    assert "no judge was asked" in found["headline"]
+    assert "hacking" not in found["headline"]
 
 
 def test_bad_prompts_are_refused_before_sampling(flux: Any, tmp_path: Path) -> None:

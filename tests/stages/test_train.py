@@ -150,6 +150,14 @@ def test_equal_rewards_in_a_visit_add_nothing(flux: Any, flux_folder: Path, tmp_
     assert all(p.grad is None or not p.grad.any() for p in one.parameters.values())
 
 
+def test_a_first_step_without_a_ranking_is_no_alarm(flux: Any, flux_folder: Path, tmp_path: Path) -> None:
+    one_good = write_toy(tmp_path, flux, groups=3, rewards=[[0.0] * 7 + [1.0]] * 3)
+    changes: dict[str, Any] = {"subset": "random", "k": 2, "groups_per_step": 1, "max_train_steps": 6}
+    assert not learner(flux, one_good, **changes).visits.at(1)[0].ranked
+    run(flux, one_good, tmp_path, **changes)
+    assert len(rows(tmp_path)) == 6
+
+
 def test_training_orders_the_group_by_its_rewards(flux: Any, flux_folder: Path, tmp_path: Path) -> None:
     """Overfitting three groups: the loss falls towards its floor, and the best image drifts below the worst."""
     toy = write_toy(tmp_path, flux, groups=3, images=4)

@@ -83,7 +83,10 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or truncated ({reason}); expected a whole file, as gdro wrote it") from None
+        raise UserError(
+            f"{path} is damaged or truncated ({reason}); expected a whole file, as gdro wrote it: "
+            "delete it and run what made it (`gdro sample`) again"
+        ) from None
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

@@ -28,6 +28,8 @@ def evaluate(
     *,
     seed: int,
     sample_config: Generation,
+    score_workers: int = 0,
+    score_batch_size: int = 64,
 ) -> dict[str, Any]:
     """Measure the adapter in `model` against the model without it; return what `out`/evaluation.json then holds.
 
@@ -39,15 +41,16 @@ def evaluate(
     if judge is not None:
         judge.check(prompts)
     (out / "evaluation.json").unlink(missing_ok=True)  # an older one's images are about to be replaced
+    scoring = {"score_workers": score_workers, "score_batch_size": score_batch_size}
     sides = {}
     with model.adapter_disabled():
         sides["base"] = measure(
             config, model, prompts, reward, judge, out / "evaluation" / "base",
-            seed=seed, generation=sample_config, label="evaluate base",
+            seed=seed, generation=sample_config, label="evaluate base", **scoring,
         )  # fmt: skip
     sides["tuned"] = measure(
         config, model, prompts, reward, judge, out / "evaluation" / "tuned",
-        seed=seed, generation=sample_config, label="evaluate tuned",
+        seed=seed, generation=sample_config, label="evaluate tuned", **scoring,
     )  # fmt: skip
     evaluation = {
         "model": model.name,
@@ -111,7 +114,7 @@ def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, sa
         if result.ci95[1] < 0 and (name == "corrected" or result.gain < -AXIS_FALL):
             words = "corrected score" if name == "corrected" else f"judged {name}"
             worse.append(f"{words} fell by {-result.gain:.3f} ({result.base:.3f} to {result.tuned:.3f})")
-    rose = results["reward"].ci95[0] > 0
+    rose, judged = results["reward"].ci95[0] > 0, np.isfinite(results["corrected"].base)
     if same_images:
         outcome, headline = "unchanged", "The adapter changes no image: it has not been trained, or is not active."
     elif worse:
@@ -124,14 +127,23 @@ def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, sa
     elif signs:
         outcome = "suspect"
         headline = (
-            "The reward rose and the judge saw no loss, but the pictures changed in ways worth a look."
+            f"The reward rose and {'the judge saw no loss' if judged else 'no judge was asked'}, "
+            "but the pictures changed in ways worth a look."
             if rose
             else "The reward did not rise, and the pictures changed in ways worth a look."
         )
     elif rose:
-        outcome, headline = "improved", "It got better without hacking: the reward rose and the pictures held."
+        outcome = "improved"
+        headline = (
+            "It got better without hacking: the reward rose and the pictures held."
+            if judged
+            else "The reward rose and the image statistics held; no judge was asked whether the pictures got worse."
+        )
     else:
-        outcome, headline = "unchanged", "No certain change of the reward, and the pictures held."
+        outcome, headline = (
+            "unchanged",
+            (f"No certain change of the reward, and the {'pictures held' if judged else 'image statistics held'}."),
+        )
     return {"outcome": outcome, "headline": headline, "lines": [*worse, *signs]}
 
 

@@ -102,6 +102,10 @@ class TrainConfig(BaseModel):
     )
     report_to: list[Literal["tensorboard"]] = Field([], description="Trackers beside metrics.jsonl.")
 
+    @property
+    def validates(self) -> bool:
+        return self.validation_prompts is not None and self.validation_steps > 0
+
     @field_validator("tau")
     @classmethod
     def _tau(cls, tau: float) -> float:
@@ -167,7 +171,7 @@ def train(
         start, memory = checkpoint.step, checkpoint.memory
     alarm, best = DriftAlarm(config.alarm_drift, **memory["alarm"]), memory["best"]
     validate = validate if config.validation_steps else None
-    images = config.groups_per_step * config.k
+    images, checked = config.groups_per_step * config.k, False
     sweep(folder)
     mark_best(folder, best)
 
@@ -182,8 +186,9 @@ def train(
             seconds = time.perf_counter() - began
             speed = {"images_per_second": images / seconds, "seconds": seconds, "alarm": ringing}
             log.write(step, figures | {"lr": config.learning_rate} | speed)
-            if step == start + 1:
+            if not checked and any(visit.ranked for visit in learner.visits.at(step)):
                 check_reference(learner, step, figures["loss_gdro"])
+                checked = True
 
             last, improved = step == config.max_train_steps, False
             if validate and (last or step % config.validation_steps == 0):
@@ -229,7 +234,7 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
         if not math.isfinite(value):
             raise UserError(
                 f"train.learning_rate: {config.learning_rate}: the {name} is {value} at step {step}; "
-                "expected a finite number. Try a smaller rate with another --out, to which groups/ and rewards/ may be copied"
+                "expected a finite number. Try a smaller rate with another --out; copy groups/ and rewards/ there"
             )
     learner.optimizer.step()
     learner.optimizer.zero_grad()
@@ -274,12 +279,12 @@ def _errors(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
 def check_reference(learner: Learner, step: int, loss: float) -> None:
     """Raise RuntimeError unless the update of `step` left policy and reference two models, the reference unmoved.
 
-    A model compiled or patched wrongly can return adapted outputs while its adapter is disabled. At step 1 the ranking
-    loss must have been that of policy = reference.
+    `step` must have had a visit with a ranking, or there was no update. A model compiled or patched wrongly can return
+    adapted outputs while its adapter is disabled. At step 1 the ranking loss must have been that of policy = reference.
     """
     config, visits = learner.config, learner.visits.at(step)
     expected = start_loss(config.objective, config.k)
-    if step == 1 and any(visit.ranked for visit in visits) and abs(loss - expected) > 1e-3:
+    if step == 1 and abs(loss - expected) > 1e-3:
         raise RuntimeError(f"the loss at step 1 is {loss}, not {expected}: policy and reference differ at the start")
     with torch.no_grad():
         batch = learner.batches.of(visits[:1])
