@@ -225,3 +225,6 @@ def test_imported_images_are_trained_on(work: Path, tmp_path: Path) -> None:
     assert (out / "rewards" / "imported.parquet").exists()
     assert json.loads((out / "summary.json").read_text())["prompts"] == {"train": 2, "test": 2}
     assert load_file(out / "adapter" / "pytorch_lora_weights.safetensors")
+    assert not (out / "rewards" / "my_rewards.blueness.parquet").exists()
+    assert main(["score", "--out", str(out), "--reward", "my_rewards:blueness"]) == 0
+    assert (out / "rewards" / "my_rewards.blueness.parquet").exists()
