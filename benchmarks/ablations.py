@@ -1,6 +1,6 @@
 """The paper's ablations in miniature on the embedded default: one change at a time, three seeds each.
 
-    python benchmarks/ablations.py --groups runs/demo [--jobs 2] [--only k=2 gamma=0] [--steps 120] [--seeds 3]
+    python benchmarks/ablations.py --groups runs/demo [--jobs 2] [--only k=2 gamma=0] [--steps 80] [--seeds 3]
 
 Groups and rewards of an existing run are shared; each variant trains from them and is measured on validation prompts
 (never the test prompts) with its last weights, not its best ones, so that a collapse shows. Results are kept a run at
@@ -62,7 +62,7 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
     )
     model = load_model(config.model, device=torch.device("cpu"), dtype=torch.float32)
     reward, judge = load_reward(config.score.reward), load_judge("tiny")
-    prompts = tiny_prompts("tiny:ocr:validation:96")
+    prompts = tiny_prompts("tiny:ocr:validation:64")
     found: dict[int, dict[str, float]] = {}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--groups", type=Path, required=True, help="a run directory with groups and rewards")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "ablations.jsonl")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
