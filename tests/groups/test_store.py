@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -122,6 +123,20 @@ def test_truncated_file_is_named(tmp_path: Path, name: str, kept: float) -> None
         GroupStore(tmp_path)
     with pytest.raises(UserError, match=name):
         GroupWriter(tmp_path).has_shard(1)
+
+
+def test_damaged_embeddings_are_made_again_once_the_named_file_is_deleted(tmp_path: Path) -> None:
+    write(tmp_path, [["a"], ["b"]])
+    whole = (tmp_path / "_embeddings-00001.safetensors").read_bytes()
+    (tmp_path / "_embeddings-00001.safetensors").write_bytes(whole[:-1])
+    writer, parquet = GroupWriter(tmp_path), tmp_path / "groups-00001.parquet"
+    with pytest.raises(UserError, match=re.escape(f"delete {parquet} and run")):
+        writer.has_shard(1)
+    parquet.unlink()
+    assert not writer.has_shard(1)
+    writer.write_shard(1, make_rows("b"), {"b": make_text("b")})
+    assert GroupStore(tmp_path).group_ids == ["a", "b"]
+    assert (tmp_path / "_embeddings-00001.safetensors").read_bytes() == whole
 
 
 def test_flipped_byte_is_named(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def _checked(path: Path) -> Shard:
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{embeddings} is missing, damaged or truncated ({str(error).splitlines()[0]}); "
-                f"expected the text embeddings of {path.name}"
+                f"expected the text embeddings of {path.name}: delete {path} and run what made it (`gdro sample`) again"
             ) from None
         for group, reference in shard.text.items():
             if reference.startswith(f"{name}#") and group not in held:
