@@ -214,7 +214,9 @@ class FlowTrainer:
             optimizer.step()
             optimizer.zero_grad()
         decay = min(0.999, step / (step + 100))
-        torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.ema[name].lerp_(parameter, 1 - decay)
         return loss.item()
 
     def save(self, path: Path, chunks: int) -> None:

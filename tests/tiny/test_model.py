@@ -1,0 +1,83 @@
+"""The model in the package: real classes, small, loadable by plain diffusers, good enough and flawed enough."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from gdro.rewards.registry import load_reward
+from gdro.rng import numpy_rng, torch_rng
+from gdro.tiny import MODEL_FOLDER, pretrain, world
+from gdro.tiny.build import TEXT_LENGTH, build_pipeline
+from gdro.tiny.judge import TinyJudge
+from gdro.tiny.prompts import tiny_prompts
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FluxPipeline:
+    pipe = FluxPipeline.from_pretrained(MODEL_FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_small_and_says_nothing_of_where_it_was_made():
+    assert sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*.safetensors")) <= 12e6
+    for path in MODEL_FOLDER.rglob("*.json"):
+        value = json.loads(path.read_text())
+        assert not isinstance(value, dict) or "_name_or_path" not in value, path
+
+
+def test_it_is_a_guidance_embedded_flux(pipe):
+    assert type(pipe.transformer) is FluxTransformer2DModel
+    assert pipe.transformer.config.guidance_embeds
+
+
+def test_captions_fit_the_text_length(pipe):
+    captions = [world.caption(world.random_scene(numpy_rng(0, "caption", i))) for i in range(500)]
+    captions.append('an olive wall with a sign that says "BATS" and three orange triangles')
+    assert max(len(ids) for ids in pipe.tokenizer_2(captions).input_ids) <= TEXT_LENGTH
+
+
+def test_a_sign_is_spelt_in_single_letters(pipe):
+    tokens = pipe.tokenizer_2.tokenize('a gray wall with a sign that says "BAKE"')
+    assert tokens[-6:] == ['▁"', "B", "A", "K", "E", '"']
+
+
+def test_it_draws_signs_well_and_misspells_them(pipe):
+    """Room to improve, and spread within a group, is what the main job needs of its base."""
+    prompts = tiny_prompts("tiny:ocr:validation:24")
+    records = [prompt for prompt in prompts for _ in range(4)]
+    noise = torch.stack([torch.randn(32, 64, generator=torch_rng(0, "test", i)) for i in range(len(records))])
+    images = pipe(
+        [prompt.text for prompt in records],
+        height=world.HEIGHT,
+        width=world.WIDTH,
+        num_inference_steps=12,
+        guidance_scale=3.5,
+        max_sequence_length=TEXT_LENGTH,
+        latents=noise,
+    ).images
+    rewards = load_reward("ocr")(images, records).values.reshape(-1, 4)
+    assert 0.35 < rewards.mean() < 0.75
+    assert (rewards.std(1) > 0).mean() > 0.8
+    assert min(grades.mean() for grades in TinyJudge()(images, records).values()) > 4
+
+
+def test_pretraining_resumed_equals_pretraining_uninterrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "CHUNK", 32)
+    monkeypatch.setattr(pretrain, "BATCH", 16)
+    monkeypatch.setattr(pretrain.FlowTrainer, "steps_per_chunk", 4)
+    whole = pretrain.FlowTrainer(build_pipeline(), seed=0, compiled=False)
+    for index in range(2):
+        whole.run_chunk(index)
+    first = pretrain.FlowTrainer(build_pipeline(), seed=0, compiled=False)
+    first.run_chunk(0)
+    first.save(tmp_path / "state.safetensors", 1)
+    second = pretrain.FlowTrainer(build_pipeline(), seed=0, compiled=False)
+    assert second.load(tmp_path / "state.safetensors") == 1
+    second.run_chunk(1)
+    for name, parameter in whole.parameters.items():
+        np.testing.assert_array_equal(parameter.detach().numpy(), second.parameters[name].detach().numpy(), name)
+        np.testing.assert_array_equal(whole.ema[name].numpy(), second.ema[name].numpy(), name)
