@@ -1,0 +1,160 @@
+"""What a run is refused for, before its first stage starts: everything bad that can be known from the input.
+
+The checks read a run (`pipeline.Run`) and do none of its work; they raise UserError.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from gdro.config import RunConfig, check_unchanged, save_config, saved_config
+from gdro.errors import UserError
+from gdro.files import discard
+from gdro.groups.store import GroupStore
+from gdro.models import check_model
+from gdro.prompts import read_prompts, write_prompts
+from gdro.rewards.store import read_header, read_rewards
+from gdro.rng import numpy_rng
+from gdro.stages.train import check_sampling
+from gdro.training.checkpoint import find_checkpoint, steps_saved
+from gdro.training.log import require_trackers
+
+if TYPE_CHECKING:  # at run time it is the run that imports its checks
+    from gdro.pipeline import Run
+
+SPLIT_OF_STAGE = {"sample": "train", "score": "train", "train": "validation", "evaluate": "test"}
+
+
+def check(job: Run) -> None:
+    """Refuse bad input; then note the configuration and the prompts in the run directory."""
+    begun = job.begun()
+    # scoring once more, with another reward, is no change of what was trained on
+    saved = saved_config(job.out) if begun else None
+    other_reward = saved is not None and saved.score.reward != job.config.score.reward
+    rescoring = job.stages == ["score"] and "train" in begun and other_reward
+    check_unchanged(job.config, job.out, begun - {"train"} if rescoring else begun)
+    _check_splits(job, begun)
+    if {"sample", "train", "evaluate"} & set(job.stages):
+        _ = job.device
+        check_model(job.config.model)
+    _check_files(job)
+    if not rescoring:
+        _check_version(job, begun)
+    _check_scorers(job)
+    if "sample" in job.stages and not job.is_sampled():
+        _check_model(job)
+    if "train" not in begun and saved != job.config:
+        discard(job.out / "validation")  # measured by what may have changed
+    if not rescoring:
+        save_config(job.config, job.out)
+    for split in ("train", "validation", "test"):
+        path = job.out / "prompts" / f"{split}.jsonl"
+        if split in job.prompts:
+            write_prompts(path, job.prompts[split])
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _check_splits(job: Run, begun: set[str]) -> None:
+    """Held-out prompts must be held out, and the prompts must stay those that the run was begun with."""
+    fields = {"train": "sample.prompts", "validation": "train.validation_prompts", "test": "evaluate.prompts"}
+    for split, other, use in (
+        ("validation", "train", "trained on"),
+        ("test", "train", "trained on"),
+        ("validation", "test", "tested on"),
+    ):
+        texts = {prompt.text for prompt in job.prompts[other]}
+        shared = [prompt.text for prompt in job.prompts.get(split, []) if prompt.text in texts]
+        if shared:
+            raise UserError(
+                f"{fields[split]} has {len(shared)} of {fields[other]}, such as {json.dumps(shared[0])}; "
+                f"expected prompts that are not {use}"
+            )
+    for split, stage in (("train", "train"), ("validation", "train"), ("test", "evaluate")):
+        path = job.out / "prompts" / f"{split}.jsonl"
+        if stage in begun and split in job.prompts and path.exists() and read_prompts(path) != job.prompts[split]:
+            raise UserError(f"{path} has other prompts than there are now; expected those the run was begun with")
+
+
+def _check_scorers(job: Run) -> None:
+    """The reward and the judge must know what to do with the prompts they will meet."""
+    splits = {split for stage, split in SPLIT_OF_STAGE.items() if stage in job.stages and split in job.prompts}
+    for split in sorted(splits):
+        job.reward.check(job.prompts[split])
+        if job.judge is not None and split != "train":
+            job.judge.check(job.prompts[split])
+    done = {"sample": job.is_sampled, "train": job.is_trained, "evaluate": job.evaluation.exists}
+    if any(stage in job.stages and not is_done() for stage, is_done in done.items()):
+        _try_functions(job)
+
+
+def _try_functions(job: Run) -> None:
+    """A user's reward or judge that returns nonsense is found on two images of noise, not after the long work."""
+    config = job.config.sample
+    shape = (2, config.height, config.width, 3)
+    noise = numpy_rng(0, "trial").integers(0, 256, shape, dtype="uint8")
+    images = [Image.fromarray(pixels) for pixels in noise]
+    prompts = (job.prompts["test"] * 2)[:2]
+    if ":" in job.config.score.reward:
+        job.reward(images, prompts)
+    if job.judge is not None and ":" in str(job.config.evaluate.judge):
+        job.judge(images, prompts)
+
+
+def _check_files(job: Run) -> None:
+    """What earlier stages left must be there and whole."""
+    remade = "sample" in job.stages and ("sample" not in job.begun() or job.has_gap())
+    if not remade and {"sample", "score", "train"} & set(job.stages):
+        store = GroupStore(job.groups)
+        if "train" in job.stages:
+            check_sampling(store, job.sampling)
+        if "train" in job.stages and "sample" not in job.stages and not job.is_sampled():
+            raise UserError(
+                f"{job.groups} holds {len(store.group_ids)} groups, which are not those of the "
+                f'{len(job.prompts["train"])} sample.prompts; expected them whole (run "gdro sample" first)'
+            )
+        if "train" in job.stages and "score" not in job.stages:
+            read_rewards(job.scores, store)
+    if "train" in job.stages:
+        train = job.config.train
+        require_trackers(train.report_to)
+        find_checkpoint(job.checkpoints, train.resume_from_checkpoint, train.max_train_steps)
+    elif {"evaluate", "export"} & set(job.stages) and not steps_saved(job.checkpoints):
+        raise UserError(f"{job.checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
+
+
+def _check_version(job: Run, begun: set[str]) -> None:
+    """Rewards of an older version of the reward are not trained on, nor replaced once something was."""
+    trained = "train" in begun
+    if not {"score", "train"} & set(job.stages) or ("score" in job.stages and not trained):
+        return
+    path = job.scores
+    if path == job.imported or not path.exists():
+        return
+    version, now = read_header(path).version, job.reward.version
+    if version != now:
+        wanted = "the version trained on, or another --out" if trained else 'one version (run "gdro score" again)'
+        raise UserError(
+            f"score.reward: {job.reward.name} is of version {now}, but {path} was scored by version {version}; "
+            f"expected {wanted}"
+        )
+
+
+def _check_model(job: Run) -> None:
+    """What only the loaded model can tell: whether the images' size and the layers to train suit it."""
+    job.model.latent_shape(job.config.sample.height, job.config.sample.width)
+    if "train" in job.stages:
+        job.model.check_targets(job.config.train.target_modules)
+
+
+def check_size(config: RunConfig, image: Path) -> None:
+    """Images of another size than the configuration's would be refused once training starts."""
+    with Image.open(image) as first:
+        width, height = first.size
+    for field, value, found in (("width", config.sample.width, width), ("height", config.sample.height, height)):
+        if value != found:
+            raise UserError(f"sample.{field} is {value}, but {image} is {width}x{height}; expected {found}")
