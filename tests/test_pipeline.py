@@ -132,7 +132,11 @@ def test_a_killed_run_ends_as_one_never_stopped(work: Path, watched: list[str], 
 
 def test_ctrl_c_ends_with_130_and_how_to_go_on(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "interrupted"
-    command = start(work, "run", "small.yaml", "--out", str(out), slow=True)
+
+    def heed_sigint() -> None:  # a shell that starts the tests in the background has it ignored, by its children too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = start(work, "run", "small.yaml", "--out", str(out), slow=True, preexec=heed_sigint)
     while not (out / "rewards" / ".my_rewards.redness").exists():
         assert command.poll() is None
         time.sleep(0.01)
