@@ -37,6 +37,7 @@ _FIELDS: list[tuple[str, pa.DataType]] = [
     ("text", pa.string()),
     ("seed", pa.int64()),
     ("scheduler", pa.string()),
+    ("sampler", pa.string()),
     ("num_inference_steps", pa.int64()),
     ("guidance_scale", pa.float64()),
     ("max_sequence_length", pa.int64()),
@@ -74,6 +75,16 @@ class Shard:
     prompts: dict[str, Prompt]
     settings: dict[str, Any]
     text: dict[str, str]  # group id -> "file#key" of its text embeddings
+    sampler: str | None  # None: images made elsewhere
+
+    @property
+    def stochastic(self) -> bool:
+        return is_stochastic(self.sampler)
+
+
+def is_stochastic(sampler: str | None) -> bool:
+    """Whether images were sampled with noise in the steps; then each group has a trajectory."""
+    return sampler not in (None, "ode")
 
 
 @contextmanager
@@ -96,7 +107,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def read_shard(path: Path) -> Shard:
     """Check a file's footer, schema and index. Raises UserError naming the file and what is wrong in it."""
-    light = ["image_id", "group_id", "index", "prompt_id", "record", "text", *SETTINGS]
+    light = ["image_id", "group_id", "index", "prompt_id", "record", "text", "sampler", *SETTINGS]
     with reading(path), open_parquet(path) as file:
         schema = file.schema_arrow
         if not schema.equals(SCHEMA):
@@ -126,12 +137,13 @@ def read_shard(path: Path) -> Shard:
     if not groups:
         raise UserError(f"{path} holds no group; expected at least one")
     settings = {}
-    for name in SETTINGS:
+    for name in ("sampler", *SETTINGS):
         values = table[name].unique().to_pylist()
         if len(values) != 1:
             raise UserError(f"{path} has several values of {name} ({values[0]!r}, {values[1]!r}); expected one")
         settings[name] = values[0]
-    return Shard(path, content, groups, prompts, settings, text)
+    sampler = settings.pop("sampler")
+    return Shard(path, content, groups, prompts, settings, text, sampler)
 
 
 def read_rows(path: Path, place: int, columns: Sequence[str]) -> pa.Table:

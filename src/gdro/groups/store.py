@@ -1,13 +1,14 @@
 """The store of groups: a folder of parquet files with the text embeddings of each beside it.
 
 `groups-00000.parquet` holds whole groups, one row an image, one row group a group; `_embeddings-00000.safetensors`
-holds, for each of its groups, the tensors `<group_id>/<name>`. The embeddings are written first, so a parquet file
-exists only when everything it refers to does.
+holds, for each of its groups, the tensors `<group_id>/<name>`. If the images were sampled stochastically,
+`_trajectories-00000.safetensors` holds how, in the same manner, until they are discarded. Both are written first, so a
+parquet file exists only when everything it refers to does.
 """
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,32 @@ from torch import Tensor
 
 from gdro.errors import UserError
 from gdro.files import atomic_path, sweep, write_bytes
-from gdro.groups.shard import SCHEMA, Shard, read_images, read_rows, read_shard
+from gdro.groups.shard import SCHEMA, Shard, is_stochastic, read_images, read_rows, read_shard
 from gdro.models.base import Text
 from gdro.prompts import Prompt
+
+DISCARDED = {"gdro": "discarded"}  # metadata of an emptied file of trajectories
+PARTS = ("states", "log_probs", "times")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The w consecutive stochastic steps of a group's K images, on the CPU in float32.
+
+    `states` (K, w + 1, tokens, channels): x before each step and after the last; `log_probs` (K, w): mean over elements
+    of each step's Gaussian log-density under the policy that sampled; `times` (w + 1,): t of each state, falling.
+    """
+
+    states: Tensor
+    log_probs: Tensor
+    times: Tensor
 
 
 @dataclass(frozen=True)
 class ImageRow:
     """One image of a group, its latent (tokens, channels), and everything needed to make it again.
 
-    `seed`, `scheduler` and `num_inference_steps` are None for an imported image.
+    `seed`, `scheduler`, `num_inference_steps` and `sampler` are None for an imported image.
     """
 
     group_id: str
@@ -50,6 +67,7 @@ class ImageRow:
     generator: str
     revision: str
     round: int
+    sampler: str | None = None
 
 
 class GroupWriter:
@@ -67,8 +85,14 @@ class GroupWriter:
         _checked(path)
         return True
 
-    def write_shard(self, i: int, rows: Sequence[ImageRow], text: Mapping[str, Text]) -> None:
-        """Write whole groups, and the text embeddings (first axis 1) of each, as file i.
+    def write_shard(
+        self,
+        i: int,
+        rows: Sequence[ImageRow],
+        text: Mapping[str, Text],
+        trajectories: Mapping[str, Trajectory] | None = None,
+    ) -> None:
+        """Write whole groups, with the text embeddings (first axis 1) and, if sampled so, the trajectory of each.
 
         Raises ValueError if a group is incomplete or its images have another size than its rows say, and UserError if
         the disk is full; the file that was there before then stays as it was.
@@ -78,6 +102,12 @@ class GroupWriter:
             groups.setdefault(row.group_id, []).append(row)
         if set(groups) != set(text):
             raise ValueError(f"groups {sorted(groups)} came with the text of {sorted(text)}")
+        if any(is_stochastic(row.sampler) != (trajectories is not None) for row in rows):
+            raise ValueError(
+                f"images of sampler {rows[0].sampler} came with{'out' * (trajectories is None)} trajectories"
+            )
+        if trajectories is not None:
+            _check_trajectories(groups, trajectories)
         digest = hashlib.sha256()
         tables = []
         for group, members in groups.items():
@@ -86,6 +116,9 @@ class GroupWriter:
             tables.append(_table(members, f"{_embeddings_name(i)}#{group}", digest))
         tensors = {f"{group}/{name}": t.contiguous() for group, one in text.items() for name, t in one.items()}
         write_bytes(self.folder / _embeddings_name(i), save(tensors))
+        if trajectories is not None:
+            tensors = {f"{g}/{part}": getattr(t, part).contiguous() for g, t in trajectories.items() for part in PARTS}
+            write_bytes(self.folder / _trajectories_name(i), save(tensors))
 
         schema = SCHEMA.with_metadata({**SCHEMA.metadata, "gdro.content": digest.hexdigest()[:16]})
         names = [field.name for field in SCHEMA if pa.types.is_string(field.type)]
@@ -129,6 +162,8 @@ class GroupStore:
                     raise UserError(f'{shard.path} holds group "{group}", which {self._places[group][0].path.name} has')
                 self._places[group] = (shard, place)
         self.group_ids: list[str] = list(self._places)
+        # as of opening: whether every group was sampled stochastically and its trajectory is still there
+        self.has_trajectories: bool = all(s.stochastic and not _discarded(s.path) for s in self.shards)
 
     @property
     def contents(self) -> dict[str, str]:
@@ -171,6 +206,39 @@ class GroupStore:
         with safe_open(self.folder / name, framework="pt") as file:
             return {full[len(key) + 1 :]: file.get_tensor(full) for full in sorted(file.keys()) if _owner(full) == key}
 
+    def trajectory(self, group_id: str) -> Trajectory:
+        """How the group's images were sampled. Raises UserError if the store holds no trajectories."""
+        if not self.has_trajectories:
+            raise UserError(
+                f"{self.folder} holds no trajectories; expected groups made with sample.sampler flow_grpo, dance_grpo "
+                "or flow_cps, whose trajectories were not discarded"
+            )
+        path = _trajectories_path(self._places[group_id][0].path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return Trajectory(*(file.get_tensor(f"{group_id}/{part}") for part in PARTS))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f'{path} is damaged ({str(error).splitlines()[0]}); expected the trajectory of group "{group_id}"'
+            ) from None
+
+
+def discard_trajectories(folder: Path) -> None:
+    """Empty a store's trajectory files, which outweigh its images; the groups stay, and the store stays whole."""
+    for path in sorted(folder.glob("_trajectories-*.safetensors")):
+        write_bytes(path, save({}, DISCARDED))
+
+
+def _check_trajectories(groups: Mapping[str, Sequence[ImageRow]], trajectories: Mapping[str, Trajectory]) -> None:
+    """Raise ValueError if `trajectories` are not those of `groups`."""
+    if set(groups) != set(trajectories):
+        raise ValueError(f"groups {sorted(groups)} came with the trajectories of {sorted(trajectories)}")
+    for group, found in trajectories.items():
+        images, steps = len(groups[group]), len(found.times) - 1
+        expected = (images, steps + 1, *groups[group][0].latent.shape), (images, steps), (steps + 1,)
+        if tuple(tuple(getattr(found, part).shape) for part in PARTS) != expected:
+            raise ValueError(f"the trajectory of group {group} is not of {images} images and {steps} steps")
+
 
 def _groups_name(i: int) -> str:
     return f"groups-{i:05d}.parquet"
@@ -180,29 +248,51 @@ def _embeddings_name(i: int) -> str:
     return f"_embeddings-{i:05d}.safetensors"
 
 
+def _trajectories_name(i: int) -> str:
+    return f"_trajectories-{i:05d}.safetensors"
+
+
+def _trajectories_path(groups: Path) -> Path:
+    """The trajectories of a parquet file's groups."""
+    return groups.with_name(groups.name.replace("groups-", "_trajectories-").replace(".parquet", ".safetensors"))
+
+
+def _discarded(groups: Path) -> bool:
+    with safe_open(_trajectories_path(groups), framework="np") as file:
+        return bool(file.metadata() == DISCARDED)
+
+
 def _owner(key: str) -> str:
     """The group of a tensor `<group_id>/<name>`; names hold no slash, group ids may."""
     return key.rpartition("/")[0]
 
 
 def _checked(path: Path) -> Shard:
-    """A parquet file and the embeddings it refers to, both checked."""
+    """A parquet file, the embeddings it refers to and the trajectories it should have, all checked."""
     shard = read_shard(path)
     for name in {reference.partition("#")[0] for reference in shard.text.values()}:
-        embeddings = path.with_name(name)
-        try:
-            # opening compares the header with the file's length
-            with safe_open(embeddings, framework="np") as file:
-                held = {_owner(key) for key in sorted(file.keys())}
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{embeddings} is missing, damaged or truncated ({str(error).splitlines()[0]}); "
-                f"expected the text embeddings of {path.name}: delete {path} and run what made it (`gdro sample`) again"
-            ) from None
-        for group, reference in shard.text.items():
-            if reference.startswith(f"{name}#") and group not in held:
-                raise UserError(f'{embeddings} has no embeddings of group "{group}"; expected those of {path.name}')
+        groups = [group for group, reference in shard.text.items() if reference.startswith(f"{name}#")]
+        _check_tensors(path.with_name(name), groups, "embeddings", path)
+    if shard.stochastic:
+        _check_tensors(_trajectories_path(path), shard.groups, "trajectories", path)
     return shard
+
+
+def _check_tensors(tensors: Path, groups: Iterable[str], what: str, path: Path) -> None:
+    """Raise UserError if the file `tensors`, beside `path`, is not whole or has nothing of one of `groups`."""
+    try:
+        # opening compares the header with the file's length
+        with safe_open(tensors, framework="np") as file:
+            held = {_owner(key) for key in sorted(file.keys())}
+            discarded = file.metadata() == DISCARDED
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{tensors} is missing, damaged or truncated ({str(error).splitlines()[0]}); "
+            f"expected the {what} of {path.name}: delete {path} and run what made it (`gdro sample`) again"
+        ) from None
+    for group in groups:
+        if group not in held and not discarded:
+            raise UserError(f'{tensors} has no {what} of group "{group}"; expected those of {path.name}')
 
 
 def _table(rows: Sequence[ImageRow], text: str, digest: Any) -> pa.Table:

@@ -2,44 +2,28 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gdro.errors import UserError
 from gdro.files import fingerprint, write_json
-from gdro.groups.store import GroupWriter, ImageRow
+from gdro.groups.store import GroupWriter, ImageRow, Trajectory
 from gdro.models.base import FlowModel, Text
 from gdro.progress import Progress
 from gdro.prompts import Prompt, check_unique_ids
 from gdro.rng import torch_rng
 from gdro.samplers.ode import generate
-from gdro.samplers.schedulers import SchedulerName
+from gdro.samplers.rollout import rollout
+from gdro.samplers.settings import Generation
+from gdro.samplers.windows import window_steps
 
 STARTED = "_sampling.json"
-
-
-class Generation(BaseModel):
-    """How images are generated. Everything but `batch_size` is part of what a store of groups is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    images_per_prompt: int = Field(16, ge=1, description="Images of one prompt: the group's size K.")
-    num_inference_steps: int = Field(28, ge=1, description="Steps of the solver from noise to image.")
-    guidance_scale: float = Field(3.5, ge=0, description="Guidance given to a guidance-embedded model.")
-    max_sequence_length: int = Field(512, ge=1, le=512, description="Tokens of the (T5) text embedding.")
-    height: int = Field(512, ge=1, description="Height of the images in pixels.")
-    width: int = Field(512, ge=1, description="Width of the images in pixels.")
-    scheduler: SchedulerName = Field(
-        "FlowMatchEulerDiscreteScheduler", description="A deterministic flow scheduler of diffusers."
-    )
-    batch_size: int = Field(16, ge=1, description="Images generated at once; more is faster until memory runs out.")
-    prompts_per_shard: int = Field(16, ge=1, description="Prompts of one file; an interruption loses at most one file.")
 
 
 def sample_groups(
@@ -58,7 +42,8 @@ def sample_groups(
     The noise of an image is a function of (seed, purpose, group, index), and a batch never crosses a shard: an
     interrupted job ends with the same bits, and another batch size or order of prompts changes rounding only. The same
     store may be extended by appending prompts. Raises UserError, naming `label`'s field, if the store was begun with
-    other settings, prompts or weights, or if a setting does not suit the model.
+    other settings, prompts or weights, or if a setting does not suit the model. Stochastic steps draw likewise from
+    (seed, purpose, group, index, step); the trajectories go into the store.
     """
     if not prompts:
         raise UserError(f"{label}.prompts: no prompt given; expected at least one")
@@ -76,14 +61,15 @@ def sample_groups(
         for i in left:
             groups = [group_id(prompt, round) for prompt in shards[i]]
             text = model.encode_text([prompt.text for prompt in shards[i]], settings.max_sequence_length)
-            rows = []
-            for place, index, latent, image in _images(settings, model, groups, text, seed, purpose):
+            rows: list[ImageRow] = []
+            paths: dict[str, list[Trajectory]] = {}
+            for made in _images(settings, model, groups, text, seed, purpose, round):
                 row = ImageRow(
-                    group_id=groups[place],
-                    index=index,
-                    prompt=shards[i][place],
-                    image=image,
-                    latent=latent,
+                    group_id=groups[made.place],
+                    index=made.index,
+                    prompt=shards[i][made.place],
+                    image=made.image,
+                    latent=made.latent,
                     seed=seed,
                     scheduler=settings.scheduler,
                     num_inference_steps=settings.num_inference_steps,
@@ -94,34 +80,92 @@ def sample_groups(
                     generator=model.name,
                     revision=begun["weights"],
                     round=round,
+                    sampler=settings.sampler,
                 )
                 rows.append(row)
+                if made.path is not None:
+                    paths.setdefault(row.group_id, []).append(made.path)
                 progress.advance()
             texts = {name: value.cpu() for name, value in text.items()}
-            writer.write_shard(i, rows, {group: _rows(texts, [place]) for place, group in enumerate(groups)})
+            writer.write_shard(
+                i,
+                rows,
+                {group: _rows(texts, [place]) for place, group in enumerate(groups)},
+                {group: _joined(of_images) for group, of_images in paths.items()} if paths else None,
+            )
+
+
+@dataclass(frozen=True)
+class Made:
+    """An image of the `place`-th group; `path` is its own trajectory (K = 1) if it was sampled stochastically."""
+
+    place: int
+    index: int
+    latent: Tensor
+    image: Image
+    path: Trajectory | None
 
 
 def _images(
-    settings: Generation, model: FlowModel, groups: Sequence[str], text: Text, seed: int, purpose: str
-) -> Iterator[tuple[int, int, Tensor, Image]]:
-    """(place of the group, index in it, latent, image) of every image of `groups`, whose texts are `text`'s rows."""
-    height, width = settings.height, settings.width
+    settings: Generation, model: FlowModel, groups: Sequence[str], text: Text, seed: int, purpose: str, round: int
+) -> Iterator[Made]:
+    """Every image of `groups`, whose texts are `text`'s rows, group by group."""
+    height, width, steps = settings.height, settings.width, settings.num_inference_steps
     shape = model.latent_shape(height, width)
     jobs = [(place, index) for place in range(len(groups)) for index in range(settings.images_per_prompt)]
     for start in range(0, len(jobs), settings.batch_size):
         batch = jobs[start : start + settings.batch_size]
-        latents = generate(
-            model,
-            torch.stack([torch.randn(shape, generator=torch_rng(seed, purpose, groups[p], i)) for p, i in batch]),
-            _rows(text, [place for place, _ in batch]),
-            model.scheduler(settings.scheduler, settings.num_inference_steps, height, width),
-            guidance_scale=settings.guidance_scale,
-            height=height,
-            width=width,
-        )
+
+        def normal(*step: int, shared: bool = False, batch: list[tuple[int, int]] = batch) -> Tensor:
+            """Noise of each image of the batch, or of its group."""
+            named = [(groups[place], 0 if shared else index) for place, index in batch]
+            return torch.stack([torch.randn(shape, generator=torch_rng(seed, purpose, *n, *step)) for n in named])
+
+        noise, texts = normal(shared=settings.shared_noise), _rows(text, [place for place, _ in batch])
+        scheduler = model.scheduler(settings.scheduler, steps, height, width)
+        how: dict[str, Any] = {"guidance_scale": settings.guidance_scale, "height": height, "width": width}
+        paths: Sequence[Trajectory | None]
+        if settings.noise_level is None:
+            latents, paths = generate(model, noise, texts, scheduler, **how), [None] * len(batch)
+        else:
+            latents, trajectory = rollout(
+                model,
+                noise,
+                texts,
+                scheduler,
+                sampler=settings.sampler,
+                noise_level=settings.noise_level,
+                window=_window(settings, seed, round),
+                step_noise=normal,
+                **how,
+            )
+            paths = _split(trajectory)
         images = model.decode(latents, height, width)
-        for (place, index), latent, image in zip(batch, latents.cpu(), images, strict=True):
-            yield place, index, latent, image
+        for (place, index), latent, image, path in zip(batch, latents.cpu(), images, paths, strict=True):
+            yield Made(place, index, latent, image, path)
+
+
+def _split(whole: Trajectory) -> list[Trajectory]:
+    """The trajectory of each image by itself."""
+    images = zip(whole.states.split(1), whole.log_probs.split(1), strict=True)
+    return [Trajectory(states, log_probs, whole.times) for states, log_probs in images]
+
+
+def _joined(images: Sequence[Trajectory]) -> Trajectory:
+    states, log_probs = torch.cat([i.states for i in images]), torch.cat([i.log_probs for i in images])
+    return Trajectory(states, log_probs, images[0].times)
+
+
+def _window(settings: Generation, seed: int, round: int) -> range:
+    return window_steps(
+        settings.window,
+        size=settings.window_size,
+        start=settings.window_start,
+        interval=settings.window_interval,
+        num_steps=settings.num_inference_steps,
+        round=round,
+        seed=seed,
+    )
 
 
 def _rows(text: Text, places: list[int]) -> Text:

@@ -1,0 +1,51 @@
+"""The sampling that policy gradients learn from: the ODE with a window of stochastic steps, whose states are kept."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdro.groups.store import Trajectory
+from gdro.models.base import FlowModel, Text
+from gdro.samplers.sde import STEPS, log_prob
+
+
+@torch.no_grad()
+def rollout(
+    model: FlowModel,
+    noise: Tensor,
+    text: Text,
+    scheduler: Any,
+    *,
+    sampler: str,
+    noise_level: float,
+    window: range,
+    step_noise: Callable[[int], Tensor],
+    guidance_scale: float,
+    height: int,
+    width: int,
+) -> tuple[Tensor, Trajectory]:
+    """Integrate `noise` (n, tokens, channels); (latents of that shape, trajectory of the n images), float32.
+
+    The times are the sigmas of `scheduler`, diffusers' Euler. Step i of `window` is STEPS[sampler] with the standard
+    normal `step_noise(i)` (n, tokens, channels); the others are Euler's.
+    """
+    step = STEPS[sampler]
+    times = scheduler.sigmas.to(model.device, torch.float32)
+    x = noise.to(model.device, torch.float32)
+    states, log_probs = [], []
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        velocity = model.velocity(x, t.expand(len(x)), text, guidance_scale=guidance_scale, height=height, width=width)
+        if i in window:
+            states.append(x)
+            mean, std = step(x, velocity, t, t_next, noise_level)
+            x = mean + std * step_noise(i).to(x)
+            log_probs.append(log_prob(x, mean, std))
+        else:
+            x = x + velocity * (t_next - t)
+        if i == window[-1]:
+            states.append(x)
+    seen = times[window.start : window.stop + 1]
+    return x, Trajectory(torch.stack(states, 1).cpu(), torch.stack(log_probs, 1).cpu(), seen.cpu())
