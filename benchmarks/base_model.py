@@ -15,32 +15,12 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
+from gdro.rewards.geneval import summary
 from gdro.rewards.registry import load_reward
 from gdro.rng import torch_rng
 from gdro.tiny import MODEL_FOLDER, world
-from gdro.tiny.judge import TinyJudge, see
+from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
-
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
-
-
-def verdict(image: np.ndarray, record: dict[str, Any]) -> tuple[bool, float]:
-    """Strict: every wanted class there in its exact number and colour, and placed as asked. Soft: the share of these
-    parts, a number counting 1 - |found - wanted| / wanted, never below 0 (as the GenEval training reward)."""
-    shapes = see(image).shapes
-    parts: list[float] = []
-    found = []
-    for item in record["include"]:
-        same = [s for s in shapes if s.kind == item["class"]]
-        found.append(same)
-        parts.append(max(0.0, 1 - abs(len(same) - item["count"]) / item["count"]))
-        if "color" in item:
-            parts.append(min(1.0, sum(s.color == item["color"] for s in same) / item["count"]))
-        if "position" in item:
-            axis, sign = RELATIONS[item["position"][0]]
-            pairs = [sign * (a.center[axis] - b.center[axis]) > 4 for a in same for b in found[item["position"][1]]]
-            parts.append(float(bool(pairs) and all(pairs)))
-    return min(parts) == 1, float(np.mean(parts))
 
 
 def generate(pipe: FluxPipeline, prompts: list[Any], images: int, steps: int) -> list[Any]:
@@ -90,15 +70,12 @@ def main() -> None:
     count = max(2, args.images // 3)
     pictures = generate(pipe, prompts, count, args.steps)
     records = [p for p in prompts for _ in range(count)]
-    verdicts = np.array(
-        [verdict(np.asarray(i, np.float32), p.fields) for i, p in zip(pictures, records, strict=True)], float
-    )
-    tags = np.array([p.fields["tag"] for p in records])
+    evidence = load_reward("geneval")(pictures, records).evidence
     grades = TinyJudge()(pictures, records)
     result["geneval"] = {axis: values.mean() for axis, values in grades.items()}
-    for kind, values in zip(("strict", "soft"), verdicts.T, strict=True):
-        by_tag = {tag: values[tags == tag].mean() for tag in world.TAGS}
-        result["geneval"][kind] = {"overall": np.mean(list(by_tag.values())), **by_tag}
+    for kind, field in (("strict", "correct"), ("soft", "soft")):
+        values = np.array([found[field] for found in evidence], np.float64).reshape(-1, count)
+        result["geneval"][kind] = summary(values, [p.fields["tag"] for p in prompts])
     sheet += pictures[::count][:24]
     print(json.dumps(result, indent=2, default=lambda x: round(float(x), 4)))
     if args.sheet:

@@ -9,8 +9,9 @@ from gdro.errors import UserError
 from gdro.prompts import Prompt
 from gdro.rng import numpy_rng
 from gdro.tiny import world
-from gdro.tiny.judge import TinyJudge, see
+from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
+from gdro.tiny.vision import see
 
 COUNT = 48
 AXES = ("alignment", "coherence", "style")

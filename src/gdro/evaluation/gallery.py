@@ -37,7 +37,8 @@ def choose_groups(rewards: dict[str, np.ndarray], *, seed: int, count: int = 3) 
 
 
 def figure(image: Image.Image, reward: float, evidence: dict[str, Any], alt: str) -> dict[str, Any]:
-    """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, recognised `text` (None: none was read)."""
+    """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, and in `text` what was recognised (None:
+    the reward recognises nothing): words, or GenEval's objects."""
     image = image.convert("RGB")
     buffer = io.BytesIO()
     if is_pixel_art(image):
@@ -48,6 +49,8 @@ def figure(image: Image.Image, reward: float, evidence: dict[str, Any], alt: str
         image.save(buffer, format="JPEG", quality=88)
         kind = "jpeg"
     text = evidence.get("text")
+    if isinstance(objects := evidence.get("detections"), list):
+        text = ", ".join(" ".join(filter(None, (found["color"], found["class"]))) for found in objects)
     return {
         "uri": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}",
         "width": image.width,

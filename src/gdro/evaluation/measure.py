@@ -4,8 +4,8 @@ Used for the test prompts (base and tuned) and for validation during training.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,10 @@ class EvaluateConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Measured:
-    """P prompts x n images, in order; arrays (P, n), the two diversities among `signs` (P, 1); NaN is missing."""
+    """P prompts x n images, in order; arrays (P, n), the two diversities among `signs` (P, 1); NaN is missing.
+
+    `verdicts`: GenEval's `strict` and `soft`, whichever of them is the reward; empty for other rewards.
+    """
 
     prompt_ids: list[str]
     reward: np.ndarray
@@ -57,6 +60,7 @@ class Measured:
     corrected_axes: Sequence[str]
     signs: dict[str, np.ndarray]
     text_share_from: Literal["boxes", "strokes"]
+    verdicts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def corrected(self) -> np.ndarray:
@@ -129,7 +133,20 @@ def measure(
         corrected_axes=config.corrected_axes or corrected_axes(reward.name),
         signs={name: np.stack(values) for name, values in signs.items()},
         text_share_from="boxes" if boxed else "strokes",
+        verdicts=_verdicts(store, evidence, prompts),
     )
+
+
+def _verdicts(
+    store: GroupStore, evidence: Mapping[str, Mapping[str, Any]], prompts: Sequence[Prompt]
+) -> dict[str, np.ndarray]:
+    if not all({"correct", "soft"} <= found.keys() for found in evidence.values()):
+        return {}
+    ids = [store.image_ids(prompt.id) for prompt in prompts]
+    return {
+        name: np.array([[float(evidence[i][key]) for i in group] for group in ids])
+        for name, key in (("strict", "correct"), ("soft", "soft"))
+    }
 
 
 def read_evidence(path: Path) -> dict[str, dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from gdro.errors import UserError, did_you_mean
 from gdro.rewards.base import Judge, Reward
+from gdro.rewards.geneval import GenevalReward
 from gdro.rewards.ocr import OcrReward
 from gdro.rewards.user import UserJudge, UserReward
 
-REWARDS = ("ocr", "ocr_strict")
+REWARDS = ("ocr", "ocr_strict", "geneval", "geneval_strict")
 JUDGES = ("tiny",)
 
 
@@ -15,6 +16,10 @@ def load_reward(spec: str) -> Reward:
         return UserReward(spec, "score.reward")
     if spec not in REWARDS:
         raise UserError(f'score.reward: "{spec}" is no reward, nor module:function{did_you_mean(spec, REWARDS)}')
+    if spec.startswith("geneval"):
+        from gdro.tiny.vision import TinyDetector  # a layer above, so only when it is asked for
+
+        return GenevalReward(TinyDetector(), strict=spec == "geneval_strict")
     return OcrReward(strict=spec == "ocr_strict")
 
 

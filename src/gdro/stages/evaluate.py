@@ -13,6 +13,7 @@ from gdro.files import write_json
 from gdro.models.base import FlowModel
 from gdro.prompts import Prompt
 from gdro.rewards.base import Judge, Reward
+from gdro.rewards.geneval import summary
 from gdro.samplers.generate import Generation
 
 AXIS_FALL = 0.25  # a judge axis (1 to 5) that falls by more, its interval below zero, counts against the tuned model
@@ -68,6 +69,8 @@ def evaluate(
         "bootstrap_samples": config.bootstrap_samples,
         **compare_measured(sides["base"], sides["tuned"], samples=config.bootstrap_samples, seed=seed),
     }
+    if sides["base"].verdicts:
+        evaluation["geneval"] = geneval_section(prompts, sides)
     write_json(out / "evaluation.json", evaluation)
     return evaluation
 
@@ -100,6 +103,17 @@ def compare_measured(base: Measured, tuned: Measured, *, samples: int, seed: int
         "base": {name: _json(values) for name, values in (base.scores() | base.signs).items()},
         "tuned": {name: _json(values) for name, values in (tuned.scores() | tuned.signs).items()},
     }
+
+
+def geneval_section(prompts: Sequence[Prompt], sides: Mapping[str, Measured]) -> dict[str, Any]:
+    """GenEval's official summary of each side, each tag's mean and the `overall` mean of the six: `base` and `tuned`
+    of the strict verdict, and the same of the soft score under `soft`."""
+    tags = [prompt.fields["tag"] for prompt in prompts]
+    strict, soft = (
+        {side: summary(measured.verdicts[kind], tags) for side, measured in sides.items()}
+        for kind in ("strict", "soft")
+    )
+    return {**strict, "soft": soft}
 
 
 def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, same_images: bool) -> dict[str, Any]:

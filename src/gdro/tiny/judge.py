@@ -10,7 +10,6 @@ It never reads the word, so it cannot reward what the OCR reward rewards.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -20,111 +19,7 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.prompts import Prompt
 from gdro.tiny import world
-
-_COLOR_NAMES = tuple(world.COLORS)
-_PLATE, _DARK, _WALL = len(_COLOR_NAMES), len(_COLOR_NAMES) + 1, len(_COLOR_NAMES) + 2
-_PALETTE = np.array([*world.COLORS.values(), world.PLATE, world.INK], np.float32)
-
-
-def _fit(mask: np.ndarray) -> np.ndarray:
-    """A boolean mask cut to its extent and stretched to the world's shape size."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-    size = (world.SHAPE_SIZE, world.SHAPE_SIZE)
-    return cv2.resize(cut, size, interpolation=cv2.INTER_LINEAR) > 0.5
-
-
-_TEMPLATES = np.stack([_fit(world.shape_mask(s) > 0.5) for s in world.SHAPES])
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A shape seen in a picture: its kind, colour, centre (x, y), box (left, top, width, height), template IoU."""
-
-    kind: str
-    color: str
-    center: tuple[float, float]
-    box: tuple[int, int, int, int]
-    iou: float
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A picture explained: the wall it resembles most, the sign's box (left, top, right, bottom) and the shapes."""
-
-    wall: str
-    wall_color: np.ndarray  # (3,) median colour of the wall between its grooves
-    labels: np.ndarray  # (32, 64) palette index, plate, dark or wall
-    sign: tuple[int, int, int, int] | None
-    ink: float  # dark share of the sign
-    ink_height: float  # pixels from the top to the bottom of the lettering
-    shapes: list[Shape]
-
-
-def _label(image: np.ndarray, wall: np.ndarray) -> np.ndarray:
-    distance = ((image[:, :, None] - _PALETTE) ** 2).sum(-1)
-    wall_distance = ((image - wall) ** 2).sum(-1)
-    return np.concatenate([distance, wall_distance[:, :, None]], 2).argmin(2)
-
-
-def see(image: np.ndarray) -> Seen:
-    """Explain a (32, 64, 3) picture in [0, 255]."""
-    image = image.astype(np.float32)
-    walls = {name: world.draw_wall(name) for name in world.WALLS}
-    close = {n: (np.minimum(((image - w) ** 2).sum(-1), 3600)).mean() for n, w in walls.items()}
-    wall = min(close, key=lambda n: close[n])
-    labels = _label(image, walls[wall])
-    flat = labels == _WALL
-    flat[:, world.PANEL - 1 :: world.PANEL] = False
-    flat[world.HEIGHT - world.BASEBOARD :] = False
-    wall_color = np.median(image[flat], 0) if flat.any() else image.reshape(-1, 3).mean(0)
-    sign, ink, ink_height = _find_sign(labels)
-    return Seen(wall, wall_color, labels, sign, ink, ink_height, _find_shapes(labels, sign))
-
-
-def _components(mask: np.ndarray) -> list[tuple[int, int, int, int, int, np.ndarray]]:
-    """(left, top, width, height, area, mask) of each 8-connected part."""
-    count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    return [(*(int(v) for v in stats[i]), parts == i) for i in range(1, count)]
-
-
-def _find_sign(labels: np.ndarray) -> tuple[tuple[int, int, int, int] | None, float, float]:
-    # letters cut the plate apart, so they are bridged before its extent is read off
-    pad = 4  # room for the closing, which would stick to the picture's border
-    plate = np.pad((labels == _PLATE).astype(np.uint8), pad)
-    closed = cv2.morphologyEx(plate, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))[pad:-pad, pad:-pad]
-    parts = [part for part in _components(closed) if part[4] >= 60]
-    if not parts:
-        return None, 0.0, 0.0
-    left, top, width, height, _, _ = max(parts, key=lambda part: part[4])
-    inside = labels[top : top + height, left : left + width] == _DARK
-    # the frame belongs to the plate's border, not to its lettering
-    rows = np.flatnonzero(inside[1:-1, 1:-1].any(1))
-    return (
-        (left, top, left + width, top + height),
-        float(inside.mean()),
-        float(rows[-1] - rows[0] + 1) if len(rows) else 0.0,
-    )
-
-
-def _find_shapes(labels: np.ndarray, sign: tuple[int, int, int, int] | None) -> list[Shape]:
-    outside = np.ones(labels.shape, bool)
-    if sign:
-        left, top, right, bottom = sign
-        outside[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = False
-    shapes = []
-    for index, color in enumerate(_COLOR_NAMES):
-        for left, top, width, height, area, mask in _components((labels == index) & outside):
-            if area < 18 or width < 5 or height < 5:
-                continue
-            crop = _fit(mask)
-            iou = (crop & _TEMPLATES).sum((1, 2)) / (crop | _TEMPLATES).sum((1, 2))
-            best = int(iou.argmax())
-            if iou[best] < 0.5:  # a smear, or the soft outline of another shape
-                continue
-            center = (left + (width - 1) / 2, top + (height - 1) / 2)
-            shapes.append(Shape(world.SHAPES[best], color, center, (left, top, width, height), float(iou[best])))
-    return shapes
+from gdro.tiny.vision import DARK, WALL, Seen, pixels_of, see
 
 
 def _ratio(found: float, wanted: float, sharpness: float = 2.0) -> float:
@@ -179,7 +74,7 @@ def explain(seen: Seen) -> np.ndarray:
     if seen.sign:
         left, top, right, bottom = seen.sign
         canvas[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = world.FRAME
-        dark = (seen.labels[top:bottom, left:right] == _DARK)[:, :, None]
+        dark = (seen.labels[top:bottom, left:right] == DARK)[:, :, None]
         canvas[top:bottom, left:right] = np.where(dark, world.INK, world.PLATE)
     return canvas
 
@@ -201,7 +96,7 @@ def coherence(image: np.ndarray, seen: Seen) -> float:
 def style(image: np.ndarray, seen: Seen) -> float:
     """Grooves and baseboard as deep as the world's, no grain on the wall, edges as crisp as drawn; in [0, 1]."""
     luma = image.mean(-1)
-    wall = seen.labels == _WALL
+    wall = seen.labels == WALL
     groove, strip = np.zeros(wall.shape, bool), np.zeros(wall.shape, bool)
     groove[:, world.PANEL - 1 :: world.PANEL] = True
     strip[world.HEIGHT - world.BASEBOARD :] = True
@@ -262,6 +157,6 @@ class TinyJudge:
 
     @staticmethod
     def _grade(image: Image.Image, scene: dict[str, Any]) -> tuple[float, float, float]:
-        pixels = np.asarray(image.convert("RGB").resize((world.WIDTH, world.HEIGHT), Image.Resampling.BOX), np.float32)
+        pixels = pixels_of(image)
         seen = see(pixels)
         return alignment(seen, scene), coherence(pixels, seen), style(pixels, seen)

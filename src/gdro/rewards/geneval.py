@@ -1,0 +1,287 @@
+"""GenEval (Ghosh et al. 2023): are the objects a prompt asks for there, in number, colour and place?
+
+A detector finds objects; pure functions on its detections give the official evaluator's verdict (`geneval_strict`)
+and the soft score that trainers use (`geneval`). Detections are the evidence, so both can be recomputed from it.
+
+The soft score is the mean over the parts a record asks for, each in [0, 1], whatever the order of the parts. The one
+that public trainers copy from each other is another: five objects for one asked are worth -3 there, and a position
+on the wrong side counts as two parts, one of them satisfied, which gives .75.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gdro.errors import UserError, did_you_mean
+from gdro.files import fingerprint
+from gdro.prompts import Prompt
+from gdro.rewards.base import Scores
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts above this score; the second for the tag "counting"
+MOST = 16  # detections of a class, at most
+SHRINK = 0.1  # of the two boxes' sizes, taken off their centres' distance before it decides a relation
+
+
+class Excluded(BaseModel):
+    """Fewer than `count` objects of a class."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str = Field(alias="class")
+    count: int = Field(ge=1, strict=True)
+
+
+class Included(Excluded):
+    """At least `count` objects of a class; of a colour, and placed relative to an earlier entry, if so asked."""
+
+    color: str | None = None
+    position: tuple[Literal["left of", "right of", "above", "below"], int] | None = None
+
+
+class Record(BaseModel):
+    """What a GenEval prompt asks for. Other fields of the prompt are none of its business."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tag: Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    include: list[Included] = Field(min_length=1)
+    exclude: list[Excluded] = []
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object found: class, box (left, top, right, bottom) in pixels, score in [0, 1], colour if it was looked at."""
+
+    label: str
+    box: tuple[float, float, float, float]
+    score: float
+    color: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"class": self.label, "box": list(self.box), "score": self.score, "color": self.color}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Detection":
+        return cls(value["class"], tuple(value["box"]), value["score"], value["color"])
+
+
+class Detector(Protocol):
+    """Finds objects of its `classes`, of any score above THRESHOLD; it alone looks at the pixels."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the same image could get other detections."""
+        ...
+
+    @property
+    def parallel(self) -> bool:
+        """As `Reward.parallel`."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def colors(self) -> Sequence[str]: ...
+
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Record]) -> list[list[Detection]]:
+        """Detections of each image; those of a class that the record wants in a colour have one.
+
+        Raises ImageFailure.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`correct` as the official evaluator has it, and its reasons; the soft score, and each entry's parts."""
+
+    correct: bool
+    reasons: list[str]
+    soft: float
+    parts: list[dict[str, Any]]
+
+
+def assess(detections: Sequence[Detection], record: Record) -> Verdict:
+    """The verdicts on one image."""
+    found = kept(detections, record.tag)
+    reasons = mismatches(found, record)
+    parts = satisfied(found, record)
+    values = [v for part in parts for name, v in part.items() if name != "class"]
+    return Verdict(not reasons, reasons, float(np.mean(values)), parts)
+
+
+def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
+    """The detections that count, by class, best first, at most MOST of each; overlapping ones are all kept."""
+    threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
+    found: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda d: -d.score):
+        same = found.setdefault(detection.label, [])
+        if detection.score > threshold and len(same) < MOST:
+            same.append(detection)
+    return found
+
+
+def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
+    """Where box a lies, seen from box b: up to two of left of, right of, above, below.
+
+    The offset o of the centres, each component shrunk by SHRINK times the boxes' sizes, over |o|: a component beyond
+    1/2 decides.
+    """
+    boxes = np.asarray([a, b], np.float64).reshape(2, 2, 2)  # (box, corner, axis)
+    offset = boxes[0].mean(0) - boxes[1].mean(0)
+    sizes = np.abs(boxes[:, 1] - boxes[:, 0]).sum(0)
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - SHRINK * sizes, 0)
+    if (np.abs(shrunk) < 1e-3).all():
+        return set()
+    x, y = shrunk / np.linalg.norm(offset)
+    decided = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, holds in decided.items() if holds}
+
+
+def mismatches(found: Mapping[str, Sequence[Detection]], record: Record) -> list[str]:
+    """Why the official evaluator calls the image wrong; empty if it is correct.
+
+    An entry wants `count` objects at least and looks at the best `count` only. Its position is judged if number and
+    colour are right, against the objects of an entry that is itself right, and must hold for every pair.
+    """
+    reasons: list[str] = []
+    matched: list[Sequence[Detection] | None] = []
+    for entry in record.include:
+        best = found.get(entry.label, [])[: entry.count]
+        before = len(reasons)
+        colored = sum(d.color == entry.color for d in best)
+        if len(best) < entry.count:
+            reasons.append(f"expected {entry.label}>={entry.count}, found {len(best)}")
+        elif entry.color is not None and colored < entry.count:
+            others = ", ".join(str(d.color) for d in best if d.color != entry.color)
+            reasons.append(f"expected {entry.color} {entry.label}>={entry.count}, found {colored}, and {others}")
+        elif entry.position is not None:
+            relation, index = entry.position
+            targets = matched[index]
+            if targets is None:
+                reasons.append(f"no target for {entry.label} to be {relation}")
+            else:
+                seen = [relations(a.box, b.box) for a in best for b in targets]
+                wrong = next((s for s in seen if relation not in s), None)
+                if wrong is not None:
+                    where = " and ".join(sorted(wrong)) or "in no clear relation to"
+                    reasons.append(f"expected {entry.label} {relation} target, found {where} target")
+        matched.append(best if len(reasons) == before else None)
+    for unwanted in record.exclude:
+        count = len(found.get(unwanted.label, []))
+        if count >= unwanted.count:
+            reasons.append(f"expected {unwanted.label}<{unwanted.count}, found {count}")
+    return reasons
+
+
+def satisfied(found: Mapping[str, Sequence[Detection]], record: Record) -> list[dict[str, Any]]:
+    """What of each entry is there: {"class", "count", "color"?, "position"?}, each but the class in [0, 1].
+
+    count: 1 - |found - wanted| / wanted, never below 0; color: share of the wanted objects that have it, among the
+    best `count`; position: 1 if it holds for all pairs of the objects there are. An exclusion is a part of its own
+    unless its class is also included, where the count has settled it.
+    """
+    parts: list[dict[str, Any]] = []
+    best = [found.get(entry.label, [])[: entry.count] for entry in record.include]
+    for entry, objects in zip(record.include, best, strict=True):
+        off = abs(len(found.get(entry.label, [])) - entry.count)
+        part: dict[str, Any] = {"class": entry.label, "count": max(0.0, 1 - off / entry.count)}
+        if entry.color is not None:
+            part["color"] = sum(d.color == entry.color for d in objects) / entry.count
+        if entry.position is not None:
+            relation, index = entry.position
+            holds = [relation in relations(a.box, b.box) for a in objects for b in best[index]]
+            part["position"] = float(bool(holds) and all(holds))
+        parts.append(part)
+    included = {entry.label for entry in record.include}
+    for unwanted in record.exclude:
+        if unwanted.label not in included:
+            absent = float(len(found.get(unwanted.label, [])) < unwanted.count)
+            parts.append({"class": unwanted.label, "absent": absent})
+    return parts
+
+
+def summary(values: np.ndarray, tags: Sequence[str]) -> dict[str, float | None]:
+    """The official summary of verdicts (P, n) on prompts of these tags (P,): each tag's mean over its images, and
+    `overall`, the unweighted mean of the six; None where a tag has no prompt."""
+    of = np.asarray(tags)
+    means = {tag: float(values[of == tag].mean()) if (of == tag).any() else None for tag in TAGS}
+    there = [mean for mean in means.values() if mean is not None]
+    return means | {"overall": float(np.mean(there)) if len(there) == len(TAGS) else None}
+
+
+@dataclass(frozen=True)
+class GenevalReward:
+    """The soft score of an image, or with `strict` the official verdict, 0 or 1.
+
+    Evidence: `detections`, and what follows from them for the prompt: `correct`, `reasons`, `soft`, `parts`.
+    """
+
+    detector: Detector
+    strict: bool = False
+    rule: ClassVar[str] = "1"
+
+    @property
+    def name(self) -> str:
+        return "geneval_strict" if self.strict else "geneval"
+
+    @property
+    def version(self) -> str:
+        return fingerprint(self.name, self.rule, self.detector.name, self.detector.version)
+
+    @property
+    def parallel(self) -> bool:
+        return self.detector.parallel
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self._record(prompt)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        records = [self._record(prompt) for prompt in prompts]
+        if len(images) != len(records):
+            raise ValueError(f"{len(images)} images came with {len(records)} prompts")
+        found = self.detector(images, records)
+        verdicts = [assess(detections, record) for detections, record in zip(found, records, strict=True)]
+        values = [float(v.correct) if self.strict else v.soft for v in verdicts]
+        evidence = [
+            {"detections": [d.to_json() for d in detections], **asdict(verdict)}
+            for detections, verdict in zip(found, verdicts, strict=True)
+        ]
+        return Scores(np.asarray(values, np.float64), evidence)
+
+    def _record(self, prompt: Prompt) -> Record:
+        """The prompt's record; UserError if it lacks one or asks for what the detector does not know."""
+        where = f'reward "{self.name}": prompt "{prompt.id}"'
+        try:
+            record = Record.model_validate(prompt.fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            found = "nothing" if first["type"] == "missing" else repr(first["input"])
+            raise UserError(
+                f'{where} has {found} in "{field}" ({first["msg"]}); expected a GenEval record (tag, include, exclude)'
+            ) from None
+        for i, entry in enumerate(record.include):
+            if entry.color is not None and entry.color not in self.detector.colors:
+                raise UserError(
+                    f'{where} asks for the color "{entry.color}"{did_you_mean(entry.color, self.detector.colors)}'
+                )
+            if entry.position is not None and not 0 <= entry.position[1] < i:
+                raise UserError(
+                    f"{where} has include.{i}.position relative to entry {entry.position[1]}; expected an earlier one"
+                )
+        known = self.detector.classes
+        for label in [entry.label for entry in (*record.include, *record.exclude)]:
+            if label not in known:
+                raise UserError(f'{where} asks for the class "{label}"{did_you_mean(label, known)}')
+        return record
