@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdro.objectives.base import implicit_reward, velocity_error
 from gdro.objectives.forward.gdro import (
     diagnostics,
     gdro_loss,
     gdro_weights,
-    implicit_reward,
     listwise_loss,
     loss_weights,
     order_by_reward,
@@ -20,7 +20,6 @@ from gdro.objectives.forward.gdro import (
     start_loss,
     targets,
     top1_loss,
-    velocity_error,
 )
 
 TAUS = (1e-300, 1e-3, 0.025, 0.05, 0.5, 100.0)

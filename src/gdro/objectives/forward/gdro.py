@@ -7,25 +7,77 @@ Rewards must come in descending order; `order_by_reward` gives it, ties broken a
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-OBJECTIVES = ("gdro", "rank", "top1")
+from gdro.objectives.base import Loss, Noised, Reference, implicit_reward
+
+NAMES = ("gdro", "rank", "top1")
 
 
-def velocity_error(v: Tensor, v_pred: Tensor) -> Tensor:
-    """d = mean over latent elements of (v - v_pred)^2; (n, tokens, channels) twice -> (n,), float32 at least.
+@dataclass(frozen=True)
+class Gdro:
+    """L_GDRO + gamma d_top-1; defaults: the paper's for OCR."""
 
-    The paper writes the squared norm; another reduction only multiplies beta and gamma by a constant.
-    """
-    difference = v - v_pred.to(v.dtype)
-    return difference.square().flatten(1).mean(1)
+    beta: float = 12.0
+    tau: float = 0.05
+    gamma: float = 0.5
+    reference: Reference = "base"
+    name: ClassVar[str] = "gdro"
+    kind: ClassVar[Literal["forward"]] = "forward"
+    uses_reference: ClassVar[bool] = True
+    uses_base: ClassVar[bool] = False
+    fixed_k: ClassVar[int | None] = None
+
+    def loss(self, seen: Noised) -> Loss:
+        return _regularised(seen, soft_targets(seen.rewards, self.tau), self.beta, self.gamma)
+
+    def start_loss(self, k: int) -> float | None:
+        return start_loss(self.name, k)
 
 
-def implicit_reward(d: Tensor, d_ref: Tensor, beta: float) -> Tensor:
-    """s = -beta (d - d_ref): the log-likelihood ratio of policy and reference, up to a constant; any shape."""
-    return -beta * (d - d_ref)
+@dataclass(frozen=True)
+class Rank:
+    """GDRO with hard targets: the Plackett-Luce likelihood of the order (Diffusion-LPO, 2510.01540) + gamma d_top-1."""
+
+    beta: float = 12.0
+    gamma: float = 0.5
+    reference: Reference = "base"
+    name: ClassVar[str] = "rank"
+    kind: ClassVar[Literal["forward"]] = "forward"
+    uses_reference: ClassVar[bool] = True
+    uses_base: ClassVar[bool] = False
+    fixed_k: ClassVar[int | None] = None
+
+    def loss(self, seen: Noised) -> Loss:
+        return _regularised(seen, rank_targets(seen.rewards), self.beta, self.gamma)
+
+    def start_loss(self, k: int) -> float | None:
+        return start_loss(self.name, k)
+
+
+@dataclass(frozen=True)
+class Top1:
+    """The top-1 cross-entropy, GDRO's first row alone, + gamma d_top-1."""
+
+    beta: float = 12.0
+    tau: float = 0.05
+    gamma: float = 0.5
+    reference: Reference = "base"
+    name: ClassVar[str] = "top1"
+    kind: ClassVar[Literal["forward"]] = "forward"
+    uses_reference: ClassVar[bool] = True
+    uses_base: ClassVar[bool] = False
+    fixed_k: ClassVar[int | None] = None
+
+    def loss(self, seen: Noised) -> Loss:
+        return _regularised(seen, targets(self.name, seen.rewards, self.tau), self.beta, self.gamma)
+
+    def start_loss(self, k: int) -> float | None:
+        return start_loss(self.name, k)
 
 
 def order_by_reward(r: Tensor, generator: torch.Generator) -> Tensor:
@@ -59,7 +111,7 @@ def targets(objective: str, r: Tensor, tau: float) -> Tensor:
         return rank_targets(r)
     if objective == "top1":
         return soft_targets(r, tau)[..., :1, :]
-    raise ValueError(f"objective: {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+    raise ValueError(f"objective: {objective!r}, expected one of {', '.join(NAMES)}")
 
 
 def listwise_loss(s: Tensor, q: Tensor) -> Tensor:
@@ -121,6 +173,18 @@ def diagnostics(s: Tensor, q: Tensor) -> dict[str, Tensor]:
         "entropy_q": entropy_q,
         "kl": listwise_loss(s, q) - entropy_q,
         "spread_s": s.std(-1, correction=0),
+    }
+
+
+def _regularised(seen: Noised, q: Tensor, beta: float, gamma: float) -> Loss:
+    """listwise loss + gamma d_top-1 per group, and the figures of both."""
+    s = implicit_reward(seen.d, seen.d_ref, beta)
+    q = q.to(s)
+    ranking, top1 = listwise_loss(s, q), seen.d[:, 0]
+    return ranking + gamma * top1, {
+        "loss_rank": ranking.detach(),
+        "loss_top1": top1.detach(),
+        **diagnostics(s, q),
     }
 
 

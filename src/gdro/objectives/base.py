@@ -1,0 +1,129 @@
+"""What an objective is given and what it returns.
+
+An objective is a frozen dataclass: its fields are its hyperparameters with their published defaults, the pure functions
+beside it hold its formula, its `loss` only binds the two. g groups, k images a group, n images.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Advantage = Literal["group", "batch", "slas", "win_rate"]
+Reference = Literal["base", "round", "ema"]  # frozen base; the policy that began the round; the EMA of the weights
+
+Loss = tuple[Tensor, dict[str, Tensor]]  # per group or per image, with gradient; detached figures of the same shape
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """g groups of k noised images, best first, and what the models predict for them."""
+
+    rewards: Tensor  # (g, k) float64, descending
+    advantages: Tensor  # (g, k); zeros for an objective without the field `advantage`
+    t: Tensor  # (g, k) in (0, 1)
+    x_t: Tensor  # (g, k, tokens, channels): (1 - t) x0 + t eps
+    v: Tensor  # (g, k, tokens, channels): the target eps - x0
+    policy: Tensor  # (g, k, tokens, channels): v_theta, with gradient
+    reference: Tensor | None = None  # (g, k, tokens, channels): velocity of the objective's `reference`
+    base: Tensor | None = None  # (g, k, tokens, channels): velocity of the frozen base, only if `uses_base`
+
+    @cached_property
+    def d(self) -> Tensor:
+        """Velocity errors (g, k) of the policy, with gradient."""
+        return velocity_error(self.v, self.policy)
+
+    @cached_property
+    def d_ref(self) -> Tensor:
+        """Velocity errors (g, k) of the reference."""
+        return velocity_error(self.v, given(self.reference))
+
+    @cached_property
+    def d_base(self) -> Tensor:
+        """Velocity errors (g, k) of the frozen base."""
+        return velocity_error(self.v, given(self.base))
+
+
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """One stochastic sampling step x' = mean + std eps of n images, seen again by the policy."""
+
+    log_prob: Tensor  # (n,) of x' under the policy, mean over elements, with gradient
+    old_log_prob: Tensor  # (n,) the same under the policy that sampled
+    advantage: Tensor  # (n,)
+    mean: Tensor  # (n, tokens, channels) of the policy, with gradient
+    std: Tensor  # of the step's Gaussian: the sampler's noise level times sqrt(-dt); broadcasts to mean
+    dt: float  # t_next - t < 0
+    base_mean: Tensor | None = None  # (n, tokens, channels) of the frozen base, only if `uses_base`
+    old_mean: Tensor | None = None  # (n, tokens, channels) of the policy that sampled, only if `uses_old_mean`
+
+
+class ForwardObjective(Protocol):
+    """Learns from clean images, noised afresh, and their rewards."""
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["forward"]]
+    uses_reference: ClassVar[bool]  # then it has the field `reference`
+    fixed_k: ClassVar[int | None]
+
+    @property
+    def uses_base(self) -> bool: ...
+
+    def loss(self, seen: Noised) -> Loss:
+        """Loss (g,) and figures (g,); "loss_rank" is the main term."""
+        ...
+
+    def start_loss(self, k: int) -> float | None:
+        """The main term when policy = reference, if it depends on neither rewards nor images."""
+        ...
+
+
+class TrajectoryObjective(Protocol):
+    """Learns from the stochastic steps by which the images were sampled."""
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["trajectory"]]
+    uses_old_mean: ClassVar[bool]
+
+    @property
+    def uses_base(self) -> bool: ...
+
+    def loss(self, seen: Transition) -> Loss:
+        """Loss (n,) and figures (n,); "loss_policy" is the main term."""
+        ...
+
+
+Objective = ForwardObjective | TrajectoryObjective
+
+
+def velocity_error(v: Tensor, v_pred: Tensor) -> Tensor:
+    """d = mean over latent elements of (v - v_pred)^2; (..., tokens, channels) twice -> (...), in v's precision.
+
+    The paper writes the squared norm; another reduction only multiplies beta and gamma by a constant.
+    """
+    return (v - v_pred.to(v.dtype)).square().mean((-2, -1))
+
+
+def implicit_reward(d: Tensor, d_ref: Tensor, beta: float) -> Tensor:
+    """s = -beta (d - d_ref): the log-likelihood ratio of policy and reference, up to a constant; any shape."""
+    return -beta * (d - d_ref)
+
+
+def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO: max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = e^log_ratio; any shape -> (loss, rho, clipped 0/1).
+
+    An image is clipped where the clip takes its gradient away (2505.05470, eq. 5; 1707.06347).
+    """
+    ratio = log_ratio.exp()
+    free = -advantage * ratio
+    bound = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(free, bound), ratio.detach(), (bound > free).to(ratio.dtype)
+
+
+def given(tensor: Tensor | None) -> Tensor:
+    """A tensor the objective said it uses; ValueError if the caller left it out."""
+    if tensor is None:
+        raise ValueError("the objective uses a reference or base that was not given")
+    return tensor

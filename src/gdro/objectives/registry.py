@@ -1,0 +1,36 @@
+"""Objectives by name."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from gdro.errors import UserError, did_you_mean
+from gdro.objectives.base import Objective
+from gdro.objectives.forward.gdro import Gdro, Rank, Top1
+
+OBJECTIVES: dict[str, type[Any]] = {kind.name: kind for kind in (Gdro, Rank, Top1)}
+
+
+def make_objective(name: str, hyperparameters: Mapping[str, Any]) -> Objective:
+    """The objective `name`; a hyperparameter that is None or absent takes its published default.
+
+    UserError for an unknown name, a value for a hyperparameter the objective lacks, or two that contradict each other.
+    Ranges are the configuration's to check.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(f'train.objective: "{name}" is no objective{did_you_mean(name, OBJECTIVES)}')
+    own = [field.name for field in fields(OBJECTIVES[name])]
+    values = {field: value for field, value in hyperparameters.items() if value is not None}
+    for field, value in values.items():
+        if field not in own:
+            raise UserError(
+                f'train.{field} is {value}, which objective "{name}" does not have; '
+                f"expected null, or one of {', '.join(own) or 'none'}"
+            )
+    objective: Any = OBJECTIVES[name](**values)
+    if "advantage_exponent" in own and (objective.advantage == "slas") != (objective.advantage_exponent > 0):
+        raise UserError(
+            f"train.advantage_exponent is {objective.advantage_exponent} and train.advantage {objective.advantage}; "
+            "expected more than 0 with slas, and 0 with any other"
+        )
+    return objective
