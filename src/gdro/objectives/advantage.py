@@ -1,27 +1,37 @@
-"""Advantages of a group's images: rewards made comparable between prompts."""
+"""Advantages: how much better than its group an image is. Every transform is blind to a constant added to a group."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-EPSILON, LIMIT = 1e-4, 5.0
+LIMIT = 5.0  # of |A|, as in Flow-GRPO's code
+FLOOR = 1e-4  # added to a standard deviation
 
 
 def advantages(rewards: Sequence[Tensor], kind: str, exponent: float = 0.0) -> list[Tensor]:
-    """Advantages (K,) of each group's rewards (K,)."""
+    """Advantages of whole groups; rewards (K,) each, K may differ -> (K,) each, at most 5 in size.
+
+    group: (r - mean) / (std + 1e-4) of the group (Flow-GRPO, 2505.05470). batch: the std of all rewards given.
+    slas: sign(dr) |dr|^(1 + exponent), dr = r - mean, over the std of all rewards given (2605.10937).
+    win_rate: "group" of each image's win rate (Pref-GRPO, 2508.20751).
+    """
     if kind == "win_rate":
-        rewards, kind = [win_rate(r) for r in rewards], "group"
-    centred = [r - r.mean() for r in rewards]
+        return advantages([win_rate(r) for r in rewards], "group")
+    if kind not in ("group", "batch", "slas"):
+        raise ValueError(f"advantage: {kind!r}, expected group, batch, slas or win_rate")
+    above = [r - r.mean() for r in rewards]
     if kind == "group":
-        return [(c / (r.std() + EPSILON)).clamp(-LIMIT, LIMIT) for c, r in zip(centred, rewards, strict=True)]
+        scales = [r.std(correction=0) for r in rewards]
+    else:
+        scales = [torch.cat(list(rewards)).std(correction=0)] * len(rewards)
     if kind == "slas":
-        centred = [c.sign() * c.abs() ** (1 + exponent) for c in centred]
-    scale = torch.cat(list(rewards)).std() + EPSILON
-    return [(c / scale).clamp(-LIMIT, LIMIT) for c in centred]
+        above = [dr.sign() * dr.abs() ** (1 + exponent) for dr in above]
+    return [(dr / (scale + FLOOR)).clamp(-LIMIT, LIMIT) for dr, scale in zip(above, scales, strict=True)]
 
 
 def win_rate(r: Tensor) -> Tensor:
-    """Share of the group's other images that each beats, ties half; (K,) -> (K,)."""
-    wins = (r[:, None] > r).to(r.dtype) + 0.5 * (r[:, None] == r).to(r.dtype)
+    """Share of the group's other images that each image beats, ties half; (K,), K >= 2 -> (K,) with mean 1/2."""
+    difference = r[:, None] - r[None, :]
+    wins = (difference.sign() + 1) / 2  # an image ties with itself: 1/2 too many
     return (wins.sum(1) - 0.5) / (len(r) - 1)

@@ -55,7 +55,7 @@ class Transition:
     advantage: Tensor  # (n,)
     mean: Tensor  # (n, tokens, channels) of the policy, with gradient
     std: Tensor  # of the step's Gaussian: the sampler's noise level times sqrt(-dt); broadcasts to mean
-    dt: float  # t_next - t < 0
+    dt: float | Tensor  # t_next - t < 0; a number or (n,)
     base_mean: Tensor | None = None  # (n, tokens, channels) of the frozen base, only if `uses_base`
     old_mean: Tensor | None = None  # (n, tokens, channels) of the policy that sampled, only if `uses_old_mean`
 

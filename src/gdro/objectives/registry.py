@@ -6,9 +6,15 @@ from typing import Any
 
 from gdro.errors import UserError, did_you_mean
 from gdro.objectives.base import Objective
+from gdro.objectives.forward.awm import Awm
+from gdro.objectives.forward.dgpo import Dgpo
+from gdro.objectives.forward.dpo import Dpo
 from gdro.objectives.forward.gdro import Gdro, Rank, Top1
+from gdro.objectives.forward.lair import Lair
+from gdro.objectives.forward.nft import Nft
+from gdro.objectives.trajectory.flow_grpo import FlowGrpo
 
-OBJECTIVES: dict[str, type[Any]] = {kind.name: kind for kind in (Gdro, Rank, Top1)}
+OBJECTIVES: dict[str, type[Any]] = {kind.name: kind for kind in (Gdro, Rank, Top1, Dpo, Lair, Dgpo, Nft, Awm, FlowGrpo)}
 
 
 def make_objective(name: str, hyperparameters: Mapping[str, Any]) -> Objective:

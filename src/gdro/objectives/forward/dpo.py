@@ -1,0 +1,39 @@
+"""Diffusion-DPO (2311.12908): pairs of images, the better one first."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from gdro.objectives.base import Loss, Noised, Reference, implicit_reward
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Default beta: the DPO of Flow-GRPO's authors, for rectified flow; reference "round" is their online variant."""
+
+    beta: float = 100.0
+    reference: Reference = "base"
+    name: ClassVar[str] = "dpo"
+    kind: ClassVar[Literal["forward"]] = "forward"
+    uses_reference: ClassVar[bool] = True
+    uses_base: ClassVar[bool] = False
+    fixed_k: ClassVar[int | None] = 2
+
+    def loss(self, seen: Noised) -> Loss:
+        s = implicit_reward(seen.d, seen.d_ref, self.beta)
+        loss = dpo_loss(s)
+        return loss, {"loss_rank": loss.detach(), "spread_s": s.detach().std(-1, correction=0)}
+
+    def start_loss(self, k: int) -> float | None:
+        return math.log(2)
+
+
+def dpo_loss(s: Tensor) -> Tensor:
+    """-log sigmoid((s_w - s_l) / 2) (eq. 14); s (..., 2), winner first -> (...).
+
+    The paper's 1/2 is kept, so this is `rank` on pairs at half its beta.
+    """
+    return -logsigmoid((s[..., 0] - s[..., 1]) / 2)

@@ -1,0 +1,63 @@
+"""DiffusionNFT (2509.16117): a better image pulls the policy, a worse one pulls the policy's mirror image."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from gdro.objectives.base import Advantage, Loss, Noised, Reference, given, velocity_error
+
+
+@dataclass(frozen=True)
+class Nft:
+    """Defaults: the authors'; they take mix 0.1 for OCR. `kl_weight` 0 spares the evaluation of the base."""
+
+    mix: float = 1.0
+    kl_weight: float = 1e-4
+    advantage: Advantage = "batch"
+    advantage_exponent: float = 0.0
+    reference: Reference = "ema"
+    name: ClassVar[str] = "nft"
+    kind: ClassVar[Literal["forward"]] = "forward"
+    uses_reference: ClassVar[bool] = True
+    fixed_k: ClassVar[int | None] = None
+
+    @property
+    def uses_base(self) -> bool:
+        return self.kl_weight > 0 and self.reference != "base"
+
+    def loss(self, seen: Noised) -> Loss:
+        r = optimality(seen.advantages.to(seen.v))
+        main = nft_loss(seen.policy, given(seen.reference), seen.v, seen.t.to(seen.v), r, self.mix).mean(-1)
+        figures = {"loss_rank": main.detach()}
+        if self.kl_weight == 0:
+            return main, figures
+        base = given(seen.base if self.uses_base else seen.reference)
+        kl = velocity_error(base, seen.policy).mean(-1)
+        return main + self.kl_weight * kl, figures | {"kl": kl.detach()}
+
+    def start_loss(self, k: int) -> float | None:
+        return None
+
+
+def optimality(a: Tensor) -> Tensor:
+    """r = clip(A / 5, -1, 1) / 2 + 1/2, the probability in [0, 1] that the image is a good one; any shape."""
+    return (a / 5).clamp(-1, 1) / 2 + 0.5
+
+
+def nft_loss(v_theta: Tensor, v_old: Tensor, v: Tensor, t: Tensor, r: Tensor, mix: float) -> Tensor:
+    """r |x0+ - x0|^2 / mean|x0+ - x0| + (1 - r) |x0- - x0|^2 / mean|x0- - x0|, |.|^2 a mean, the divisors detached.
+
+    x0+- = x_t - t v+-, v+ = (1 - b) v_old + b v_theta, v- = (1 + b) v_old - b v_theta, b = `mix`.
+    Velocities (..., tokens, channels), t and r (...) -> (...). x0 = x_t - t v, so x_t itself cancels.
+    """
+    v_theta, v_old = v_theta.to(v.dtype), v_old.to(v.dtype)
+    positive = (1 - mix) * v_old + mix * v_theta
+    negative = (1 + mix) * v_old - mix * v_theta
+    return r * _normalised_error(positive, v, t) + (1 - r) * _normalised_error(negative, v, t)
+
+
+def _normalised_error(v_hat: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """mean (x0_hat - x0)^2 / max(mean |x0_hat - x0|, 1e-5), the floor as in the authors' code."""
+    error = t[..., None, None] * (v_hat - v)
+    return error.square().mean((-2, -1)) / error.detach().abs().mean((-2, -1)).clamp_min(1e-5)

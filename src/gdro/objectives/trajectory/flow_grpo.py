@@ -1,0 +1,46 @@
+"""Flow-GRPO (2505.05470): PPO's clipped surrogate on each stochastic step, and a divergence from the base.
+
+Flow-GRPO-Fast and MixGRPO (2507.21802) are this on a window of steps (`sample.window`), Pref-GRPO (2508.20751) this
+with advantage "win_rate", SLAS (2605.10937) this with advantage "slas".
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from gdro.objectives.base import Advantage, Loss, Transition, clipped_surrogate, given
+
+
+@dataclass(frozen=True)
+class FlowGrpo:
+    """Defaults: the authors' for OCR and GenEval; with a window they clip at 1e-5. `kl_weight` 0 spares the base."""
+
+    clip_range: float = 1e-4
+    kl_weight: float = 0.04
+    advantage: Advantage = "group"
+    advantage_exponent: float = 0.0
+    name: ClassVar[str] = "flow_grpo"
+    kind: ClassVar[Literal["trajectory"]] = "trajectory"
+    uses_old_mean: ClassVar[bool] = False
+
+    @property
+    def uses_base(self) -> bool:
+        return self.kl_weight > 0
+
+    def loss(self, seen: Transition) -> Loss:
+        log_ratio = seen.log_prob - seen.old_log_prob
+        loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, self.clip_range)
+        figures = {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
+        if self.kl_weight == 0:
+            return loss, figures
+        kl = step_kl(seen.mean, given(seen.base_mean), seen.std)
+        return loss + self.kl_weight * kl, figures | {"kl": kl.detach()}
+
+
+def step_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
+    """KL of two Gaussians of equal std, mean over elements: mean (mean - base_mean)^2 / (2 std^2).
+
+    Means (n, tokens, channels), std broadcastable, sqrt(-dt) included -> (n,).
+    """
+    return ((mean - base_mean).square() / (2 * std.square())).flatten(1).mean(1)
