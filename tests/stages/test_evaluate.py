@@ -17,8 +17,11 @@ from gdro.evaluation.signs import THRESHOLDS
 from gdro.groups.store import GroupStore
 from gdro.prompts import Prompt
 from gdro.rewards.base import ImageFailure, Scores
+from gdro.rewards.geneval import TAGS
+from gdro.rewards.registry import load_judge, load_reward
 from gdro.samplers.generate import Generation
 from gdro.stages.evaluate import compare_measured, evaluate, summary_section
+from gdro.tiny.prompts import tiny_prompts
 
 GENERATION = Generation(num_inference_steps=2, max_sequence_length=16, height=32, width=64)
 CONFIG = EvaluateConfig(
@@ -158,6 +161,33 @@ def test_without_a_judge_the_headline_claims_no_quality() -> None:
     assert found["outcome"] == "improved"
     assert "no judge was asked" in found["headline"]
     assert "hacking" not in found["headline"]
+
+
+@pytest.mark.parametrize("name", ["geneval", "geneval_strict"])
+def test_geneval_has_its_summary_and_is_corrected_without_alignment(flux: Any, tmp_path: Path, name: str) -> None:
+    """Alignment rises with hacking there, so u averages coherence and style."""
+    prompts = tiny_prompts("tiny:geneval:test:24")
+    evaluation = run(adapted(flux), tmp_path, prompts=prompts, reward=load_reward(name), judge=load_judge("tiny"))
+    assert evaluation["corrected_axes"] == ["coherence", "style"]
+    assert set(summary_section(evaluation)) == {"reward", "corrected", "judge"}
+    tags = np.array([prompt.fields["tag"] for prompt in prompts])
+    for side in ("base", "tuned"):
+        reward, coherence, style, corrected = (
+            np.array(evaluation[side][field]) for field in ("reward", "coherence", "style", "corrected")
+        )
+        np.testing.assert_allclose(corrected, reward * ((coherence + style) / 2 - 3) + 0.2)
+        found = evaluation["geneval"]["soft" if name == "geneval" else side]
+        found = found[side] if name == "geneval" else found
+        assert set(found) == {*TAGS, "overall"}
+        for tag in TAGS:
+            assert found[tag] == pytest.approx(reward[tags == tag].mean())
+        assert found["overall"] == pytest.approx(np.mean([found[tag] for tag in TAGS]))
+    assert evaluation["text_share_from"] == "strokes"
+    assert all(sign["base"] is not None for sign in evaluation["signs"].values())
+
+
+def test_other_rewards_have_no_geneval_summary(flux: Any, tmp_path: Path) -> None:
+    assert "geneval" not in run(adapted(flux), tmp_path)
 
 
 def test_bad_prompts_are_refused_before_sampling(flux: Any, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def fabricate(run: Path, size: tuple[int, int]) -> Path:
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     rows: list[dict[str, Any]] = [{"step": 0, "validation": {"reward": 0.5, "corrected": 0.4}}]
     rows += [
-        {"step": i, "loss": 7 - i / 30, "loss_gdro": 6.5 - i / 30, "loss_top1": 0.3, "drift_best": -i, "drift_worst": i,
+        {"step": i, "loss": 7 - i / 30, "loss_rank": 6.5 - i / 30, "loss_top1": 0.3, "drift_best": -i, "drift_worst": i,
          "entropy_p": 1.0, "entropy_q": 0.5, "spread_s": 0.1, "grad_norm": 1.0, "images_per_second": 40.0}
         for i in range(1, 31)
     ]  # fmt: skip
@@ -234,6 +234,21 @@ def test_no_judge_and_one_prompt_read_as_dashes(run_dir: Path) -> None:
     assert "– → –" in " ".join(page.shown[0].split())
     assert "No judge" in page.shown[0]
     assert page.tags.count("svg") == 7 + 2
+
+
+def test_geneval_has_a_table_by_tag(run_dir: Path) -> None:
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert "color_attr" not in page_of(run_dir)[0].shown[0]
+    strict = {"color_attr": 0.123, "overall": None}
+    evaluation["geneval"] = {
+        "base": strict,
+        "tuned": strict | {"color_attr": 0.456},
+        "soft": {"base": strict, "tuned": {"color_attr": 0.789, "overall": 0.5}},
+    }
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    shown = " ".join(page_of(run_dir)[0].shown[0].split())
+    assert "color_attr0.1230.456+0.3330.1230.789+0.666" in shown
+    assert "overall––––0.500–" in shown
 
 
 def test_large_images_are_embedded_small(tmp_path: Path) -> None:
