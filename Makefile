@@ -2,9 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo tables test
 demo: .venv/installed
 	$(BIN)/gdro demo
+
+# The methods side by side, hours: the table goes into the README, its figures and plots beside it. It resumes.
+tables: .venv/installed
+	$(BIN)/gdro compare --out runs/bench --results benchmarks/results/bench.json --readme README.md --pictures docs
 
 test: .venv/installed
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +18,8 @@ from gdro import __version__
 from gdro.errors import UserError, did_you_mean
 
 Override = tuple[str, str]
+Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
+WITHOUT_FIELDS = ("prompts", "compare")  # commands that take no field of a run's configuration
 
 STAGES = {
     "sample": "make groups of images of the prompts",
@@ -34,18 +37,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    """Exit code: 0 done, 1 a run of a comparison failed, 2 the user's mistake (one line on stderr), 130 interrupted."""
     _quiet()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        _dispatch(argv)
+        return _dispatch(argv)
     except UserError as error:
         print(f"gdro: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _quiet() -> None:
@@ -59,16 +61,16 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-def _dispatch(argv: list[str]) -> None:
+def _dispatch(argv: list[str]) -> int:
     parser, commands = _parsers()
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise UserError(f'unknown command "{argv[0]}"{did_you_mean(argv[0], commands)}')
     overrides: list[Override] = []
-    if argv and argv[0] != "prompts" and argv[0] in commands:
+    if argv and argv[0] not in WITHOUT_FIELDS and argv[0] in commands:
         argv, overrides = _split(argv, commands[argv[0]])
     args = parser.parse_args(argv)
-    act: Callable[[argparse.Namespace, list[Override]], None] = args.act
-    act(args, overrides)
+    act: Act = args.act
+    return act(args, overrides) or 0
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -79,7 +81,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     sub = parser.add_subparsers(metavar="COMMAND", required=True)
     commands: dict[str, _Parser] = {}
 
-    def command(name: str, about: str, act: Callable[[argparse.Namespace, list[Override]], None]) -> _Parser:
+    def command(name: str, about: str, act: Act) -> _Parser:
         commands[name] = sub.add_parser(name, help=about, description=about, allow_abbrev=False)
         commands[name].set_defaults(act=act)
         return commands[name]
@@ -91,7 +93,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         stage.add_argument("config", nargs="?", type=Path, help="YAML; without it the run directory's config.yaml")
         stage.add_argument("--out", required=True, type=Path, help="the run directory; an unfinished run goes on there")
         stage.epilog = dotted
-    run.set_defaults(stages=tuple(STAGES))
+    run.add_argument("--until", choices=list(STAGES), default="report", help="the last stage to do (report)")
     for name, stage in zip(STAGES, stages, strict=True):
         stage.set_defaults(stages=(name,))
     commands["score"].add_argument("--reward", help="short for --score.reward: a name, or my_module:my_function")
@@ -105,6 +107,19 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     imports.add_argument("--config", required=True, type=Path, help="YAML with the model and training settings")
     imports.add_argument("--out", required=True, type=Path, help="the run directory")
     imports.epilog = dotted
+
+    compare = command("compare", "run methods side by side on the same work: table, plots, page", _compare)
+    compare.add_argument("config", nargs="?", type=Path, help="YAML of the bench; without it the packaged one")
+    compare.add_argument(
+        "--out", type=Path, help="the bench's folder (runs/bench, or runs/bench-quick); it goes on there"
+    )
+    compare.add_argument("--quick", action="store_true", help="the shape of it: one seed, small budgets, no search")
+    compare.add_argument("--status", action="store_true", help="start nothing; what is done, and the results so far")
+    compare.add_argument("--task", help="this task only")
+    compare.add_argument("--jobs", type=int, help="runs at once (as many as there are cores; 1 on a GPU)")
+    compare.add_argument("--results", type=Path, help="also write the figures to this .json file")
+    compare.add_argument("--readme", type=Path, help="also put the table into this Markdown file, between its markers")
+    compare.add_argument("--pictures", type=Path, help="also write the plots into this folder")
 
     prompts = command("prompts", "write prompts of the tiny world", _prompts)
     prompts.add_argument("spec", nargs="?", help="tiny:TASK:SPLIT:COUNT[:SEED], or the options below")
@@ -148,7 +163,8 @@ def _checked(overrides: Sequence[Override], own: Iterable[str]) -> Sequence[Over
 def _run(args: argparse.Namespace, overrides: list[Override]) -> None:
     if getattr(args, "reward", None) is not None:
         overrides = [*overrides, ("score.reward", args.reward)]
-    _go(args.config or args.out / "config.yaml", overrides, args.out, args.stages)
+    stages = args.stages if "stages" in args else tuple(STAGES)[: list(STAGES).index(args.until) + 1]
+    _go(args.config or args.out / "config.yaml", overrides, args.out, stages)
 
 
 def _demo(args: argparse.Namespace, overrides: list[Override]) -> None:
@@ -173,6 +189,28 @@ def _import(args: argparse.Namespace, overrides: list[Override]) -> None:
     from gdro.pipeline import import_groups
 
     print(import_groups(config, args.folder, args.out))
+
+
+def _compare(args: argparse.Namespace, _: list[Override]) -> int:
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; expected at least 1")
+    from gdro.compare import compare
+
+    with ExitStack() as stack:
+        packaged = resources.as_file(resources.files("gdro") / "recipes" / "bench.yaml")
+        lines, fine = compare(
+            args.config or stack.enter_context(packaged),
+            args.out or Path("runs/bench-quick" if args.quick else "runs/bench"),
+            quick=args.quick,
+            status=args.status,
+            workers=args.jobs,
+            task=args.task,
+            results=args.results,
+            readme=args.readme,
+            pictures=args.pictures,
+        )
+    print(lines)
+    return 0 if fine else 1
 
 
 def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 # Colours drawn -> CSS variables of the page, so that one plot serves the light and the dark theme.
 INK, GRID, BASE, TUNED, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {INK: "--muted", GRID: "--line", BASE: "--base", TUNED: "--tuned", THIRD: "--third"}
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": INK,
@@ -38,10 +38,10 @@ _STYLE = {
 }
 
 
-def _svg(figure: Figure, name: str) -> str:
+def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an <svg> element: no namespaces or metadata (so no address at all), ids unique to `name`."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -72,7 +72,7 @@ def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, st
 
     Series of more than 20 points are drawn pale, with their running mean on top.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(4.6, 2.5)
         drawn = False
         for colour, (field, label) in zip((TUNED, BASE, THIRD), fields.items(), strict=False):
@@ -94,7 +94,7 @@ def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, st
         axis.margins(x=0.01, y=0.12)
         if len(fields) > 1:
             axis.legend(loc="best")
-        return _svg(figure, name)
+        return inline_svg(figure, name)
 
 
 def _number(value: Any) -> bool:
@@ -116,7 +116,7 @@ def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
     low, high = (0.0, 1.0) if both.min() >= 0 and both.max() <= 1 else (float(both.min()), float(both.max()))
     edges = np.linspace(low, high if high > low else low + 1, 11)
     width = edges[1] - edges[0]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(5.6, 2.6)
         for offset, values, colour, label in ((0.28, base, BASE, "base"), (0.72, tuned, TUNED, "tuned")):
             share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
@@ -126,12 +126,12 @@ def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
         axis.set_ylabel("% of images")
         axis.grid(visible=False, axis="x")
         axis.legend(loc="best")
-        return _svg(figure, "Reward of the images")
+        return inline_svg(figure, "Reward of the images")
 
 
 def prompt_scatter(base: np.ndarray, tuned: np.ndarray) -> str:
     """Mean reward of each prompt (P,) tuned against base; above the diagonal the prompt got better."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(5.6, 2.6)
         both = np.concatenate([base, tuned])
         low, high = float(np.nanmin(both)), float(np.nanmax(both))
@@ -141,7 +141,7 @@ def prompt_scatter(base: np.ndarray, tuned: np.ndarray) -> str:
         axis.set_title(f"Mean reward of each prompt: {better} better, {worse} worse")
         axis.set_xlabel("base")
         axis.set_ylabel("tuned")
-        return _svg(figure, "Mean reward of each prompt")
+        return inline_svg(figure, "Mean reward of each prompt")
 
 
 def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
@@ -154,7 +154,7 @@ def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
         return None
     rewards = np.concatenate([reward for reward, _ in pairs.values()])
     low, high = min(0.0, float(rewards.min())), max(1.0, float(rewards.max()))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(11.5, 3.1, columns=len(pairs))
         for axis, colour, (name, (reward, quality)) in zip(axes, (BASE, TUNED), pairs.items(), strict=True):
             axis.hexbin(reward, quality, gridsize=(30, 12), extent=(low, high, 1, 5), mincnt=1, bins="log",
@@ -165,7 +165,7 @@ def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
             axis.set_ylim(0.9, 5.1)
         axes[0].set_ylabel("quality (judge, 1 to 5)")
         figure.tight_layout(w_pad=2)
-        return _svg(figure, "Reward against quality")
+        return inline_svg(figure, "Reward against quality")
 
 
 def _ramp(colour: str) -> ListedColormap:

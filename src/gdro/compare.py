@@ -1,0 +1,294 @@
+"""The bench: every method on the same base, prompts, reward, seeds and machine; table, page and figures of it.
+
+A job is a run directory below the bench's and a `gdro run` of its own, so it resumes as any run does. Methods are
+tuned by the same search on validation prompts; test prompts are met only by the runs with the chosen values.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gdro.comparison.bench import Bench, Job, load_bench, run_name
+from gdro.comparison.choice import RULE, choose, figures, validations
+from gdro.comparison.results import collect
+from gdro.comparison.running import LOG, last_line, run_jobs
+from gdro.comparison.table import markdown, put_into
+from gdro.config import RunConfig, saved_config
+from gdro.errors import UserError, did_you_mean
+from gdro.evaluation.statistics import corrected_axes
+from gdro.files import discard, sweep, write_bytes, write_json
+from gdro.rundir import Clock, alone, read_json
+from gdro.strict_yaml import dump_yaml
+from gdro.training.checkpoint import stopped_at
+
+OVERHEAD = ("evaluate", "export", "report")  # stages that are no part of a method's cost
+# What a run directory that is taken on leaves behind: what belongs to its process or speaks of its adapter.
+LEFT_BEHIND = (".lock", LOG, "job.yaml", "adapter", "evaluation.json", "summary.json", "report.html")
+
+
+def compare(
+    path: Path,
+    out: Path,
+    *,
+    quick: bool = False,
+    status: bool = False,
+    workers: int | None = None,
+    task: str | None = None,
+    results: Path | None = None,
+    readme: Path | None = None,
+    pictures: Path | None = None,
+) -> tuple[str, bool]:
+    """Do what the bench file `path` asks for in the folder `out`; going on where it stopped.
+
+    Returns lines that say what came out, and whether no job failed. `status` starts nothing and shows the results so
+    far. `results`, `readme` and `pictures` are further places for the figures, the table (between markers) and the
+    plots. Raises UserError for a bad file before any work.
+    """
+    bench = load_bench(path, quick=quick)
+    if task is not None and task not in bench.tasks:
+        raise UserError(f'--task is "{task}", no task of {path}{did_you_mean(task, bench.tasks)}')
+    bed = Comparison(bench, out, default_workers(bench) if workers is None else workers)
+    jobs = bench.plan([task] if task else list(bench.tasks))
+    failed: dict[str, str] = {}
+    if not status:
+        with alone(out), bed.clock.running("compare"):
+            failed = run_jobs(jobs, out, workers=bed.workers, is_done=bed.is_done, start=bed.start)
+    lines = bed.status(jobs) if status else []
+    lines += [str(file) for file in bed.write(failed, results=results, readme=readme, pictures=pictures)]
+    lines += [f"{name} failed: {error}" for name, error in failed.items()]
+    return "\n".join(lines), not failed
+
+
+def default_workers(bench: Bench) -> int:
+    """As many jobs at once as there are cores; one where they would share a GPU."""
+    import torch
+
+    devices = {bench.run_config(t, m, 0, bench.candidates(m)[0]).device for t in bench.tasks for m in bench.methods}
+    if devices != {"cpu"} and torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Comparison:
+    """The bench in its folder: which job is done, how one starts, what came out."""
+
+    def __init__(self, bench: Bench, out: Path, workers: int) -> None:
+        self.bench, self.out, self.workers = bench, out, workers
+        self.clock = Clock(out / "seconds.json")
+
+    # ---- jobs
+
+    def config(self, job: Job) -> RunConfig:
+        """The job's configuration; UserError while the method's choice cannot be made."""
+        if job.candidate is not None:
+            values = self.bench.candidates(job.method)[job.candidate]
+            config = self.bench.search_config(job.task, job.method, values)
+        else:
+            config = self.bench.run_config(job.task, job.method, job.seed, self.chosen(job.task, job.method))
+        if self.workers == 1:
+            return config
+        return config.model_copy(update={"score": config.score.model_copy(update={"workers": 1})})
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the job's last file is there, made with the configuration it would have now."""
+        run = self.out / job.name
+        saved = saved_config(run)
+        if saved is None or _key(saved) != _key(self.config(job)):
+            return False
+        if job.candidate is not None:
+            return stopped_at(run / "checkpoints", saved.train) is not None
+        return (run / "summary.json").exists()
+
+    def start(self, job: Job) -> list[str]:
+        """Prepare the job's run directory; the arguments of `gdro` that do it."""
+        config, run = self.config(job), self.out / job.name
+        parent = self.bench.methods[job.method].continues
+        if job.candidate is None and not (run / "config.yaml").exists():
+            if parent is not None:
+                take_on(self.out / run_name(job.task, parent, job.seed), run)
+            self._share_base(job, config)
+        write_bytes(run / "job.yaml", dump_yaml(config.model_dump(mode="json")).encode())
+        until = [] if job.candidate is None else ["--until", "train"]
+        return ["run", str(run / "job.yaml"), "--out", str(run), *until]
+
+    def _share_base(self, job: Job, config: RunConfig) -> None:
+        """The base's evaluation images are every method's: copied, with their rewards, from a run that is evaluated.
+
+        The store they make knows the weights and settings it is of, so evaluation finds it finished, or starts over.
+        """
+        target = self.out / job.name / "evaluation" / "base"
+        for method in self.bench.methods:
+            donor = self.out / run_name(job.task, method, job.seed)
+            if target.exists() or not (donor / "evaluation.json").exists():
+                continue
+            saved = saved_config(donor)
+            if saved is not None and _base_key(saved) == _base_key(config):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                sweep(target.parent)
+                half = target.with_name(".base.tmp")
+                shutil.copytree(donor / "evaluation" / "base", half)
+                half.rename(target)
+
+    # ---- choices
+
+    def chosen(self, task: str, method: str) -> dict[str, Any]:
+        """The values of the method's searched fields in its runs."""
+        method = self.bench.methods[method].continues or method
+        if len(self.bench.candidates(method)) == 1:
+            return self.bench.candidates(method)[0]
+        candidates = self.candidates(task, method)
+        try:
+            return dict(candidates[choose(candidates)]["values"])
+        except UserError as error:
+            raise UserError(f"{task}/{method}/search: {error}") from None
+
+    def candidates(self, task: str, method: str) -> list[dict[str, Any]]:
+        """Every candidate's values and figures; "error" in place of figures for one that is not there."""
+        found = []
+        for job in self.bench.plan([task]):
+            if job.candidate is None or job.method != method:
+                continue
+            run, config = self.out / job.name, self.config(job)
+            candidate: dict[str, Any] = {"values": self.bench.candidates(method)[job.candidate]}
+            try:
+                if not self.is_done(job):
+                    log = run / LOG
+                    raise UserError((last_line(log) if log.exists() else "") or "not finished")
+                axes = config.evaluate.corrected_axes or corrected_axes(config.score.reward)
+                candidate |= figures(validations(run), axes)
+            except UserError as error:
+                candidate["error"] = str(error)
+            found.append(candidate)
+        return found
+
+    def choices(self) -> dict[str, Any]:
+        """Task -> method -> what was searched and chosen, for the methods whose search has ended."""
+        found: dict[str, Any] = {}
+        for task in self.bench.tasks:
+            for name, method in self.bench.methods.items():
+                if method.continues is not None or len(self.bench.candidates(name)) == 1:
+                    continue
+                candidates = self.candidates(task, name)
+                if any(candidate.get("error") == "not finished" for candidate in candidates):
+                    continue
+                try:
+                    chosen = choose(candidates)
+                except UserError:
+                    chosen = None
+                found.setdefault(task, {})[name] = {"rule": RULE, "chosen": chosen, "candidates": candidates}
+        return found
+
+    # ---- results
+
+    def status(self, jobs: list[Job]) -> list[str]:
+        """A line a method: how much of its search and which of its seeds are done."""
+        lines = []
+        for task, name in dict.fromkeys((job.task, job.method) for job in jobs):
+            own = [job for job in jobs if (job.task, job.method) == (task, name)]
+            search = [self.is_done(job) for job in own if job.candidate is not None]
+            known = all(search)
+            seeds = [
+                f"{job.seed}{'' if known and self._is_run(job) else ' (left)'}" for job in own if job.candidate is None
+            ]
+            tried = f"search {sum(search)}/{len(search)}, " if search else ""
+            lines.append(f"{task} {name}: {tried}seeds {', '.join(seeds)}")
+        return lines
+
+    def _is_run(self, job: Job) -> bool:
+        try:
+            return self.is_done(job)
+        except UserError:  # no choice could be made
+            return False
+
+    def write(
+        self, failed: dict[str, str], *, results: Path | None, readme: Path | None, pictures: Path | None
+    ) -> list[Path]:
+        """Write what the finished jobs say, in the bench's folder and wherever else asked; the files written."""
+        runs = {job.name: job for job in self.bench.plan(list(self.bench.tasks)) if job.candidate is None}
+        choices = self.choices()
+        found = collect(
+            self.bench,
+            self.out,
+            lambda name: self._is_run(runs[name]),
+            choices=choices,
+            failed=failed,
+            settings={
+                "jobs": self.workers,
+                "threads": "one thread" if self.workers > 1 else "all threads",
+                "wall_seconds": round(sum(self.clock.seconds.values())),
+                "bench": self._described(),
+            },
+        )
+        text = markdown(found)
+        files = [self.out / "choices.json", self.out / "results.json", self.out / "table.md"]
+        write_json(files[0], choices)
+        write_json(files[1], found)
+        write_bytes(files[2], text.encode())
+        from gdro.comparison.page import write_page  # matplotlib takes a second to import
+        from gdro.comparison.plots import write_pictures
+
+        files.append(write_page(found, self.out))
+        if results is not None:
+            write_json(results, found)
+            files.append(results)
+        drawn: list[Path] = []
+        if pictures is not None:
+            for name, task in found["tasks"].items():
+                drawn += write_pictures(name, task, pictures)
+        if readme is not None:
+            links = [
+                f"![{path.stem}: reward and corrected score against model evaluations]"
+                f"({Path(os.path.relpath(path, readme.parent)).as_posix()})"
+                for path in drawn
+                if path.suffix == ".png"
+            ]
+            put_into(readme, "\n\n".join([text.strip(), *links]))
+            files.append(readme)
+        return files + drawn
+
+    def _described(self) -> dict[str, Any]:
+        bench = self.bench
+        return {
+            "seeds": bench.seeds,
+            "common": bench.common,
+            "tasks": {name: task.model_dump() for name, task in bench.tasks.items()},
+            "methods": {name: method.model_dump() for name, method in bench.methods.items()},
+            "search": bench.search.model_dump(),
+            "quick": None if bench.quick is None else bench.quick.model_dump(),
+        }
+
+
+def take_on(parent: Path, run: Path) -> None:
+    """Make `run` a copy of the finished run directory `parent`; under other limits its training goes on."""
+    if not (parent / "summary.json").exists():
+        raise UserError(f"{parent} is not finished; expected it first")
+    half = run.with_name(f".{run.name}.tmp")
+    discard(half)
+    shutil.copytree(parent, half, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    discard(half / "evaluation" / "tuned")
+    seconds = read_json(half / "seconds.json") or {}
+    write_json(half / "seconds.json", {name: value for name, value in seconds.items() if name not in OVERHEAD})
+    if run.exists():  # holds a log at most: it was never begun
+        discard(run)
+    half.rename(run)
+
+
+def _key(config: RunConfig) -> str:
+    """Equal for equal configurations; scoring processes change speed only, and go with the jobs at once."""
+    data = config.model_dump(mode="json")
+    del data["score"]["workers"]
+    return json.dumps(data, sort_keys=True)
+
+
+def _base_key(config: RunConfig) -> str:
+    """Equal for runs whose base model is evaluated alike."""
+    data = config.model_dump(mode="json")
+    sample = {
+        name: data["sample"][name] for name in ("guidance_scale", "max_sequence_length", "height", "width", "scheduler")
+    }
+    parts = [sample, data["evaluate"], data["score"]["reward"]]
+    return json.dumps(
+        [*parts, *(data[name] for name in ("model", "seed", "device", "mixed_precision"))], sort_keys=True
+    )

@@ -1,0 +1,156 @@
+"""The main table: cells as text, the same for Markdown and the page; and its place in a README."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gdro.errors import UserError
+from gdro.evaluation.statistics import AXES
+from gdro.files import write_bytes
+
+HEAD = (
+    "method",
+    "reward",
+    "corrected",
+    "alignment · coherence · style",
+    "layout diversity",
+    "verdict",
+    "model evaluations to target (k)",
+    "seconds to target",
+    "seconds: generate · score · train",
+    "seeds",
+)
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+
+
+def rows(task: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of one task's table under HEAD: the base, then the methods in the bench's order.
+
+    Costs to the target carry their ratio to the first method's; ">" marks a lower bound (a seed never got there).
+    """
+    methods = task["methods"].values()
+    first = next(iter(methods), None)
+    yardstick = None if first is None or first["over_seeds"] is None else first["over_seeds"]["to_target"]
+    out = []
+    if task["base"] is not None:
+        base = task["base"]
+        out.append(["base", _score(base["reward"]), _score(base["corrected"]), _axes(base), *["–"] * 5, _count(base)])
+    for method in methods:
+        found = method["over_seeds"]
+        failures = len(method["failed"])
+        if found is None:
+            words = f"failed: {next(iter(method['failed'].values()))}" if failures else "not run yet"
+            out.append([method["title"], words, *["–"] * (len(HEAD) - 2)])
+            continue
+        to_target = [_cost(found["to_target"], yardstick, *how) for how in (("evaluations", 1000), ("seconds", 1))]
+        out.append(
+            [
+                method["title"],
+                _score(found["reward"]),
+                _score(found["corrected"]),
+                _axes(found),
+                _relative(found["signs"]["layout_diversity"]["mean"]),
+                _verdicts(found["verdicts"]),
+                *to_target,
+                " · ".join(_plain(found["seconds"][stage]["mean"], 0) for stage in ("sample", "score", "train")),
+                _count(found) + (f", {failures} failed" if failures else ""),
+            ]
+        )
+    return out
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """A section a task: table and, for GenEval, the official summary."""
+    parts = []
+    for name, task in results["tasks"].items():
+        part = [
+            f"**{_cell(name)}**: target reward {task['target_reward']:g}, budget {task['budget']:,} model evaluations"
+        ]
+        part += ["", _line(HEAD), _line(["---"] * len(HEAD)), *map(_line, rows(task))]
+        official = geneval_rows(task)
+        if official:
+            part += ["", "Official GenEval summary:", "", _line(official[0]), _line(["---"] * len(official[0]))]
+            part += map(_line, official[1:])
+        parts.append("\n".join(part))
+    return "\n\n".join([*parts, _note(results)]) + "\n"
+
+
+def geneval_rows(task: Mapping[str, Any]) -> list[list[str]]:
+    """Head and rows of the official GenEval summary (six tags and their mean); [] where no run carries it."""
+    named = [("base", task["base"])] + [(m["title"], m["over_seeds"]) for m in task["methods"].values()]
+    found = [(title, summary["geneval"]) for title, summary in named if summary and "geneval" in summary]
+    if not found:
+        return []
+    tags = list(found[0][1])
+    return [["method", *tags], *([title, *(_score(values[tag]) for tag in tags)] for title, values in found)]
+
+
+def put_into(path: Path, text: str) -> None:
+    """Replace what stands between the bench's markers in the Markdown file `path`."""
+    try:
+        page = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a Markdown file with {START} and {END}") from None
+    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
+        raise UserError(f"{path} has no one place for the table; expected {START} and then {END}, once each")
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    write_bytes(path, f"{before}{START}\n{text.strip()}\n{END}{after}".encode())
+
+
+def _note(results: Mapping[str, Any]) -> str:
+    quick = (
+        " A quick run that shows the shape only: budgets and prompts are too small for any conclusion."
+        if results["quick"]
+        else ""
+    )
+    return (
+        f"Mean and 95 % t-interval over seeds {', '.join(map(str, results['seeds']))}; "
+        f"{results['jobs']} jobs at once, {results['threads']} each. Costs include generating the groups, "
+        "not validation; × is relative to the first method; > marks a lower bound." + quick
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(text: str) -> str:
+    """Text that a Markdown table shows as it is."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _score(found: Mapping[str, Any]) -> str:
+    if found["mean"] is None or found["ci95"] is None:
+        return _plain(found["mean"], 3)
+    return f"{found['mean']:.3f} ± {(found['ci95'][1] - found['ci95'][0]) / 2:.3f}"
+
+
+def _axes(found: Mapping[str, Any]) -> str:
+    return " · ".join(_plain(found[axis]["mean"], 2) for axis in AXES)
+
+
+def _relative(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:+.0f} %"
+
+
+def _verdicts(counts: Mapping[str, int]) -> str:
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _cost(found: Mapping[str, Any], yardstick: Mapping[str, Any] | None, cost: str, unit: int) -> str:
+    value = found[cost]
+    bound = "> " if value["lower_bound"] else ""
+    text = f"{bound}{_plain(value['mean'] / unit, 0 if value['mean'] >= 10 * unit else 1)}"
+    if yardstick is None or yardstick[cost]["lower_bound"] or not yardstick[cost]["mean"]:
+        return text  # no ratio to a bound
+    return f"{text} (×{bound}{value['mean'] / yardstick[cost]['mean']:.1f})"
+
+
+def _count(found: Mapping[str, Any]) -> str:
+    return str(found["reward"]["n"])
