@@ -12,9 +12,18 @@ from gdro.objectives.forward.dpo import Dpo
 from gdro.objectives.forward.gdro import Gdro, Rank, Top1
 from gdro.objectives.forward.lair import Lair
 from gdro.objectives.forward.nft import Nft
+from gdro.objectives.forward.rwr import Rwr
+from gdro.objectives.forward.sft import Sft
+from gdro.objectives.forward.tabgraa import Tabgraa
+from gdro.objectives.trajectory.dance_grpo import DanceGrpo
+from gdro.objectives.trajectory.ddpo import Ddpo
 from gdro.objectives.trajectory.flow_grpo import FlowGrpo
+from gdro.objectives.trajectory.grpo_guard import GrpoGuard
 
-OBJECTIVES: dict[str, type[Any]] = {kind.name: kind for kind in (Gdro, Rank, Top1, Dpo, Lair, Dgpo, Nft, Awm, FlowGrpo)}
+FORWARD = (Gdro, Rank, Top1, Dpo, Lair, Dgpo, Nft, Awm, Rwr, Sft, Tabgraa)
+TRAJECTORY = (FlowGrpo, GrpoGuard, DanceGrpo, Ddpo)
+
+OBJECTIVES: dict[str, type[Any]] = {kind.name: kind for kind in (*FORWARD, *TRAJECTORY)}
 
 
 def make_objective(name: str, hyperparameters: Mapping[str, Any]) -> Objective:

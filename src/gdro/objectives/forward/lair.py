@@ -10,7 +10,7 @@ from gdro.objectives.base import Loss, Noised, Reference, implicit_reward
 
 @dataclass(frozen=True)
 class Lair:
-    """beta and tau as GDRO's and a regulariser that lets the best image reach s = k - 1: no published ones apply here."""
+    """beta and tau as GDRO's, a regulariser that lets the best image reach s = k - 1: no published ones apply here."""
 
     beta: float = 12.0
     tau: float = 0.05

@@ -1,0 +1,40 @@
+"""TabGRAA (2604.18966), carried over from tabular language models: a group's high half against its low half."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gdro.objectives.base import Loss, Noised, Reference, implicit_reward
+
+
+@dataclass(frozen=True)
+class Tabgraa:
+    """beta as GDRO's and both halves alike: the published ones are for likelihoods of text."""
+
+    beta: float = 12.0
+    low_weight: float = 1.0
+    reference: Reference = "base"
+    name: ClassVar[str] = "tabgraa"
+    kind: ClassVar[Literal["forward"]] = "forward"
+    uses_reference: ClassVar[bool] = True
+    uses_base: ClassVar[bool] = False
+    fixed_k: ClassVar[int | None] = None
+
+    def loss(self, seen: Noised) -> Loss:
+        s = implicit_reward(seen.d, seen.d_ref, self.beta)
+        loss = tabgraa_loss(s, self.low_weight)
+        return loss, {"loss_rank": loss.detach(), "spread_s": s.detach().std(-1, correction=0)}
+
+    def start_loss(self, k: int) -> float | None:
+        return 0.5
+
+
+def tabgraa_loss(s: Tensor, low_weight: float) -> Tensor:
+    """1 - sigmoid(mean_high s - beta' mean_low s); s (..., k), best first -> (...).
+
+    The halves are the best and the worst floor(k / 2) images; of an odd group the middle one belongs to neither.
+    """
+    half = s.shape[-1] // 2
+    return torch.sigmoid(low_weight * s[..., -half:].mean(-1) - s[..., :half].mean(-1))

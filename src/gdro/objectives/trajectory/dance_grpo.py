@@ -1,0 +1,28 @@
+"""DanceGRPO (2505.07818): the clipped surrogate on each stochastic step, without a divergence from the base.
+
+The rest of the method is in how images are sampled and steps drawn: sampler "dance_grpo", `sample.shared_noise`,
+`train.timestep_fraction` 0.6.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from gdro.objectives.base import Advantage, Loss, Transition, clipped_surrogate
+
+
+@dataclass(frozen=True)
+class DanceGrpo:
+    """mean max(-A rho, -A clip(rho, 1 +- c)). Defaults: the authors'."""
+
+    clip_range: float = 1e-4
+    advantage: Advantage = "group"
+    advantage_exponent: float = 0.0
+    name: ClassVar[str] = "dance_grpo"
+    kind: ClassVar[Literal["trajectory"]] = "trajectory"
+    uses_base: ClassVar[bool] = False
+    uses_old_mean: ClassVar[bool] = False
+
+    def loss(self, seen: Transition) -> Loss:
+        log_ratio = seen.log_prob - seen.old_log_prob
+        loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, self.clip_range)
+        return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}

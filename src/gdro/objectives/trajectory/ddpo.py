@@ -1,0 +1,27 @@
+"""DDPO (2305.13301), its importance-sampled form: PPO on the denoising chain, each step an action."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from gdro.objectives.base import Advantage, Loss, Transition, clipped_surrogate
+
+
+@dataclass(frozen=True)
+class Ddpo:
+    """mean max(-A rho, -A clip(rho, 1 +- c)), A from the statistics of the prompt. Defaults: the authors'.
+
+    Where DanceGRPO came to the same loss, DDPO samples with fresh noise and trains on every step.
+    """
+
+    clip_range: float = 1e-4
+    advantage: Advantage = "group"
+    advantage_exponent: float = 0.0
+    name: ClassVar[str] = "ddpo"
+    kind: ClassVar[Literal["trajectory"]] = "trajectory"
+    uses_base: ClassVar[bool] = False
+    uses_old_mean: ClassVar[bool] = False
+
+    def loss(self, seen: Transition) -> Loss:
+        log_ratio = seen.log_prob - seen.old_log_prob
+        loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, self.clip_range)
+        return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
