@@ -118,6 +118,8 @@ class GroupWriter:
         write_bytes(self.folder / _embeddings_name(i), save(tensors))
         if trajectories is not None:
             tensors = {f"{g}/{part}": getattr(t, part).contiguous() for g, t in trajectories.items() for part in PARTS}
+            # groups of one round may share the tensor of times, which safetensors would refuse
+            tensors |= {f"{g}/times": t.times.clone() for g, t in trajectories.items()}
             write_bytes(self.folder / _trajectories_name(i), save(tensors))
 
         schema = SCHEMA.with_metadata({**SCHEMA.metadata, "gdro.content": digest.hexdigest()[:16]})

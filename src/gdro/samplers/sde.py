@@ -64,7 +64,10 @@ def flow_cps_step(
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(n,): mean over elements, as in Flow-GRPO's code, of log N(x_next; mean, std^2); -inf or NaN if std is 0."""
+    """(n,): mean over elements, as in Flow-GRPO's code, of log N(x_next; mean, std^2); not finite if std is 0.
+
+    Flow-CPS's code leaves out the constants and the division by 2 std^2; here a ratio is one of densities.
+    """
     density = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(2 * math.pi) / 2
     return density.flatten(1).mean(1)
 
