@@ -3,8 +3,8 @@
 Its standard input is a pipe whose other end the parent holds: it closes however the parent ends, kill -9 included.
 """
 
-import _thread
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,15 +13,24 @@ GRACE_SECONDS = 10.0
 
 
 def end_with_parent() -> None:
-    """Wait for the pipe to close; then interrupt the work as Ctrl-C does, and soon after for certain."""
-    sys.stdin.buffer.read()
-    _thread.interrupt_main()
-    time.sleep(GRACE_SECONDS)
-    os._exit(1)
+    """From now on, when the pipe closes the main thread is interrupted as by Ctrl-C, and soon after ended for certain.
+
+    Called in the main thread.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    main = threading.get_ident()
+
+    def wait() -> None:
+        os.read(0, 1)  # nothing is ever written: it returns at the end; sys.stdin would hold a lock at exit
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     from gdro.cli import main
 
     sys.exit(main())
