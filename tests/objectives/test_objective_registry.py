@@ -1,0 +1,83 @@
+"""Objectives by name, and what is refused."""
+
+import ast
+import sys
+from dataclasses import FrozenInstanceError, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gdro.objectives
+from gdro.errors import UserError
+from gdro.objectives.registry import OBJECTIVES, make_objective
+
+SHARED = {
+    "beta",
+    "tau",
+    "gamma",
+    "kl_weight",
+    "clip_range",
+    "advantage",
+    "advantage_exponent",
+    "reference",
+    "mix",
+    "regulariser",
+    "low_weight",
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_defaults_and_shared_names(name: str) -> None:
+    objective: Any = make_objective(name, {})
+    assert objective.name == name
+    assert objective.kind in ("forward", "trajectory")
+    assert set(asdict(objective)) <= SHARED
+    assert make_objective(name, dict.fromkeys(SHARED)) == objective
+    with pytest.raises(FrozenInstanceError):
+        objective.name = "other"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_hyperparameter_the_objective_lacks_is_refused(name: str) -> None:
+    own = {field.name for field in fields(OBJECTIVES[name])}
+    for other in [*sorted(SHARED - own), "learning_rate"]:
+        with pytest.raises(
+            UserError, match=rf'^train\.{other} is 0.3, which objective "{name}" does not have; [^\n]*$'
+        ):
+            make_objective(name, {other: 0.3})
+
+
+def test_given_hyperparameters_replace_the_defaults() -> None:
+    assert asdict(make_objective("gdro", {"beta": 6.0, "gamma": 1.0, "tau": None})) == {
+        "beta": 6.0,
+        "tau": 0.05,
+        "gamma": 1.0,
+        "reference": "base",
+    }
+
+
+def test_an_unknown_objective_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r'^train\.objective: "flow_gpro" is no objective; did you mean "flow_grpo"\?$'):
+        make_objective("flow_gpro", {})
+
+
+@pytest.mark.parametrize("fields", [{"advantage": "slas"}, {"advantage": "batch", "advantage_exponent": 0.5}])
+def test_slas_and_its_exponent_go_together(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^train\.advantage_exponent is .*expected more than 0 with slas"):
+        make_objective("flow_grpo", fields)
+    assert make_objective("flow_grpo", {"advantage": "slas", "advantage_exponent": 0.5})
+
+
+def test_objectives_import_torch_and_the_standard_library_only() -> None:
+    """The command line reads them to check a configuration; it must not wait for the model libraries."""
+    allowed = sys.stdlib_module_names | {"torch"}
+    for path in Path(gdro.objectives.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                ours = name.startswith(("gdro.objectives", "gdro.errors"))
+                assert ours or name.partition(".")[0] in allowed, (path, name)
