@@ -78,9 +78,9 @@ def test_a_run_directory_holds_what_it_should(work: Path) -> None:
         assert (whole / name).is_dir()
     steps = [row for row in rows(whole) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 7))
-    needed = {"step", "loss", "loss_gdro", "loss_top1", "drift_best", "drift_worst", "grad_norm"}
+    needed = {"step", "loss", "loss_rank", "loss_top1", "drift_best", "drift_worst", "grad_norm"}
     assert all(needed <= row.keys() for row in steps)
-    assert steps[0]["loss_gdro"] == pytest.approx(np.log(6), abs=1e-3)  # k = 3: policy = reference, so ln 3!
+    assert steps[0]["loss_rank"] == pytest.approx(np.log(6), abs=1e-3)  # k = 3: policy = reference, so ln 3!
     assert [row["step"] for row in rows(whole) if "validation" in row] == [0, 3, 6]
 
 

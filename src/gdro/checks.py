@@ -38,6 +38,9 @@ def check(job: Run) -> None:
     rescoring = job.stages == ["score"] and "train" in begun and other_reward
     check_unchanged(job.config, job.out, begun - {"train"} if rescoring else begun)
     _check_splits(job, begun)
+    prompts, due = len(job.prompts["train"]), job.config.rounds.prompts
+    if due is not None and due > prompts:
+        raise UserError(f"rounds.prompts is {due}; expected at most the {prompts} of sample.prompts")
     if {"sample", "train", "evaluate"} & set(job.stages):
         _ = job.device
         check_model(job.config.model)
@@ -107,11 +110,13 @@ def _try_functions(job: Run) -> None:
 
 def _check_files(job: Run) -> None:
     """What earlier stages left must be there and whole."""
-    remade = "sample" in job.stages and ("sample" not in job.begun() or job.has_gap())
+    remade = "sample" in job.stages and (not any(job.groups.glob("*.parquet")) or job.has_gap())
     if not remade and {"sample", "score", "train"} & set(job.stages):
         store = GroupStore(job.groups)
         if "train" in job.stages:
             check_sampling(store, job.sampling)
+            if job.config.train.loss.kind == "trajectory" and not job.is_trained():
+                store.trajectory(store.group_ids[0])  # refused if there is none
         if "train" in job.stages and "sample" not in job.stages and not job.is_sampled():
             raise UserError(
                 f"{job.groups} holds {len(store.group_ids)} groups, which are not those of the "

@@ -13,9 +13,9 @@ from gdro.evaluation.measure import EvaluateConfig
 from gdro.files import write_bytes
 from gdro.stages.sample import SampleConfig
 from gdro.stages.score import ScoreConfig
-from gdro.stages.train import MAY_CHANGE as TRAIN_MAY_CHANGE
-from gdro.stages.train import TrainConfig
 from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
+from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
+from gdro.training.config import RoundsConfig, TrainConfig
 
 CONFIG = "config.yaml"
 KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
@@ -33,7 +33,7 @@ MAY_CHANGE = TRAIN_MAY_CHANGE | {
 # Validation uses these, so training that validates fixes them too.
 VALIDATION = {f"evaluate.{name}" for name in ("images_per_prompt", "num_inference_steps", "judge", "corrected_axes")}
 # The top-level fields every stage uses are fixed once any stage has begun.
-STAGE_OF_SECTION = {"sample": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
+STAGE_OF_SECTION = {"sample": "sample", "rounds": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
 
 
 class RunConfig(BaseModel):
@@ -48,6 +48,7 @@ class RunConfig(BaseModel):
     sample: SampleConfig
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
+    rounds: RoundsConfig = RoundsConfig()
     evaluate: EvaluateConfig
 
 
@@ -120,9 +121,49 @@ def field_names(kind: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
 
 def _check_across(config: RunConfig) -> None:
     """What one section must hold for another to make sense."""
-    k, images = config.train.k, config.sample.images_per_prompt
-    if k > images:
-        raise UserError(f"train.k is {k}; expected at most sample.images_per_prompt, which is {images}")
+    train, rounds, objective = config.train, config.rounds, config.train.loss
+    name, images = f'objective "{train.objective}"', config.sample.images_per_prompt
+    refused = [
+        (train.k > images, f"train.k is {train.k}; expected at most sample.images_per_prompt, which is {images}"),
+        (
+            train.target_reward is not None and not train.validates,
+            f"train.target_reward is {train.target_reward}, but there is no validation that could reach it; expected "
+            "train.validation_prompts and train.validation_steps too",
+        ),
+    ]
+    if rounds.train_steps is None:
+        for field, kind in RoundsConfig.model_fields.items():
+            value = getattr(rounds, field)
+            what = f"rounds.{field} is {_show(value)}, but rounds.train_steps is null, so there is one round"
+            refused.append((value != kind.default, f"{what}; expected its optimizer steps"))
+    if objective.kind == "trajectory":
+        what = f"train.objective is {_show(train.objective)}, which learns from stochastic steps"
+        refused += [
+            (
+                config.sample.sampler == "ode",
+                f'{what}, but sample.sampler is "ode"; expected flow_grpo, dance_grpo or flow_cps',
+            ),
+            (
+                rounds.generator != "policy",
+                f'rounds.generator is {_show(rounds.generator)}; expected "policy" for {name}',
+            ),
+            (
+                objective.uses_old_mean and rounds.keep > 1,
+                f"rounds.keep is {rounds.keep}; expected 1 for {name}",
+            ),
+        ]
+    else:
+        fixed = objective.fixed_k
+        refused += [
+            (fixed is not None and train.k != fixed, f"train.k is {train.k}; expected {fixed} for {name}"),
+            (
+                train.timestep_fraction != 1,
+                f"train.timestep_fraction is {train.timestep_fraction}; expected 1 for {name}, which has no trajectory",
+            ),
+        ]
+    for wrong, message in refused:
+        if wrong:
+            raise UserError(message)
 
 
 def _set(data: dict[str, Any], name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The loop: prompts -> sample -> score -> train -> evaluate -> export -> report. Nothing else.
+"""The loop: prompts -> (sample -> score -> train) x rounds -> evaluate -> export -> report. Nothing else.
 
 Bad input is refused before the first stage starts (`checks`). Each stage goes on where it stopped; a finished one is
 not done again. One process at a time works in a run directory.
@@ -18,21 +18,23 @@ from gdro.errors import UserError
 from gdro.evaluation.measure import measure
 from gdro.files import discard, sweep, write_json
 from gdro.groups.importer import import_folder, read_metadata
-from gdro.groups.store import GroupStore
+from gdro.groups.store import GroupStore, discard_trajectories
 from gdro.models import FlowModel, check_model, load_model
 from gdro.progress import duration, interval
 from gdro.prompts import Prompt, read_prompts, write_prompts
 from gdro.rewards.base import Judge, Reward
 from gdro.rewards.registry import load_judge, load_reward
+from gdro.rng import torch_rng
 from gdro.rundir import Clock, alone, read_json
 from gdro.samplers.generate import group_id
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.sample import sample
 from gdro.stages.score import score
-from gdro.stages.train import train
-from gdro.training.checkpoint import steps_saved
+from gdro.stages.train import Round, generator_weights, train
+from gdro.training.checkpoint import checkpoint_path, load_checkpoint, steps_saved, stopped_at
 
-STAGES = ("sample", "score", "train", "evaluate", "export", "report")
+ROUND = ("sample", "score", "train")
+STAGES = (*ROUND, "evaluate", "export", "report")
 
 
 def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
@@ -43,9 +45,14 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
     with alone(out):
         job = Run(config, out, stages)
         check(job)
-        for stage in stages:
-            with job.clock.running(stage):
-                getattr(job, stage)()
+        again = [stage for stage in stages if stage in ROUND]
+        while True:
+            for stage in again:
+                job.do(stage)
+            if again != list(ROUND) or job.is_trained():
+                break
+        for stage in stages[len(again) :]:
+            job.do(stage)
         job.summarise()
         return job.outcome(stages[-1])
 
@@ -81,9 +88,14 @@ class Run:
 
     def __init__(self, config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> None:
         self.config, self.out, self.stages = config, out, list(stages)
-        self.groups, self.adapter, self.checkpoints = out / "groups", out / "adapter", out / "checkpoints"
+        self.adapter, self.checkpoints = out / "adapter", out / "checkpoints"
         self.evaluation, self.imported = out / "evaluation.json", out / "rewards" / "imported.parquet"
         self.clock = Clock(out / "seconds.json")
+
+    def do(self, stage: str) -> None:
+        """One stage, on the clock; of those of a round, that of the round at which the run stands."""
+        with self.clock.running(stage):
+            getattr(self, stage)()
 
     # ---- stages
 
@@ -91,7 +103,12 @@ class Run:
         if self.is_sampled():
             _say(f"sample: finished before, {self.groups}")
             return
-        sample(self.config.sample, self.model, self.prompts["train"], self.groups, seed=self.config.seed)
+        number = self.round
+        for old in range(number - self.config.rounds.keep + 1):  # never trained on again
+            discard_trajectories(self._folder(old) / "groups")
+        if number:
+            self._carry(self._place(number))
+        sample(self.config.sample, self.model, self.due(number), self.groups, seed=self.config.seed, round=number)
 
     def score(self) -> None:
         if self.scores == self.imported and self.stages != ["score"]:  # asked for alone, the reward scores them too
@@ -105,6 +122,7 @@ class Run:
             return
         for name in ("evaluation.json", "summary.json", "report.html"):  # they would speak of another adapter
             (self.out / name).unlink(missing_ok=True)
+        place = self._place(self.round)
         train(
             self.config.train,
             self.model,
@@ -114,6 +132,7 @@ class Run:
             seed=self.config.seed,
             sampling=self.sampling,
             validate=self._validate if self.config.train.validates else None,
+            round=place,
         )
 
     def evaluate(self) -> None:
@@ -181,7 +200,8 @@ class Run:
     @property
     def sampling(self) -> dict[str, Any]:
         """The settings that generation and training must share."""
-        return self.config.sample.model_dump(include={"guidance_scale", "max_sequence_length", "height", "width"})
+        shared = {"guidance_scale", "max_sequence_length", "height", "width", "sampler", "noise_level"}
+        return self.config.sample.model_dump(include=shared)
 
     @property
     def scoring(self) -> dict[str, int]:
@@ -189,24 +209,81 @@ class Run:
         return {"score_workers": self.config.score.workers, "score_batch_size": self.config.score.batch_size}
 
     @property
+    def round(self) -> int:
+        """The round (from 0) at which the run stands: that of the next step, or of the last one if training is over."""
+        done = max(steps_saved(self.checkpoints), default=0)
+        return self.config.rounds.of_step(max(1, done if self.is_trained() else done + 1))
+
+    @property
+    def groups(self) -> Path:
+        """The groups of that round."""
+        return self._folder(self.round) / "groups"
+
+    @property
     def scores(self) -> Path:
         """The file of rewards to train on: an imported one unless the reward has scored the groups itself."""
-        own = self.out / "rewards" / f"{self.reward.name}.parquet"
-        return self.imported if self.imported.exists() and not own.exists() else own
+        own = self._scores(self.round)
+        return self.imported if not self.round and self.imported.exists() and not own.exists() else own
+
+    def _folder(self, round: int) -> Path:
+        return self.out / "rounds" / f"{round:04d}" if round else self.out
+
+    def _scores(self, round: int) -> Path:
+        return self._folder(round) / "rewards" / f"{self.reward.name}.parquet"
+
+    def due(self, round: int) -> list[Prompt]:
+        """The prompts of a round: all, or the next `rounds.prompts` of an epoch, which is a new order each time."""
+        prompts, count = self.prompts["train"], self.config.rounds.prompts
+        if count is None:
+            return prompts
+        epoch, place = divmod(round, len(prompts) // count)
+        order = torch.randperm(len(prompts), generator=torch_rng(self.config.seed, "round/prompts", epoch)).tolist()
+        return [prompts[i] for i in order[place * count : (place + 1) * count]]
+
+    def _place(self, number: int) -> Round:
+        """What training must know of a round."""
+        rounds, train, sample = self.config.rounds, self.config.train, self.config.sample
+        done, last = rounds.steps(number, train.max_train_steps)
+        calls = sample.num_inference_steps * sample.images_per_prompt  # per prompt; more for a second-order solver
+        if sample.scheduler == "FlowMatchHeunDiscreteScheduler":
+            calls += (sample.num_inference_steps - 1) * sample.images_per_prompt
+        return Round(
+            number=number,
+            done=done,
+            last=last if rounds.train_steps else None,
+            kept=[
+                (self._folder(old) / "groups", self._scores(old))
+                for old in range(max(0, number - rounds.keep + 1), number)
+            ],
+            generator=rounds.generator,
+            sampled=calls * sum(len(self.due(old)) for old in range(number + 1)),
+            seconds=lambda: {stage: self.clock.seconds.get(stage, 0.0) for stage in ROUND},
+        )
+
+    def _carry(self, round: Round) -> None:
+        """Give the model the adapter that samples the round."""
+        train = self.config.train
+        if not self.model.adapter():
+            self.model.add_adapter(
+                rank=train.rank, alpha=train.lora_alpha, targets=train.target_modules, seed=self.config.seed
+            )
+        self.model.load_adapter_state(generator_weights(self.checkpoints, round))
 
     def begun(self) -> set[str]:
         """The stages that have left results which the configuration must keep to."""
+        groups = self._folder(0) / "groups"
         left = {
-            "sample": self.groups.is_dir() and any(self.groups.glob("*.parquet")),
+            "sample": groups.is_dir() and any(groups.glob("*.parquet")),
             "train": bool(steps_saved(self.checkpoints)),
             "evaluate": (self.out / "evaluation").is_dir(),
         }
         return {stage for stage, there in left.items() if there}
 
     def is_sampled(self) -> bool:
-        """Whether the groups are whole, and those of the prompts."""
-        expected = {group_id(prompt, 0) for prompt in self.prompts["train"]}
-        return "sample" in self.begun() and not self.has_gap() and set(GroupStore(self.groups).group_ids) == expected
+        """Whether the round's groups are whole, and those of its prompts."""
+        number, groups = self.round, self.groups
+        expected = {group_id(prompt, number) for prompt in self.due(number)}
+        return any(groups.glob("*.parquet")) and not self.has_gap() and set(GroupStore(groups).group_ids) == expected
 
     def has_gap(self) -> bool:
         """Whether a file of groups is missing among the others."""
@@ -214,10 +291,14 @@ class Run:
         return names != [f"groups-{i:05d}.parquet" for i in range(len(names))]
 
     def is_trained(self) -> bool:
-        """Whether the checkpoint of the last step is there."""
-        return self.config.train.max_train_steps in steps_saved(self.checkpoints)
+        """Whether training has come to its end: the last step, the target, or the budget."""
+        return stopped_at(self.checkpoints, self.config.train) is not None
 
     def _validate(self, model: FlowModel, step: int) -> dict[str, float]:
+        with self.clock.running("validate"):
+            return self._measure(model, step)
+
+    def _measure(self, model: FlowModel, step: int) -> dict[str, float]:
         folder = self.out / "validation" / f"step-{step:06d}"
         for path in set(folder.parent.glob("step-*")) - {folder}:  # the last one's images are kept, to look at
             discard(path)
@@ -242,15 +323,27 @@ class Run:
 
     # ---- results
 
+    def evaluations(self) -> dict[str, int]:
+        """Model evaluations that sampling and training the final adapter took."""
+        steps = steps_saved(self.checkpoints)
+        if not steps:
+            return {"sample": 0, "train": 0}
+        spent = load_checkpoint(checkpoint_path(self.checkpoints, steps[-1])).memory["evaluations"]
+        return {"sample": self._place(self.round).sampled, "train": spent}
+
     def summarise(self) -> None:
         """Write summary.json, once there is an evaluation."""
         found = read_json(self.evaluation)
         if found is None:
             return
-        stages = {stage: self.clock.seconds.get(stage, 0.0) for stage in ("sample", "score", "train", "evaluate")}
+        seconds = self.clock.seconds
+        stages = {stage: seconds.get(stage, 0.0) for stage in ("sample", "score", "train", "validate", "evaluate")}
         summary = {
             **summary_section(found),
-            "seconds": {**stages, "total": round(sum(self.clock.seconds.values()), 3)},
+            "seconds": {**stages, "total": round(sum(seconds.values()), 3)},
+            "evaluations": self.evaluations(),
+            "steps": max(steps_saved(self.checkpoints), default=0),
+            "rounds": self.round + 1,
             "objective": self.config.train.objective,
             "model": self.config.model,
             "prompts": {split: len(self.prompts[split]) for split in ("train", "test")},

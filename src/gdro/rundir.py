@@ -4,7 +4,7 @@ import fcntl
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,33 @@ class Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = read_json(path) or {}
+        self._noted: dict[str, float] = read_json(path) or {}
+        self._stages: list[str] = []  # those running; only the innermost one counts
+        self._since = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage until now."""
+        with self._lock:
+            now = dict(self._noted)
+            if self._stages:
+                now[self._stages[-1]] = now.get(self._stages[-1], 0.0) + time.monotonic() - self._since
+        return {stage: round(seconds, 3) for stage, seconds in now.items()}
 
     @contextmanager
     def running(self, stage: str) -> Iterator[None]:
-        """Count the seconds inside for `stage`; noted now and then too, so that a kill loses few of them."""
-        before, start, over = self.seconds.get(stage, 0.0), time.monotonic(), threading.Event()
+        """Count the seconds inside for `stage`, none of them for a stage around it.
 
-        def note() -> None:
-            self.seconds[stage] = round(before + time.monotonic() - start, 3)
-            with suppress(UserError):  # a full disk will be told of by the stage itself
-                write_json(self.path, self.seconds)
+        They are noted now and then too, so that a kill loses few of them.
+        """
+        over = threading.Event()
 
         def beat() -> None:
             while not over.wait(HEARTBEAT_SECONDS):
-                note()
+                self._note()
 
+        self._turn(lambda: self._stages.append(stage))
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
@@ -59,7 +70,19 @@ class Clock:
         finally:
             over.set()
             thread.join()
-            note()
+            self._turn(self._stages.pop)
+            self._note()
+
+    def _turn(self, change: Callable[[], Any]) -> None:
+        """Book the seconds so far, then let another stage count."""
+        now = self.seconds
+        with self._lock:
+            self._noted, self._since = now, time.monotonic()
+            change()
+
+    def _note(self) -> None:
+        with suppress(UserError):  # a full disk will be told of by the stage itself
+            write_json(self.path, self.seconds)
 
 
 def read_json(path: Path) -> Any:

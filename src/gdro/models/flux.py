@@ -50,6 +50,7 @@ class FluxModel:
         self._ids = cache(self._make_ids)
         self._adapter: dict[str, nn.Parameter] = {}
         self._lora_layers: list[BaseTunerLayer] = []
+        self.evaluations = 0
 
     @cached_property
     def revision(self) -> str:
@@ -107,6 +108,7 @@ class FluxModel:
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         """v_theta(x_t, t, c): x_t (n, tokens, channels), t (n,) in (0, 1), text of n rows; float32 out."""
+        self.evaluations += len(x_t) * (3 if torch.is_grad_enabled() else 1)
         embeds = text["prompt_embeds"].to(self.device, self.dtype)
         text_ids, image_ids = self._ids(embeds.shape[1], height, width)
         guidance = None

@@ -15,6 +15,7 @@ from gdro.models.lora import write_lora
 from gdro.progress import interval
 from gdro.strict_yaml import dump_yaml, read_yaml
 from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, steps_saved
+from gdro.training.config import HYPERPARAMETERS
 
 GALLERY = 4
 LICENCES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
@@ -23,11 +24,11 @@ LICENCES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.
 def export(run_dir: Path, out: Path) -> Path:
     """Write `pytorch_lora_weights.safetensors` (EMA), `raw/pytorch_lora_weights.safetensors` and README.md to `out`.
 
-    They are those of the checkpoint with the best corrected score, or of the last one if none was validated. Raises
-    UserError if the run has no checkpoint or a damaged one.
+    They are those of the checkpoint with the best corrected score, or of the last one if none was validated or
+    train.export says so. Raises UserError if the run has no checkpoint or a damaged one.
     """
     config = read_yaml(run_dir / "config.yaml")
-    checkpoint = _chosen(run_dir / "checkpoints")
+    checkpoint = _chosen(run_dir / "checkpoints", config["train"]["export"])
     lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
     about = {"model": config["model"], "objective": config["train"]["objective"], "step": checkpoint.step}
     write_lora(out, checkpoint.ema, lora, about | {"weights": "ema"})
@@ -43,11 +44,11 @@ def export(run_dir: Path, out: Path) -> Path:
     return out
 
 
-def _chosen(checkpoints: Path) -> Checkpoint:
-    """The checkpoint to export."""
+def _chosen(checkpoints: Path, which: str) -> Checkpoint:
+    """The checkpoint to export: the "best" or the "last"."""
     best = checkpoints / "best.json"
     saved = steps_saved(checkpoints)
-    if best.exists():
+    if best.exists() and which == "best":
         return load_checkpoint(checkpoint_path(checkpoints, json.loads(best.read_text(encoding="utf-8"))["step"]))
     if not saved:
         raise UserError(f"{checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
@@ -87,11 +88,17 @@ def model_card(
         "license": LICENCES.get(model, "other"),
         "tags": ["text-to-image", "diffusers", "lora", "flux", "gdro"],
     }
-    settings = ", ".join(f"{name} {train[name]}" for name in ("k", "tau", "beta", "gamma", "learning_rate", "rank"))
+    names = ("k", *HYPERPARAMETERS, "learning_rate", "rank")
+    settings = ", ".join(f"{name} {train[name]}" for name in names if train[name] is not None)
+    rounds = (
+        "offline"
+        if config["rounds"]["train_steps"] is None
+        else f"in rounds of {config['rounds']['train_steps']} steps"
+    )
     parts = [
         f"---\n{dump_yaml(head)}---",
-        f"# LoRA for {model}, post-trained with GDRO",
-        f"Trained offline on scored groups of the model's own images ({train['objective']}; {settings}), {step} steps. "
+        f"# LoRA for {model}, post-trained with gdro",
+        f"Trained {rounds} on scored groups of its own images ({train['objective']}; {settings}), {step} steps. "
         f"Reward: `{config['score']['reward']}`.",
     ]
     if model not in LICENCES:

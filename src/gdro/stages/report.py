@@ -26,7 +26,7 @@ from gdro.rewards.store import read_rewards
 SIDES = ("base", "tuned")
 OCR = ("ocr", "ocr_strict")  # rewards whose prompts name a target
 CURVES: dict[str, dict[str, str]] = {
-    "Loss": {"loss": "total", "loss_gdro": "ranking"},
+    "Loss": {"loss": "total", "loss_rank": "ranking"},
     "Velocity error of the best image (top-1 regulariser)": {"loss_top1": "top-1"},
     "Drift d − d_ref: below 0 is likelier than under the base": {
         "drift_best": "best image",

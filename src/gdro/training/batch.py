@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from gdro.errors import UserError
+from gdro.groups.store import GroupStore, Trajectory
 from gdro.models.base import Text
+from gdro.objectives.advantage import advantages
 from gdro.objectives.forward.gdro import order_by_reward
 from gdro.rng import torch_rng
 
@@ -23,6 +25,7 @@ class Visit:
     slot: int
     images: Tensor  # (k,) indices into the group
     rewards: Tensor  # (k,) float64, descending
+    advantages: Tensor  # (k,) float64, from the rewards of the whole group; zeros if no advantage is asked for
 
     @property
     def ranked(self) -> bool:
@@ -39,40 +42,60 @@ class Visits:
     subset: "spread" cuts the group's reward ranking into k equal slices and takes one image at random from each,
     drawn again until the k rewards are not all equal; "random" takes any k; "extremes" the best k - k // 2 and
     the worst k // 2.
+
+    advantage: a kind of `objectives.advantage.advantages`, or None. `done`: steps before the round; its epochs start
+    after them.
     """
 
     def __init__(
-        self, rewards: Mapping[str, Tensor], *, k: int, subset: str, groups_per_step: int, seed: int, where: str
+        self,
+        rewards: Mapping[str, Tensor],
+        *,
+        k: int,
+        subset: str,
+        groups_per_step: int,
+        seed: int,
+        advantage: str | None = None,
+        advantage_exponent: float = 0.0,
+        done: int = 0,
     ) -> None:
         self.rewards = {group: r.double() for group, r in rewards.items() if bool((r != r[0]).any())}
         self.excluded = len(rewards) - len(self.rewards)
         self.k, self.subset, self.groups_per_step, self.seed = k, subset, groups_per_step, seed
+        self.advantage, self.advantage_exponent, self.done = advantage, advantage_exponent, done
         for group, r in rewards.items():
             if len(r) < k:
                 raise UserError(f"train.k: {k}, but group {group} has {len(r)} images; expected at most {len(r)}")
-        if not self.rewards:
-            raise UserError(
-                f"{where}: the rewards are equal within each of {len(rewards)} groups; expected some spread"
-            )
         self._groups = list(self.rewards)
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def at(self, step: int) -> list[Visit]:
-        """The visits of a step, counted from 1."""
-        first = (step - 1) * self.groups_per_step
-        return [self._visit(first + slot, step, slot) for slot in range(self.groups_per_step)]
+        """The visits of a step, counted from 1; none if no group carries a ranking."""
+        if not self._groups:
+            return []
+        first = (step - 1 - self.done) * self.groups_per_step
+        groups = [self._group(first + slot) for slot in range(self.groups_per_step)]
+        rewards = [self.rewards[group] for group in groups]
+        if self.advantage is None:
+            values = [torch.zeros_like(r) for r in rewards]
+        else:
+            values = advantages(rewards, self.advantage, self.advantage_exponent)
+        return [self._visit(group, a, step, slot) for slot, (group, a) in enumerate(zip(groups, values, strict=True))]
 
     def _permutation(self, epoch: int) -> list[int]:
-        return torch.randperm(len(self._groups), generator=torch_rng(self.seed, "train/epoch", epoch)).tolist()
+        generator = torch_rng(self.seed, "train/epoch", self.done + epoch)
+        return torch.randperm(len(self._groups), generator=generator).tolist()
 
-    def _visit(self, position: int, step: int, slot: int) -> Visit:
+    def _group(self, position: int) -> str:
         epoch, place = divmod(position, len(self._groups))
-        group = self._groups[self._epoch(epoch)[place]]
+        return self._groups[self._epoch(epoch)[place]]
+
+    def _visit(self, group: str, values: Tensor, step: int, slot: int) -> Visit:
         generator = torch_rng(self.seed, "train/images", step, slot)
         r = self.rewards[group]
         images = self._draw(r, generator)
         images = images[order_by_reward(r[images], generator)]
-        return Visit(group, step, slot, images, r[images])
+        return Visit(group, step, slot, images, r[images], values[images])
 
     def _draw(self, r: Tensor, generator: torch.Generator) -> Tensor:
         if self.subset == "random":
@@ -96,6 +119,24 @@ class Groups(Protocol):
 
     def text(self, group_id: str) -> Text: ...
 
+    def trajectory(self, group_id: str) -> Trajectory: ...
+
+
+class Joined:
+    """The stores of several rounds, read as one; their groups have different ids."""
+
+    def __init__(self, stores: Sequence[GroupStore]) -> None:
+        self._store = {group: store for store in stores for group in store.group_ids}
+
+    def latents(self, group_id: str) -> Tensor:
+        return self._store[group_id].latents(group_id)
+
+    def text(self, group_id: str) -> Text:
+        return self._store[group_id].text(group_id)
+
+    def trajectory(self, group_id: str) -> Trajectory:
+        return self._store[group_id].trajectory(group_id)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -106,6 +147,7 @@ class Batch:
     t: Tensor  # (g, k, 1, 1) in (0, 1)
     text: Text  # first axis g k
     rewards: Tensor  # (g, k) float64 on the CPU, descending
+    advantages: Tensor  # (g, k) float32
     ranked: Tensor  # (g,) 1.0, or 0.0 where all rewards are equal
 
 
@@ -147,6 +189,7 @@ class Batches:
             t=torch.stack([t for t, _ in noise]).expand(-1, k)[..., None, None].to(self.device),
             text=text,
             rewards=torch.stack([visit.rewards for visit in visits]),
+            advantages=torch.stack([visit.advantages for visit in visits]).to(self.device, torch.float32),
             ranked=torch.tensor([float(visit.ranked) for visit in visits], device=self.device),
         )
 

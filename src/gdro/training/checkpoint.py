@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gdro.errors import UserError
 from gdro.files import discard, write_bytes, write_json
+from gdro.training.config import TrainConfig
 
 FIELD = "train.resume_from_checkpoint"
 PREFIX = "step-"
@@ -142,10 +143,34 @@ def mark_best(folder: Path, best: Mapping[str, Any] | None) -> None:
         write_json(folder / "best.json", best)
 
 
-def prune_checkpoints(folder: Path, *, limit: int | None, best: int | None) -> None:
-    """Delete the oldest checkpoints until `limit` are left, but never the one of step `best`."""
+def mark_stopped(folder: Path, step: int, reason: str, config: TrainConfig) -> None:
+    """Note in stopped.json that training is over: its step, the reason, and the limits it was under.
+
+    Called before the checkpoint itself is written, so that a run never has its last step without knowing it.
+    """
+    write_json(folder / "stopped.json", {"step": step, "reason": reason, **_limits(config)})
+
+
+def stopped_at(folder: Path, config: TrainConfig) -> int | None:
+    """The step at which training ended under the limits of `config`; None if it has not, or they have changed."""
+    try:
+        stopped = json.loads((folder / "stopped.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{folder / 'stopped.json'} is damaged; delete it to go on") from None
+    under = {name: stopped.get(name) for name in _limits(config)}
+    return int(stopped["step"]) if under == _limits(config) and stopped["step"] in steps_saved(folder) else None
+
+
+def _limits(config: TrainConfig) -> dict[str, Any]:
+    return config.model_dump(include={"max_train_steps", "max_evaluations", "target_reward"})
+
+
+def prune_checkpoints(folder: Path, *, limit: int | None, needed: Collection[int | None]) -> None:
+    """Delete the oldest checkpoints until `limit` are left, but none of the `needed` steps."""
     steps = steps_saved(folder)
-    spare = [step for step in steps if step != best]
+    spare = [step for step in steps if step not in needed]
     for step in spare[: max(0, len(steps) - limit)] if limit else []:
         if step != steps[-1]:
             discard(checkpoint_path(folder, step))

@@ -1,7 +1,7 @@
 """Exponential moving average of the adapter: its own tensors, updated once per optimizer step."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -25,12 +25,17 @@ class Ema:
         for name, weight in self.weights.items():
             weight.lerp_(parameters[name], 1 - decay)
 
-    @contextmanager
-    def swapped_in(self, model: FlowModel) -> Iterator[None]:
-        """Inside it the model carries the average; its own weights come back bit for bit, after an exception too."""
-        own = {name: parameter.detach().clone() for name, parameter in model.adapter().items()}
-        model.load_adapter_state(self.weights)
-        try:
-            yield
-        finally:
-            model.load_adapter_state(own)
+    def swapped_in(self, model: FlowModel) -> AbstractContextManager[None]:
+        """Inside it the model carries the average."""
+        return carrying(model, self.weights)
+
+
+@contextmanager
+def carrying(model: FlowModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside it the model's adapter is `weights`; its own come back bit for bit, after an exception too."""
+    own = {name: parameter.detach().clone() for name, parameter in model.adapter().items()}
+    model.load_adapter_state(weights)
+    try:
+        yield
+    finally:
+        model.load_adapter_state(own)

@@ -1,0 +1,179 @@
+"""Sections `train` and `rounds` of the configuration."""
+
+from dataclasses import fields
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from gdro.errors import UserError, did_you_mean
+from gdro.objectives.registry import OBJECTIVES, make_objective
+
+Advantage = Literal["group", "batch", "slas", "win_rate"]
+
+
+class TrainConfig(BaseModel):
+    """Section `train`. The defaults are the paper's OCR run where it states a value, the likely ones elsewhere.
+
+    A hyperparameter of the objective that is null gets the objective's published value; one that the objective does not
+    have must stay null.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    objective: str = Field("gdro", description="The loss by name; gdro/objectives has one file for each.")
+    k: int = Field(6, ge=2, description="Images of a group seen at each visit, of the K sampled.")
+    tau: float | None = Field(None, description="Temperature of soft targets, in units of reward; smaller is harder.")
+    beta: float | None = Field(None, gt=0, description="s = -beta (d - d_ref), d the mean squared velocity error.")
+    gamma: float | None = Field(None, ge=0, description="Weight of the velocity error of the group's best image.")
+    kl_weight: float | None = Field(None, ge=0, description="Weight of the divergence from the frozen base.")
+    clip_range: float | None = Field(None, gt=0, description="The policy ratio is clipped to 1 +- this.")
+    advantage: Advantage | None = Field(
+        None, description="Rewards centred in the group, over the group's or the batch's deviation; SLAS; win rates."
+    )
+    advantage_exponent: float | None = Field(None, ge=0, description="SLAS: |r - mean| to the power of 1 + this.")
+    reference: Literal["base", "round", "ema"] | None = Field(
+        None, description="Reference: the frozen base, the policy that sampled the round, or the moving average."
+    )
+    mix: float | None = Field(None, gt=0, le=1, description="DiffusionNFT: b of v+- = (1 -+ b) v_old +- b v.")
+    regulariser: float | None = Field(None, gt=0, description="LAIR: weight of mean s^2.")
+    low_weight: float | None = Field(None, ge=0, description="TabGRAA: weight of the low half.")
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW's learning rate, constant.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="The gradient's norm is clipped to this.")
+    max_train_steps: int = Field(300, ge=1, description="Optimizer steps of the whole run.")
+    max_evaluations: int | None = Field(
+        None, ge=1, description="Stop once sampling and training have cost this many model evaluations."
+    )
+    target_reward: float | None = Field(None, description="Stop at the first validation whose reward reaches this.")
+    groups_per_step: int = Field(16, ge=1, description="Groups an optimizer step; times k: images a step.")
+    micro_batch_groups: int | None = Field(
+        None, ge=1, description="Groups a forward pass; null: all. Fewer need less memory for the same gradient."
+    )
+    timestep_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the stochastic steps trained on, drawn each visit (trajectories).",
+    )
+    rank: int = Field(32, ge=1, description="Rank of the LoRA.")
+    lora_alpha: int = Field(64, ge=1, description="The LoRA is scaled by lora_alpha / rank.")
+    target_modules: str | list[str] = Field(
+        "attention+ff", description="Layers that get a LoRA: attention, attention+ff, all-linear, or name endings."
+    )
+    ema_decay: float = Field(0.5, ge=0, lt=1, description="The EMA's decay at step i is min(ema_warmup i, ema_decay).")
+    ema_warmup: float = Field(0.001, ge=0, description="Growth of the EMA's decay a step.")
+    timestep: Literal["logit_normal", "uniform"] = Field("logit_normal", description="Distribution of t.")
+    timestep_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of t.")
+    noise_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of eps.")
+    subset: Literal["spread", "random", "extremes"] = Field(
+        "spread", description="The k of K: one from each of k slices of the reward ranking; any k; the best and worst."
+    )
+    memory_gigabytes: float = Field(
+        4.0, ge=0, description="Latents and text embeddings kept in memory; the rest is read at each visit."
+    )
+    checkpointing_steps: int = Field(
+        50, ge=1, description="Steps between checkpoints; a round's last step always has one."
+    )
+    checkpoints_total_limit: int | None = Field(
+        3, ge=1, description="Older checkpoints are deleted, never one that is needed; null: keep all."
+    )
+    resume_from_checkpoint: str | None = Field(
+        "latest", description="latest (from the start if there is none), a checkpoint's folder, or null: start anew."
+    )
+    validation_steps: int = Field(50, ge=0, description="Steps between validations; 0: none.")
+    validation_prompts: str | None = Field(
+        None, description="A .txt or .jsonl file or tiny:TASK:SPLIT:COUNT[:SEED]; null: no validation."
+    )
+    export: Literal["best", "last"] = Field("best", description="The checkpoint handed on: the best or last.")
+    alarm_drift: float = Field(
+        0.02, gt=0, description="Alarm when the best images' error exceeds the reference's by this share for 20 steps."
+    )
+    report_to: list[Literal["tensorboard"]] = Field([], description="Trackers beside metrics.jsonl.")
+
+    @property
+    def validates(self) -> bool:
+        return self.validation_prompts is not None and self.validation_steps > 0
+
+    @property
+    def loss(self) -> Any:
+        """The objective with its hyperparameters: a ForwardObjective or a TrajectoryObjective."""
+        names = {field.name for field in fields(OBJECTIVES[self.objective])}
+        return make_objective(self.objective, {name: getattr(self, name) for name in names})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """Give the objective's own hyperparameters their published values; refuse those it does not have."""
+        if not isinstance(data, dict) or not isinstance(data.get("objective", "gdro"), str):
+            return data
+        name = data.get("objective", "gdro")
+        if name not in OBJECTIVES:
+            raise UserError(f'train.objective: "{name}" is no objective{did_you_mean(name, list(OBJECTIVES))}')
+        own = {field.name: field.default for field in fields(OBJECTIVES[name])}
+        filled = dict(data)
+        for field in HYPERPARAMETERS:
+            if field in own:
+                filled[field] = own[field] if filled.get(field) is None else filled[field]
+            elif filled.get(field) is not None:
+                raise UserError(
+                    f'train.{field} is {filled[field]}, which objective "{name}" does not have; '
+                    f"expected one of {', '.join(own) or 'none'}"
+                )
+        return filled
+
+    @field_validator("tau")
+    @classmethod
+    def _tau(cls, tau: float | None) -> float | None:
+        if tau is not None and tau <= 0:
+            raise ValueError("a number greater than 0 (for the limit tau -> 0 set objective: rank)")
+        return tau
+
+
+# Hyperparameters of objectives, by the names the objectives share.
+HYPERPARAMETERS = sorted({field.name for kind in OBJECTIVES.values() for field in fields(kind)})
+
+# Fields that change how a run is recorded or how long it goes on, never the weights at a given step.
+MAY_CHANGE = frozenset(
+    f"train.{name}"
+    for name in (
+        "max_train_steps",
+        "max_evaluations",
+        "target_reward",
+        "memory_gigabytes",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "export",
+        "report_to",
+    )
+)
+
+
+class RoundsConfig(BaseModel):
+    """Section `rounds`: how often new groups are sampled, by the policy as it then is.
+
+    One round is offline training; several refresh the groups; many short ones, with k = all images, are online RL.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps of each round; null: one round of all train.max_train_steps."
+    )
+    prompts: int | None = Field(None, ge=1, description="Prompts sampled in each round, by epochs; null: all.")
+    keep: int = Field(1, ge=1, description="The latest rounds whose groups are trained on; older ones stay on disk.")
+    generator: Literal["policy", "ema"] = Field(
+        "policy", description="The weights that sample the rounds after the first: as trained, or averaged."
+    )
+
+    def of_step(self, step: int) -> int:
+        """The round (from 0) that holds optimizer step `step` (from 1)."""
+        return (step - 1) // self.train_steps if self.train_steps else 0
+
+    def steps(self, round: int, max_train_steps: int) -> tuple[int, int]:
+        """(steps done before the round, its last step)."""
+        if self.train_steps is None:
+            return 0, max_train_steps
+        return round * self.train_steps, min((round + 1) * self.train_steps, max_train_steps)

@@ -1,0 +1,207 @@
+"""One optimizer step: what it reads, its gradient under either kind of objective, its update, its figures."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdro.errors import UserError
+from gdro.models.base import FlowModel
+from gdro.objectives.base import ForwardObjective, Noised, TrajectoryObjective, Transition
+from gdro.samplers.sde import STEPS, log_prob
+from gdro.training.batch import Batch, Batches, Visit, Visits
+from gdro.training.config import TrainConfig
+from gdro.training.ema import Ema, carrying, ema_decay
+from gdro.training.transitions import TransitionBatch, Transitions
+
+
+@dataclass
+class Learner:
+    """Everything a step reads and changes."""
+
+    config: TrainConfig
+    objective: ForwardObjective | TrajectoryObjective
+    model: FlowModel
+    geometry: dict[str, Any]  # guidance_scale, height, width: as the groups were made
+    parameters: dict[str, torch.nn.Parameter]
+    visits: Visits
+    batches: Batches
+    transitions: Transitions
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+    sampler: str  # how the groups were sampled; a trajectory objective repeats its steps
+    noise_level: float
+    done: int = 0  # steps before the round: at the next one the policy is still the one that sampled
+    generator: Mapping[str, Tensor] | None = None  # the adapter that sampled the round; None: the base
+
+    def velocity(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
+        return self.model.velocity(x_t, t, text, **self.geometry)
+
+    @contextmanager
+    def carrying(self, reference: str) -> Iterator[None]:
+        """Inside it the model is the reference: the frozen base, the round's sampler, or the moving average."""
+        if reference == "base" or (reference == "round" and self.generator is None):
+            with self.model.adapter_disabled():
+                yield
+            return
+        with carrying(self.model, self.ema.weights if reference == "ema" else self.generator or {}):
+            yield
+
+
+def train_step(learner: Learner, step: int) -> dict[str, float]:
+    """One update of the adapter and its EMA; the step's figures, means over the groups that carry a ranking.
+
+    A step without any such group changes nothing but the EMA. Raises UserError, before anything is changed, if the loss
+    or gradient is not finite.
+    """
+    config = learner.config
+    visits = learner.visits.at(step)
+    ranked = sum(visit.ranked for visit in visits)
+    size = config.micro_batch_groups or len(visits)
+    totals: dict[str, Tensor] = {}
+    for first in range(0, len(visits), size or 1):
+        figures = backward(learner, visits[first : first + size], max(1, ranked))
+        totals = {name: totals[name] + value for name, value in figures.items()} if totals else figures
+    if visits:
+        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), config.max_grad_norm)
+
+    names = list(totals)
+    means = dict(zip(names, torch.stack([totals[name] for name in names]).tolist(), strict=True)) if names else {}
+    for name in {"loss", "grad_norm"} & set(means):  # read above at once: the only synchronisation with a GPU
+        if not math.isfinite(means[name]):
+            raise UserError(
+                f"train.learning_rate: {config.learning_rate}: the {name.replace('grad_norm', 'gradient norm')} is "
+                f"{means[name]} at step {step}; expected a finite number. Try a smaller rate with another --out; "
+                "copy groups/ and rewards/ there"
+            )
+    if visits:
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+    learner.ema.update(learner.parameters, ema_decay(step, warmup=config.ema_warmup, decay=config.ema_decay))
+    return {"groups": ranked, **means}
+
+
+def backward(learner: Learner, visits: Sequence[Visit], ranked: int) -> dict[str, Tensor]:
+    """Add the gradient of sum over `visits` of loss / ranked; return the same sums of the figures.
+
+    A visit whose k rewards are all equal counts for nothing: it has no ranking and no best image.
+    """
+    if learner.objective.kind == "trajectory":
+        return _backward_along(learner, learner.objective, visits, ranked)
+    return _backward_noised(learner, learner.objective, visits, ranked)
+
+
+def _backward_noised(
+    learner: Learner, objective: ForwardObjective, visits: Sequence[Visit], ranked: int
+) -> dict[str, Tensor]:
+    batch = learner.batches.of(visits)
+    seen = noised(learner, batch, base=objective.uses_base, reference=objective.uses_reference)
+    loss, figures = objective.loss(seen)
+    share = batch.ranked / ranked
+    (loss * share).sum().backward()
+    figures = {"loss": loss.detach(), **figures}
+    if seen.reference is not None:
+        drift = (seen.d - seen.d_ref).detach()
+        figures |= {"drift_best": drift[:, 0], "drift_worst": drift[:, -1], "error_best": seen.d[:, 0].detach()}
+    return {name: (value * share).sum() for name, value in figures.items()}
+
+
+def _backward_along(
+    learner: Learner, objective: TrajectoryObjective, visits: Sequence[Visit], ranked: int
+) -> dict[str, Tensor]:
+    """Each stochastic step is a batch of its own, so memory does not grow with their number."""
+    count, batches = learner.transitions.of(visits)
+    fresh = visits[0].step == learner.done + 1
+    totals: dict[str, Tensor] = {}
+    for batch in batches:
+        share = batch.ranked / (ranked * count * learner.config.k)
+        loss, figures = objective.loss(transition(learner, objective, batch, fresh=fresh))
+        (loss * share).sum().backward()
+        for name, value in {"loss": loss.detach(), **figures}.items():
+            totals[name] = totals.get(name, torch.zeros((), device=share.device)) + (value * share).sum()
+    return totals
+
+
+def noised(learner: Learner, batch: Batch, *, base: bool, reference: bool) -> Noised:
+    """The velocities of policy, reference and base on the same x_t; only the policy's with gradient."""
+    shape = batch.x0.shape
+    x_t = (1 - batch.t) * batch.x0 + batch.t * batch.eps
+    flat, t = x_t.flatten(0, 1), batch.t.flatten()
+
+    def velocity(kind: str | None) -> Tensor | None:
+        if kind is None:
+            return None
+        with torch.no_grad(), learner.carrying(kind):
+            return learner.velocity(flat, t, batch.text).view(shape)
+
+    wanted = learner.config.reference if reference else None
+
+    return Noised(
+        rewards=batch.rewards,
+        advantages=batch.advantages,
+        t=t.view(shape[:2]),
+        x_t=x_t,
+        v=batch.eps - batch.x0,
+        reference=velocity(wanted),
+        base=velocity("base" if base else None),
+        policy=learner.velocity(flat, t, batch.text).view(shape),
+    )
+
+
+def transition(learner: Learner, objective: TrajectoryObjective, batch: TransitionBatch, *, fresh: bool) -> Transition:
+    """The step's Gaussian under the policy as it is, and the means under base and sampler that the objective uses.
+
+    `fresh`: nothing was learnt since sampling, so the old log-probability is the policy's own and the ratio exactly 1.
+    """
+    step: Callable[..., tuple[Tensor, Tensor]] = STEPS[learner.sampler]
+
+    def moments() -> tuple[Tensor, Tensor]:
+        velocity = learner.velocity(batch.x, batch.t, batch.text)
+        return step(batch.x, velocity, batch.t, batch.t_next, learner.noise_level)
+
+    def mean_of(kind: str) -> Tensor:
+        with torch.no_grad(), learner.carrying(kind):
+            return moments()[0]
+
+    base_mean = mean_of("base") if objective.uses_base else None
+    old_mean = mean_of("round") if objective.uses_old_mean and not fresh else None
+    mean, std = moments()
+    now = log_prob(batch.x_next, mean, std)
+    return Transition(
+        log_prob=now,
+        old_log_prob=now.detach() if fresh else batch.log_prob,
+        advantage=batch.advantages,
+        mean=mean,
+        base_mean=base_mean,
+        old_mean=mean.detach() if objective.uses_old_mean and fresh else old_mean,
+        std=std,
+        dt=batch.t_next - batch.t,
+    )
+
+
+def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -> None:
+    """Raise RuntimeError unless the update of `step` left policy and base two models, the base unmoved.
+
+    `step` must have had a visit with a ranking, or there was no update. A model compiled or patched wrongly can return
+    adapted outputs while its adapter is disabled. At step 1 the ranking loss must have been that of policy = reference.
+    """
+    objective = learner.objective
+    expected = objective.start_loss(learner.config.k) if objective.kind == "forward" else None
+    if step == 1 and expected is not None and abs(figures["loss_rank"] - expected) > 1e-3:
+        raise RuntimeError(
+            f"the loss at step 1 is {figures['loss_rank']}, not {expected}: policy and reference differ at the start"
+        )
+    with torch.no_grad():
+        batch = learner.batches.of(learner.visits.at(step)[:1])
+        seen = noised(learner, batch, base=True, reference=False)
+        with carrying(learner.model, {name: 2 * value.detach() for name, value in learner.parameters.items()}):
+            again = noised(learner, batch, base=True, reference=False)
+    gap = (seen.d - seen.d_base).abs().max()
+    if gap == 0:
+        raise RuntimeError("after an update the policy equals the reference: the adapter has no effect")
+    if (again.d_base - seen.d_base).abs().max() > 0.1 * gap:
+        raise RuntimeError("the reference moves with the adapter: disabling the adapter has no effect")
