@@ -24,6 +24,7 @@ from gdro.strict_yaml import dump_yaml
 from gdro.training.checkpoint import stopped_at
 
 OVERHEAD = ("evaluate", "export", "report")  # stages that are no part of a method's cost
+NOT_FINISHED = "not finished"
 # What a run directory that is taken on leaves behind: what belongs to its process or speaks of its adapter.
 LEFT_BEHIND = (".lock", LOG, "job.yaml", "adapter", "evaluation.json", "summary.json", "report.html")
 
@@ -154,8 +155,7 @@ class Comparison:
             candidate: dict[str, Any] = {"values": self.bench.candidates(method)[job.candidate]}
             try:
                 if not self.is_done(job):
-                    log = run / LOG
-                    raise UserError((last_line(log) if log.exists() else "") or "not finished")
+                    raise UserError(_why_unfinished(run, config))
                 axes = config.evaluate.corrected_axes or corrected_axes(config.score.reward)
                 candidate |= figures(validations(run), axes)
             except UserError as error:
@@ -171,7 +171,7 @@ class Comparison:
                 if method.continues is not None or len(self.bench.candidates(name)) == 1:
                     continue
                 candidates = self.candidates(task, name)
-                if any(candidate.get("error") == "not finished" for candidate in candidates):
+                if any(candidate.get("error") == NOT_FINISHED for candidate in candidates):
                     continue
                 try:
                     chosen = choose(candidates)
@@ -273,6 +273,14 @@ def take_on(parent: Path, run: Path) -> None:
     if run.exists():  # holds a log at most: it was never begun
         discard(run)
     half.rename(run)
+
+
+def _why_unfinished(run: Path, config: RunConfig) -> str:
+    """What is known of a candidate that is not done: NOT_FINISHED, or the one line it failed with."""
+    saved = saved_config(run)
+    if saved is not None and _key(saved) != _key(config):
+        return f"{run} was begun with other settings"
+    return (last_line(run / LOG) if (run / LOG).exists() else "") or NOT_FINISHED
 
 
 def _key(config: RunConfig) -> str:

@@ -147,7 +147,7 @@ def test_the_packaged_bench_is_sound(quick: bool) -> None:
         ({"methods.gdro.per_task": {"ocrr": {}}}, 'methods.gdro.per_task: "ocrr" is no task; did you mean "ocr"?'),
         ({"common.train.max_evaluations": 5}, "common sets train.max_evaluations; expected it from tasks"),
         ({"methods.gdro.set.seed": 5}, "methods.gdro.set sets seed; expected it from seeds"),
-        ({"common.train.validation_steps": 0, "methods.gdro.stop_at_target": False}, "train.validation_prompts is null"),
+        ({"common.train.validation_steps": 0, "methods.gdro.stop_at_target": False}, "validation_prompts is null"),
         ({"methods": {"../x": {"title": "x"}}}, "expected letters, digits"),
     ],
 )  # fmt: skip

@@ -34,22 +34,20 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int, is_done: IsDone, s
     with _processes() as running:
         while waiting or running:
             for job in list(waiting):
+                if len(running) == workers:
+                    break
                 if not ended.issuperset(known.intersection(job.after)):
                     continue
+                waiting.remove(job)
                 try:
-                    if is_done(job):
-                        progress.before(job)
-                    elif len(running) < workers:
+                    if not is_done(job):
                         running[job] = _launch(start(job), out / job.name, alone=workers == 1)
-                        waiting.remove(job)
                         progress.started(job)
                         continue
-                    else:
-                        continue
+                    progress.before(job)
                 except UserError as error:
                     failed[job.name] = str(error)
                     progress.ended(job, failed[job.name])
-                waiting.remove(job)
                 ended.add(job.name)
             for job, process in list(running.items()):
                 if process.poll() is None:
