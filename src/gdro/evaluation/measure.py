@@ -95,19 +95,17 @@ def measure(
     score_batch_size: int = 64,
     label: str = "evaluate",
 ) -> Measured:
-    """Generate, score and judge images of `prompts` by the model as it is now; resumable, images kept in `folder`.
+    """Generate (by the ODE), score and judge images of `prompts` by the model as it is now; resumable, images kept.
 
     The noise depends on (seed, prompt id, image index) only, so any two models are measured on the same seeds.
     Images that other weights left in `folder` are removed first. Raises UserError for a judge's or
     reward's wrong output.
     """
     _discard_other_weights(folder, model)
-    settings = generation.model_copy(
-        update={
-            "images_per_prompt": config.images_per_prompt,
-            "num_inference_steps": config.num_inference_steps,
-            "batch_size": config.batch_size,
-        }
+    settings = generation.deterministic(
+        images_per_prompt=config.images_per_prompt,
+        num_inference_steps=config.num_inference_steps,
+        batch_size=config.batch_size,
     )
     sample_groups(settings, model, prompts, folder, seed=seed, purpose="evaluation", label=label)
     store = GroupStore(folder)

@@ -26,7 +26,7 @@ from gdro.rewards.store import read_rewards
 SIDES = ("base", "tuned")
 OCR = ("ocr", "ocr_strict")  # rewards whose prompts name a target
 CURVES: dict[str, dict[str, str]] = {
-    "Loss": {"loss": "total", "loss_rank": "ranking"},
+    "Loss": {"loss": "total", "loss_rank": "ranking", "loss_policy": "policy gradient"},
     "Velocity error of the best image (top-1 regulariser)": {"loss_top1": "top-1"},
     "Drift d − d_ref: below 0 is likelier than under the base": {
         "drift_best": "best image",
@@ -34,6 +34,7 @@ CURVES: dict[str, dict[str, str]] = {
     },
     "Entropy of the policy's ranking p against the target's q": {"entropy_p": "p (policy)", "entropy_q": "q (target)"},
     "Spread of the implicit rewards s": {"spread_s": "s"},
+    "Ratio of likelihoods, new over old": {"ratio": "mean", "clipped": "share clipped"},
     "Gradient norm before clipping": {"grad_norm": "norm"},
 }
 VALIDATION_CURVES: dict[str, dict[str, str]] = {

@@ -19,7 +19,7 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.prompts import Prompt
 from gdro.tiny import world
-from gdro.tiny.vision import DARK, WALL, Seen, pixels_of, see
+from gdro.tiny.vision import DARK, VERSION, WALL, Seen, pixels_of, see
 
 
 def _ratio(found: float, wanted: float, sharpness: float = 2.0) -> float:
@@ -63,7 +63,7 @@ def _position_score(seen: Seen, scene: dict[str, Any]) -> float:
     return float(any(sign * (a.center[axis] - b.center[axis]) > 4 for a in first for b in second))
 
 
-def explain(seen: Seen) -> np.ndarray:
+def explain(image: np.ndarray, seen: Seen) -> np.ndarray:
     """(32, 64, 3) float32: the picture as it would be if it were exactly what was seen in it."""
     canvas = world.draw_wall(seen.wall)
     for shape in seen.shapes:
@@ -74,23 +74,45 @@ def explain(seen: Seen) -> np.ndarray:
     if seen.sign:
         left, top, right, bottom = seen.sign
         canvas[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = world.FRAME
-        dark = (seen.labels[top:bottom, left:right] == DARK)[:, :, None]
-        canvas[top:bottom, left:right] = np.where(dark, world.INK, world.PLATE)
+        plate = np.asarray(world.PLATE, np.float32)
+        stroke = np.asarray(world.INK, np.float32) - plate
+        coverage = np.clip((image[top:bottom, left:right] - plate) @ stroke / (stroke @ stroke), 0, 1)
+        # half-covered pixels belong at the edge of solid strokes only: faint lettering is not explained
+        edge = cv2.dilate((coverage > 0.75).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        canvas[top:bottom, left:right] = plate + np.where(edge, coverage, coverage > 0.5)[:, :, None] * stroke
     return canvas
 
 
 def coherence(image: np.ndarray, seen: Seen) -> float:
-    """How well the picture is explained, in [0, 1]; blind to soft edges one pixel wide."""
-    error = np.sqrt(((image - explain(seen)) ** 2).mean(-1))
+    """How well the picture is explained, in [0, 1]: the wall (half), the sign and the shapes, as far as there are any.
+
+    Blind to soft edges one pixel wide.
+    """
+    error = np.sqrt(((image - explain(image, seen)) ** 2).mean(-1))
+    unexplained = np.clip((error - 12) / 60, 0, 1)
     outside = np.ones(error.shape, bool)
+    parts: list[tuple[float, float]] = []
     if seen.sign:
         left, top, right, bottom = seen.sign
         outside[top:bottom, left:right] = False
-    unexplained = np.clip((error - 12) / 60, 0, 1)
-    wall_part = unexplained[outside].mean() if outside.any() else 0.0
-    sign_part = unexplained[~outside].mean() if seen.sign else 0.0
-    forms = np.mean([np.clip((s.iou - 0.5) / 0.4, 0, 1) for s in seen.shapes]) if seen.shapes else 1.0
-    return float(0.5 * np.exp(-8 * wall_part) + 0.25 * np.exp(-4 * max(0.0, sign_part - 0.05)) + 0.25 * forms)
+        parts.append((0.25, _form_of_sign(seen) * np.exp(-4 * unexplained[~outside].mean())))
+    if seen.shapes:
+        parts.append((0.25, float(np.mean([np.clip((s.iou - 0.5) / 0.4, 0, 1) for s in seen.shapes]))))
+    parts.append((0.5, np.exp(-8 * unexplained[outside].mean()) if outside.any() else 0.0))
+    return float(sum(w * value for w, value in parts) / sum(w for w, _ in parts))
+
+
+def _form_of_sign(seen: Seen) -> float:
+    """Is it a sign of this world, whatever it says: its height, its lettering's height, its strokes' thinness."""
+    assert seen.sign
+    left, top, right, bottom = seen.sign
+    dark = (seen.labels[top + 1 : bottom - 1, left + 1 : right - 1] == DARK).astype(np.uint8)
+    solid = 0.0  # share of the strokes' inside: at most .08 in the world's letters, .2 and more in blots and bold ones
+    if dark.any():
+        core = cv2.erode(dark, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        solid = float(core.sum() / dark.sum())
+    thin = 1 - np.clip((solid - 0.1) / 0.4, 0, 1)
+    return float(_ratio(bottom - top, world.PLATE_HEIGHT) * _ratio(seen.ink_height, world.GLYPH_HEIGHT) * thin)
 
 
 def style(image: np.ndarray, seen: Seen) -> float:
@@ -108,7 +130,8 @@ def style(image: np.ndarray, seen: Seen) -> float:
     def depth(mask: np.ndarray, wanted: float) -> float:
         if mask.sum() < 8:
             return 0.0
-        return float(np.clip((1 - luma[mask].mean() / level) / wanted, 0, 1))
+        found = (1 - luma[mask].mean() / level) / wanted
+        return float(np.clip(min(found, 2.3 - found), 0, 1))  # from 1.3 on it is too deep
 
     # grain: neighbours on the same panel should be equal
     across = panel[:, 1:] & panel[:, :-1]
@@ -141,7 +164,7 @@ class TinyJudge:
     """Judge protocol over the functions above; needs prompts of the tiny world (a `scene` field)."""
 
     name = "tiny"
-    version = "1"
+    version = f"2.{VERSION}"
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
