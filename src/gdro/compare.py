@@ -188,10 +188,7 @@ class Comparison:
         for task, name in dict.fromkeys((job.task, job.method) for job in jobs):
             own = [job for job in jobs if (job.task, job.method) == (task, name)]
             search = [self.is_done(job) for job in own if job.candidate is not None]
-            known = all(search)
-            seeds = [
-                f"{job.seed}{'' if known and self._is_run(job) else ' (left)'}" for job in own if job.candidate is None
-            ]
+            seeds = [f"{job.seed}{'' if self._is_run(job) else ' (left)'}" for job in own if job.candidate is None]
             tried = f"search {sum(search)}/{len(search)}, " if search else ""
             lines.append(f"{task} {name}: {tried}seeds {', '.join(seeds)}")
         return lines
