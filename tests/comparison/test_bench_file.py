@@ -85,6 +85,27 @@ def test_a_continued_run_has_the_choice_and_more_budget(tmp_path: Path) -> None:
     assert (config.train.max_evaluations, config.train.target_reward) == (2000, None)
 
 
+def test_a_run_that_stopped_at_the_target_may_go_on_within_its_budget(tmp_path: Path) -> None:
+    data = bench_data()
+    data["methods"]["gdro_on"] = {"title": "GDRO, whole budget", "continues": "gdro"}
+    bench = load_bench(write(tmp_path, data))
+    config = bench.run_config("ocr", "gdro_on", 0, {})
+    assert (config.train.max_evaluations, config.train.target_reward) == (1000, None)
+    assert bench.plan(["ocr"])[7].evaluations == 1000  # its parent may have stopped at once
+
+
+def test_one_search_may_serve_every_task(tmp_path: Path) -> None:
+    data = bench_data()
+    data["search"]["task"] = "other"
+    bench = load_bench(write(tmp_path, data))
+    searches = [job.name for job in bench.plan(["ocr", "other"]) if job.candidate is not None]
+    assert searches == [f"other/{name}/search/{i}" for name in ("gdro", "rank") for i in (0, 1)]
+    assert {job.name: job.after for job in bench.plan(["ocr"])}["ocr/rank/seed-1"] == tuple(searches[2:])
+    data["search"]["task"] = "otter"
+    with pytest.raises(UserError, match=r'search.task is "otter"; did you mean "other"'):
+        load_bench(write(tmp_path, data))
+
+
 def test_the_first_seed_of_everything_comes_first(tmp_path: Path) -> None:
     bench = load_bench(write(tmp_path, bench_data()))
     jobs = bench.plan(["ocr"])

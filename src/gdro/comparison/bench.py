@@ -53,6 +53,7 @@ class Search(_Section):
     """How candidates are compared: on validation prompts, at a seed of their own."""
 
     seed: int = Field(100, ge=0)
+    task: str | None = Field(None, description="The task searched on, for all of them; null: each its own.")
     budget: float = Field(0.25, gt=0, le=1, description="Of the task's budget, for each candidate.")
     set: Fields = {}
     per_task: dict[str, Fields] = {}
@@ -122,6 +123,10 @@ class Bench:
         share = self.methods[method].budget * (1.0 if self.quick is None else self.quick.budget)
         return max(1, round(self.tasks[task].budget * share))
 
+    def searched(self, task: str) -> str:
+        """The task whose search chooses the values for `task`."""
+        return self.search.task or task
+
     def search_budget(self, task: str) -> int:
         return max(1, round(self.tasks[task].budget * self.search.budget))
 
@@ -131,16 +136,16 @@ class Bench:
         for place, seed in enumerate(self.seeds):
             for task in tasks:
                 for name, method in self.methods.items():
-                    if place == 0 and method.continues is None:
-                        jobs += self._search_jobs(task, name)
-                    after: tuple[str, ...] = tuple(
-                        job.name for job in self._search_jobs(task, method.continues or name)
-                    )
+                    search = self._search_jobs(self.searched(task), method.continues or name)
+                    if place == 0:
+                        jobs += [job for job in search if job not in jobs]
+                    after: tuple[str, ...] = tuple(job.name for job in search)
                     cost = self.budget(task, name)
                     if method.continues is not None:
                         after = (run_name(task, method.continues, seed),)
-                        cost -= self.budget(task, method.continues)
-                    jobs.append(Job(run_name(task, name, seed), task, name, seed, None, after, cost))
+                        parent = self.methods[method.continues]
+                        cost -= 0 if parent.stop_at_target else self.budget(task, method.continues)
+                    jobs.append(Job(run_name(task, name, seed), task, name, seed, None, after, max(1, cost)))
         return jobs
 
     def _search_jobs(self, task: str, method: str) -> list[Job]:
@@ -247,6 +252,8 @@ def _check(bench: Bench) -> None:
         raise UserError(f"seeds has {repeated[0]} more than once; expected different seeds")
     if bench.search.seed in bench.seeds:
         raise UserError(f"search.seed is {bench.search.seed}, which is one of seeds; expected a seed of its own")
+    if bench.search.task is not None and bench.search.task not in bench.tasks:
+        raise UserError(f'search.task is "{bench.search.task}"{did_you_mean(bench.search.task, list(bench.tasks))}')
     for name in (*bench.tasks, *bench.methods):
         if not name.replace("_", "").replace("-", "").isalnum():
             raise UserError(f"the name {name!r}; expected letters, digits, - and _ (it becomes a folder)")
@@ -292,7 +299,8 @@ def _check_method(bench: Bench, name: str, method: Method) -> None:
     if method.search:
         raise UserError(f"methods.{name}.search: it continues {method.continues}; expected that method's choice")
     parent = bench.methods[method.continues]
-    if method.budget <= parent.budget:
+    goes_on = parent.stop_at_target and not method.stop_at_target  # past the target, to the end of the same budget
+    if method.budget < parent.budget or (method.budget == parent.budget and not goes_on):
         raise UserError(
             f"methods.{name}.budget is {method.budget:g}; expected more than {parent.budget:g}, "
             f"what {method.continues} may have used"
