@@ -1,11 +1,13 @@
 """Time of a training step over its floor: the bare forward and backward passes it needs.
 
-Floor: reference forward without gradient, policy forward, backward through its mean square, on a batch already made.
-Step: everything `gdro train` does between two steps' log lines: draws, noise, both passes, loss, clipping, AdamW, EMA,
-figures. Both are measured in turns in one process; the ratio is the median of the turns' ratios. Weights do not
-matter for time, so the default is the tiny model's shape untrained; latents and rewards are random.
+Floor: the forward passes of reference and base without gradient that the objective asks for, the policy's forward and
+the backward through its mean square, on batches already made. Step: everything `gdro train` does between two steps' log
+lines: draws, reading, noise, passes, loss, clipping, AdamW, EMA, figures. Both are measured in turns in one process;
+the ratio is the median of the turns' ratios. Weights do not matter for time: the default is the tiny model's shape
+untrained; latents, trajectories and rewards are random.
 
     python benchmarks/train_step.py --out benchmarks/results/train_step.json
+    python benchmarks/train_step.py --objectives all --repeats 7 --out benchmarks/results/objectives.json
 """
 
 import argparse
@@ -20,19 +22,24 @@ import torch
 from PIL import Image
 
 from gdro.files import write_json
-from gdro.groups.store import GroupStore, GroupWriter, ImageRow
+from gdro.groups.store import GroupStore, GroupWriter, ImageRow, Trajectory
 from gdro.models import load_model
 from gdro.models.base import FlowModel
+from gdro.objectives.registry import OBJECTIVES
 from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.store import Header, rewards_table, write_rewards
 from gdro.rng import numpy_rng, torch_rng
-from gdro.stages.train import Learner, TrainConfig, prepare, train_step
+from gdro.stages.train import prepare
+from gdro.training.config import TrainConfig
 from gdro.training.log import MetricsLog
+from gdro.training.step import Learner, train_step
+
+TIMES = (1.0, 0.9, 0.7, 0.4)  # of the made-up trajectories: three stochastic steps
 
 
 def made_up_groups(folder: Path, model: FlowModel, groups: int, size: int, sampling: dict[str, int | float]) -> None:
-    """A store of `groups` groups of `size` images with N(0, 1) latents, and U(0, 1) rewards."""
+    """A store of `groups` groups of `size` images with N(0, 1) latents and states, and U(0, 1) rewards."""
     height, width, length = (int(sampling[name]) for name in ("height", "width", "max_sequence_length"))
     prompts = [Prompt(f"g{i}", f'a red wall with a sign that says "word{i}"') for i in range(groups)]
     text = model.encode_text([prompt.text for prompt in prompts], length)
@@ -53,12 +60,22 @@ def made_up_groups(folder: Path, model: FlowModel, groups: int, size: int, sampl
             generator=model.name,
             revision=model.revision,
             round=0,
+            sampler="flow_grpo",
         )
         for prompt in prompts
         for i in range(size)
     ]
     texts = {prompt.id: {name: value[[i]].cpu() for name, value in text.items()} for i, prompt in enumerate(prompts)}
-    GroupWriter(folder / "groups").write_shard(0, rows, texts)
+    shape = (size, len(TIMES), *model.latent_shape(height, width))
+    paths = {
+        prompt.id: Trajectory(
+            torch.randn(shape, generator=torch_rng(0, "states", prompt.id)),
+            torch.zeros(size, len(TIMES) - 1),
+            torch.tensor(TIMES),
+        )
+        for prompt in prompts
+    }
+    GroupWriter(folder / "groups").write_shard(0, rows, texts, paths)
     store = GroupStore(folder / "groups")
     header = Header("made_up", "1", store.contents)
     ids = [image for prompt in prompts for image in store.image_ids(prompt.id)]
@@ -72,23 +89,27 @@ def wait(device: torch.device) -> None:
 
 
 def floor_seconds(learner: Learner, step: int) -> float:
-    """The passes alone, micro-batch by micro-batch, on inputs made beforehand."""
-    visits, model, total = learner.visits.at(step), learner.model, 0.0
+    """The passes alone, batch by batch, on inputs made beforehand."""
+    visits, model, objective, total = learner.visits.at(step), learner.model, learner.objective, 0.0
     size = learner.config.micro_batch_groups or len(visits)
     for first in range(0, len(visits), size):
-        batch = learner.batches.of(visits[first : first + size])
-        x_t = ((1 - batch.t) * batch.x0 + batch.t * batch.eps).flatten(0, 1)
-        t = batch.t.flatten()
-        with torch.no_grad(), model.adapter_disabled():
+        if objective.kind == "trajectory":
+            inputs = [(one.x, one.t, one.text) for one in learner.transitions.of(visits[first : first + size])[1]]
+            others = objective.uses_base + objective.uses_old_mean
+        else:
+            batch = learner.batches.of(visits[first : first + size])
+            x_t = ((1 - batch.t) * batch.x0 + batch.t * batch.eps).flatten(0, 1)
+            inputs = [(x_t, batch.t.flatten(), batch.text)]
+            others = objective.uses_reference + objective.uses_base
+        for x, t, text in inputs:
             wait(model.device)
             start = time.perf_counter()
-            model.velocity(x_t, t, batch.text, **learner.geometry)
+            for _ in range(others):
+                with torch.no_grad(), model.adapter_disabled():
+                    model.velocity(x, t, text, **learner.geometry)
+            model.velocity(x, t, text, **learner.geometry).square().mean().backward()
             wait(model.device)
             total += time.perf_counter() - start
-        start = time.perf_counter()
-        model.velocity(x_t, t, batch.text, **learner.geometry).square().mean().backward()
-        wait(model.device)
-        total += time.perf_counter() - start
     learner.optimizer.zero_grad()
     return total
 
@@ -101,6 +122,39 @@ def step_seconds(learner: Learner, step: int, log: MetricsLog) -> float:
     return time.perf_counter() - start
 
 
+def measured(
+    objective: str, arguments: argparse.Namespace, model: FlowModel, folder: Path, sampling: dict[str, int | float]
+) -> dict[str, float | list[float]]:
+    """Step over floor for one objective; k is 2 for DPO, the images a step are the same for all."""
+    k = 2 if objective == "dpo" else arguments.k
+    groups = arguments.groups * arguments.k // k
+    config = TrainConfig(
+        objective=objective, k=k, groups_per_step=groups, micro_batch_groups=arguments.micro, rank=arguments.rank
+    )
+    options = sampling | {"sampler": "flow_grpo", "noise_level": 0.7}
+    learner, _ = prepare(config, model, folder / "groups", folder / "rewards.parquet", seed=0, sampling=options)
+    floors, steps = [], []
+    with MetricsLog(folder / "metrics.jsonl", resumed=None) as log:
+        for step in range(1, arguments.repeats + 3):
+            if step % 2:  # in turns, so that a drift of the machine's speed favours neither
+                floors.append(floor_seconds(learner, step))
+                steps.append(step_seconds(learner, step, log))
+            else:
+                steps.append(step_seconds(learner, step, log))
+                floors.append(floor_seconds(learner, step))
+    floors, steps = floors[2:], steps[2:]  # the first two warm up
+    ratios = [step / floor for step, floor in zip(steps, floors, strict=True)]
+    found: dict[str, float | list[float]] = {
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
+        "step_seconds": round(statistics.median(steps), 5),
+        "floor_seconds": round(statistics.median(floors), 5),
+        "images_per_second": round(groups * k / statistics.median(steps), 2),
+    }
+    print(objective, found, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's folder or Hub id; default: the tiny model's shape, untrained")
@@ -109,6 +163,8 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=32)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--length", type=int, default=24, help="text length")
+    parser.add_argument("--objectives", nargs="+", default=["gdro"], help="names, or all")
+    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--k", type=int, default=6)
     parser.add_argument("--groups", type=int, default=16, help="groups a step")
     parser.add_argument("--micro", type=int, help="groups a forward pass; default: all")
@@ -128,26 +184,10 @@ def main() -> None:
         sampling: dict[str, int | float] = {"height": arguments.height, "width": arguments.width}
         sampling |= {"max_sequence_length": arguments.length, "guidance_scale": 3.5}
         made_up_groups(folder, model, arguments.groups, 2 * arguments.k, sampling)
-        config = TrainConfig(k=arguments.k, groups_per_step=arguments.groups, micro_batch_groups=arguments.micro)
-        learner, _ = prepare(config, model, folder / "groups", folder / "rewards.parquet", seed=0, sampling=sampling)
-        floors, steps = [], []
-        with MetricsLog(folder / "metrics.jsonl", resumed=None) as log:
-            for step in range(1, arguments.repeats + 3):
-                if step % 2:  # in turns, so that a drift of the machine's speed favours neither
-                    floors.append(floor_seconds(learner, step))
-                    steps.append(step_seconds(learner, step, log))
-                else:
-                    steps.append(step_seconds(learner, step, log))
-                    floors.append(floor_seconds(learner, step))
-    floors, steps = floors[2:], steps[2:]  # the first two warm up
-    ratios = [step / floor for step, floor in zip(steps, floors, strict=True)]
-    step_time, floor_time = statistics.median(steps), statistics.median(floors)
+        names = list(OBJECTIVES) if arguments.objectives == ["all"] else arguments.objectives
+        ratios = {name: measured(name, arguments, model, folder, sampling) for name in names}
     result = {
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
-        "step_seconds": round(step_time, 5),
-        "floor_seconds": round(floor_time, 5),
-        "images_per_second": round(arguments.groups * arguments.k / step_time, 2),
+        "objectives": ratios,
         "repeats": arguments.repeats,
         "settings": {key: value for key, value in vars(arguments).items() if key not in ("out", "model")},
         "model": "tiny, untrained" if arguments.model is None else Path(arguments.model).name,

@@ -19,7 +19,7 @@ REWARDS = {
 
 
 def visits(rewards: dict[str, torch.Tensor] = REWARDS, **changes: Any) -> Visits:
-    options: dict[str, Any] = {"k": 6, "subset": "spread", "groups_per_step": 3, "seed": 0, "where": "rewards"}
+    options: dict[str, Any] = {"k": 6, "subset": "spread", "groups_per_step": 3, "seed": 0}
     return Visits(rewards, **(options | changes))
 
 
@@ -97,8 +97,24 @@ def test_groups_without_spread_are_left_out_and_counted() -> None:
 def test_bad_groups_are_refused() -> None:
     with pytest.raises(UserError, match=r"train\.k: 17, but group distinct has 16 images; expected at most 16"):
         visits(k=17)
-    with pytest.raises(UserError, match="rewards: the rewards are equal within each of 1 groups"):
-        visits({"flat": torch.ones(16)})
+
+
+def test_without_a_ranking_there_is_nothing_to_visit() -> None:
+    shown = visits({"flat": torch.ones(16)})
+    assert (shown.excluded, shown.at(1)) == (1, [])
+
+
+def test_advantages_are_those_of_the_whole_group() -> None:
+    """Of the 6 images of a visit each has the advantage that it has among all 16 of its group."""
+    for visit in visits({"distinct": REWARDS["distinct"]}, advantage="group").at(1):
+        r = REWARDS["distinct"]
+        expected = (r - r.mean()) / (r.std(correction=0) + 1e-4)
+        torch.testing.assert_close(visit.advantages, expected[visit.images])
+
+
+def test_a_round_starts_its_own_epochs() -> None:
+    later = visits(done=10)
+    assert sorted(v.group for step in range(11, 19) for v in later.at(step)) == sorted([*REWARDS] * 6)
 
 
 @pytest.fixture
