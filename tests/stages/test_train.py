@@ -134,10 +134,11 @@ def test_the_gradient_is_the_weighted_sum_of_error_gradients(flux: Any, toy: tup
     one.optimizer.zero_grad()
     batch = one.batches.of([visit])
     seen = noised(one, batch, base=False, reference=True)
-    assert one.config.beta and one.config.tau and one.config.gamma
-    s = implicit_reward(seen.d, seen.d_ref, one.config.beta)
-    coefficients = one.config.beta * gdro_weights(s, batch.rewards, one.config.tau)
-    coefficients[:, 0] += one.config.gamma
+    beta, tau, gamma = 12.0, 0.05, 0.5
+    assert (one.config.beta, one.config.tau, one.config.gamma) == (beta, tau, gamma)
+    s = implicit_reward(seen.d, seen.d_ref, beta)
+    coefficients = beta * gdro_weights(s, batch.rewards, tau)
+    coefficients[:, 0] += gamma
     (coefficients.float() * seen.d).sum().backward()
     for name, parameter in one.parameters.items():
         assert parameter.grad is not None

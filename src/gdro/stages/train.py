@@ -208,7 +208,8 @@ def prepare(
             f"model: {model.name} has latents {expected} at {width}x{height}, those in {groups} are {found}"
         )
 
-    model.add_adapter(rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=seed)
+    if not place.number or not model.adapter():  # a later round's is the one in use, and gets a checkpoint's weights
+        model.add_adapter(rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=seed)
     parameters = model.adapter()
     joined = Joined(stores)
     learner = Learner(
