@@ -104,8 +104,9 @@ class Run:
             _say(f"sample: finished before, {self.groups}")
             return
         number = self.round
-        for old in range(number - self.config.rounds.keep + 1):  # never trained on again
-            discard_trajectories(self._folder(old) / "groups")
+        over = number - self.config.rounds.keep  # a round never trained on again
+        if over >= 0:
+            discard_trajectories(self._folder(over) / "groups")
         if number:
             self._carry(self._place(number))
         sample(self.config.sample, self.model, self.due(number), self.groups, seed=self.config.seed, round=number)
@@ -221,20 +222,24 @@ class Run:
 
     @property
     def scores(self) -> Path:
-        """The file of rewards to train on: an imported one unless the reward has scored the groups itself."""
-        own = self._scores(self.round)
-        return self.imported if not self.round and self.imported.exists() and not own.exists() else own
+        """The file of rewards to train on in that round."""
+        return self._scores(self.round)
 
     def _folder(self, round: int) -> Path:
         return self.out / "rounds" / f"{round:04d}" if round else self.out
 
     def _scores(self, round: int) -> Path:
-        return self._folder(round) / "rewards" / f"{self.reward.name}.parquet"
+        """A round's rewards: of round 0 the imported ones, unless the reward has scored its groups itself."""
+        own = self._folder(round) / "rewards" / f"{self.reward.name}.parquet"
+        return self.imported if not round and self.imported.exists() and not own.exists() else own
 
     def due(self, round: int) -> list[Prompt]:
-        """The prompts of a round: all, or the next `rounds.prompts` of an epoch, which is a new order each time."""
+        """The prompts of a round: all, or the next `rounds.prompts` of an epoch, which is a new order each time.
+
+        Imported groups are round 0, whole.
+        """
         prompts, count = self.prompts["train"], self.config.rounds.prompts
-        if count is None:
+        if count is None or (not round and self.imported.exists()):
             return prompts
         epoch, place = divmod(round, len(prompts) // count)
         order = torch.randperm(len(prompts), generator=torch_rng(self.config.seed, "round/prompts", epoch)).tolist()

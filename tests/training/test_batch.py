@@ -107,7 +107,7 @@ def test_without_a_ranking_there_is_nothing_to_visit() -> None:
 def test_advantages_are_those_of_the_whole_group() -> None:
     """Of the 6 images of a visit each has the advantage that it has among all 16 of its group."""
     for visit in visits({"distinct": REWARDS["distinct"]}, advantage="group").at(1):
-        r = REWARDS["distinct"]
+        r = REWARDS["distinct"].double()
         expected = (r - r.mean()) / (r.std(correction=0) + 1e-4)
         torch.testing.assert_close(visit.advantages, expected[visit.images])
 
