@@ -115,7 +115,7 @@ def _check_files(job: Run) -> None:
         store = GroupStore(job.groups)
         if "train" in job.stages:
             check_sampling(store, job.sampling)
-            if job.config.train.loss.kind == "trajectory" and not job.is_trained():
+            if job.config.train.loss.kind == "trajectory" and not {"sample"} & set(job.stages):
                 store.trajectory(store.group_ids[0])  # refused if there is none
         if "train" in job.stages and "sample" not in job.stages and not job.is_sampled():
             raise UserError(
@@ -137,8 +137,8 @@ def _check_version(job: Run, begun: set[str]) -> None:
     trained = "train" in begun
     if not {"score", "train"} & set(job.stages) or ("score" in job.stages and not trained):
         return
-    path = job.scores
-    if path == job.imported or not path.exists():
+    path = job.scored()
+    if path is None or path == job.imported:
         return
     version, now = read_header(path).version, job.reward.version
     if version != now:

@@ -132,10 +132,16 @@ def _check_across(config: RunConfig) -> None:
         ),
     ]
     if rounds.train_steps is None:
+        moving = config.sample.window in ("random", "sliding")
+        what = f'sample.window is "{config.sample.window}", but rounds.train_steps is null, so there is one round'
+        refused.append((moving, f"{what} and one window; expected fixed, or rounds.train_steps"))
         for field, kind in RoundsConfig.model_fields.items():
             value = getattr(rounds, field)
             what = f"rounds.{field} is {_show(value)}, but rounds.train_steps is null, so there is one round"
             refused.append((value != kind.default, f"{what}; expected its optimizer steps"))
+    elif train.resume_from_checkpoint != "latest":
+        what = f"train.resume_from_checkpoint is {_show(train.resume_from_checkpoint)}"
+        refused.append((True, f"{what}; expected latest in a run of several rounds"))
     if objective.kind == "trajectory":
         what = f"train.objective is {_show(train.objective)}, which learns from stochastic steps"
         refused += [
@@ -148,10 +154,13 @@ def _check_across(config: RunConfig) -> None:
                 f'rounds.generator is {_show(rounds.generator)}; expected "policy" for {name}',
             ),
             (
-                objective.uses_old_mean and rounds.keep > 1,
-                f"rounds.keep is {rounds.keep}; expected 1 for {name}",
+                rounds.keep > 1,
+                f"rounds.keep is {rounds.keep}; expected 1 for {name}, which learns from its own steps",
             ),
         ]
+        for field in ("timestep", "timestep_scope", "noise_scope"):
+            value, default = getattr(train, field), type(train).model_fields[field].default
+            refused.append((value != default, f"train.{field} is {_show(value)}; expected {_show(default)} for {name}"))
     else:
         fixed = objective.fixed_k
         refused += [

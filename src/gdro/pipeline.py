@@ -30,8 +30,8 @@ from gdro.samplers.generate import group_id
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.sample import sample
 from gdro.stages.score import score
-from gdro.stages.train import Round, generator_weights, train
-from gdro.training.checkpoint import checkpoint_path, load_checkpoint, steps_saved, stopped_at
+from gdro.stages.train import Round, generator_weights, over, train
+from gdro.training.checkpoint import checkpoint_path, load_checkpoint, mark_stopped, steps_saved, stopped_at
 
 ROUND = ("sample", "score", "train")
 STAGES = (*ROUND, "evaluate", "export", "report")
@@ -47,6 +47,8 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
         check(job)
         again = [stage for stage in stages if stage in ROUND]
         while True:
+            if "train" in again:
+                job.settle()
             for stage in again:
                 job.do(stage)
             if again != list(ROUND) or job.is_trained():
@@ -100,15 +102,17 @@ class Run:
     # ---- stages
 
     def sample(self) -> None:
-        if self.is_sampled():
+        number = self.round
+        if number == 0 and self.is_sampled():
             _say(f"sample: finished before, {self.groups}")
             return
-        number = self.round
         over = number - self.config.rounds.keep  # a round never trained on again
         if over >= 0:
             discard_trajectories(self._folder(over) / "groups")
+        if self._lacks_trajectories():  # the run went back to an earlier checkpoint
+            discard(self.groups)
         if number:
-            self._carry(self._place(number))
+            self._carry(self._place(number))  # groups that other weights left there are refused
         sample(self.config.sample, self.model, self.due(number), self.groups, seed=self.config.seed, round=number)
 
     def score(self) -> None:
@@ -225,6 +229,11 @@ class Run:
         """The file of rewards to train on in that round."""
         return self._scores(self.round)
 
+    def scored(self) -> Path | None:
+        """The latest file of rewards there is."""
+        files = (self._scores(number) for number in range(self.round, -1, -1))
+        return next((file for file in files if file.exists()), None)
+
     def _folder(self, round: int) -> Path:
         return self.out / "rounds" / f"{round:04d}" if round else self.out
 
@@ -252,6 +261,7 @@ class Run:
         calls = sample.num_inference_steps * sample.images_per_prompt  # per prompt; more for a second-order solver
         if sample.scheduler == "FlowMatchHeunDiscreteScheduler":
             calls += (sample.num_inference_steps - 1) * sample.images_per_prompt
+        sampled = [calls * len(self.due(i)) if i or not self.imported.exists() else 0 for i in range(number + 2)]
         return Round(
             number=number,
             done=done,
@@ -261,7 +271,8 @@ class Run:
                 for old in range(max(0, number - rounds.keep + 1), number)
             ],
             generator=rounds.generator,
-            sampled=calls * sum(len(self.due(old)) for old in range(number + 1)),
+            sampled=sum(sampled[:-1]),
+            ahead=sampled[-1] if rounds.train_steps else 0,
             seconds=lambda: {stage: self.clock.seconds.get(stage, 0.0) for stage in ROUND},
         )
 
@@ -284,6 +295,11 @@ class Run:
         }
         return {stage for stage, there in left.items() if there}
 
+    def _lacks_trajectories(self) -> bool:
+        """Whether the round's groups are to be learnt from step by step, but only the images are left."""
+        wanted = self.config.train.loss.kind == "trajectory" and self.config.rounds.train_steps is not None
+        return wanted and any(self.groups.glob("*.parquet")) and not GroupStore(self.groups).has_trajectories
+
     def is_sampled(self) -> bool:
         """Whether the round's groups are whole, and those of its prompts."""
         number, groups = self.round, self.groups
@@ -294,6 +310,18 @@ class Run:
         """Whether a file of groups is missing among the others."""
         names = sorted(path.name for path in self.groups.glob("groups-*.parquet"))
         return names != [f"groups-{i:05d}.parquet" for i in range(len(names))]
+
+    def settle(self) -> None:
+        """Note that training is over if the last checkpoint is past limits that were set since."""
+        steps = steps_saved(self.checkpoints)
+        if not steps or self.is_trained():
+            return
+        train, step = self.config.train, steps[-1]
+        place = self._place(self.config.rounds.of_step(step))
+        spent = load_checkpoint(checkpoint_path(self.checkpoints, step)).memory["evaluations"]
+        reason = over(train, place, step, spent)
+        if reason:
+            mark_stopped(self.checkpoints, step, reason, train)
 
     def is_trained(self) -> bool:
         """Whether training has come to its end: the last step, the target, or the budget."""

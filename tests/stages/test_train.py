@@ -133,7 +133,7 @@ def test_the_gradient_is_the_weighted_sum_of_error_gradients(flux: Any, toy: tup
     expected = {name: p.grad.clone() for name, p in one.parameters.items() if p.grad is not None}
     one.optimizer.zero_grad()
     batch = one.batches.of([visit])
-    seen = noised(one, batch, base=False, reference=True)
+    seen = noised(one, batch, base=False, reference="base")
     beta, tau, gamma = 12.0, 0.05, 0.5
     assert (one.config.beta, one.config.tau, one.config.gamma) == (beta, tau, gamma)
     s = implicit_reward(seen.d, seen.d_ref, beta)

@@ -22,6 +22,8 @@ from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
 from gdro.rewards.store import read_rewards
+from gdro.rundir import read_json
+from gdro.samplers.generate import STARTED
 from gdro.training.batch import Batches, Joined, Visits
 from gdro.training.checkpoint import (
     Checkpoint,
@@ -37,7 +39,7 @@ from gdro.training.checkpoint import (
     save_checkpoint,
 )
 from gdro.training.config import MAY_CHANGE, TrainConfig
-from gdro.training.ema import Ema
+from gdro.training.ema import Ema, carrying
 from gdro.training.log import DriftAlarm, MetricsLog, require_trackers
 from gdro.training.step import Learner, check_reference, train_step
 from gdro.training.transitions import Transitions
@@ -55,6 +57,7 @@ class Round:
     kept: Sequence[tuple[Path, Path]] = ()  # (groups, rewards) of earlier rounds that are trained on too
     generator: str = "policy"  # whose weights sampled it
     sampled: int = 0  # model evaluations spent on sampling so far, this round's included
+    ahead: int = 0  # those that sampling the next round would cost
     seconds: Callable[[], Mapping[str, float]] = dict  # wall seconds by stage so far, for the log
 
 
@@ -89,6 +92,7 @@ def train(
         start, memory = checkpoint.step, checkpoint.memory
     if place.done:
         learner.generator = generator_weights(folder, place)
+        _check_sampler(model, learner.generator, GroupStore(groups))
     alarm, best = DriftAlarm(config.alarm_drift, **memory["alarm"]), memory["best"]
     spent: int = memory["evaluations"]
     validate = validate if config.validation_steps else None
@@ -96,9 +100,6 @@ def train(
     until = config.max_train_steps if place.last is None else place.last
     sweep(folder)
     mark_best(folder, best)
-    if start and (reason := _over(config, start, place.sampled + spent)):  # by limits set since
-        mark_stopped(folder, start, reason, config)
-        return
 
     log = MetricsLog(out / "metrics.jsonl", resumed=start if checkpoint else None, report_to=config.report_to)
     with log, Progress(_label(place), until, "step", done=start) as progress:
@@ -124,7 +125,7 @@ def train(
                 check_reference(learner, step, figures)
                 checked = True
 
-            reason = _over(config, step, place.sampled + spent)
+            reason = over(config, place, step, spent)
             found, improved = None, False
             if validate and (reason or step % config.validation_steps == 0):
                 found = validated(step)
@@ -198,6 +199,7 @@ def prepare(
         advantage=config.advantage,
         advantage_exponent=config.advantage_exponent or 0.0,
         done=place.done,
+        once=objective.kind == "trajectory",
     )
     if not visits.rewards and place.last is None:  # with rounds to come, this one merely teaches nothing
         raise UserError(f"{rewards}: the rewards are equal within each of {len(scores)} groups; expected some spread")
@@ -261,18 +263,39 @@ def prepare(
 
 def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
     """Raise UserError if `store` was made with other settings than `sampling`'s."""
+    made = {**store.settings, **_stochastic(store)}
     for field, value in sampling.items():
-        if field in store.settings and store.settings[field] != value:
+        if field in made and made[field] != value:
             raise UserError(
                 f"sample.{field}: {value!r}, but the groups in {store.folder} were made with "
-                f"{store.settings[field]!r}; training must use the same"
+                f"{made[field]!r}; training must use the same"
             )
+
+
+def _stochastic(store: GroupStore) -> dict[str, Any]:
+    """How the trajectories in the store were sampled, if there are any: training repeats their steps."""
+    if not store.has_trajectories:
+        return {}
+    begun = read_json(store.folder / STARTED)
+    level = begun["settings"]["noise_level"] if begun else None
+    return {"sampler": store.shards[0].sampler} | ({} if level is None else {"noise_level": level})
 
 
 def generator_weights(folder: Path, round: Round) -> Mapping[str, Tensor]:
     """The adapter that samples a later round: of the checkpoint in `folder` that ended the one before."""
     checkpoint = load_checkpoint(checkpoint_path(folder, round.done))
     return checkpoint.ema if round.generator == "ema" else checkpoint.adapter
+
+
+def _check_sampler(model: FlowModel, weights: Mapping[str, Tensor], store: GroupStore) -> None:
+    """Raise UserError if a later round was sampled by other weights than `weights`."""
+    with carrying(model, weights):
+        expected = model.weights
+    if store.settings["revision"] != expected:
+        raise UserError(
+            f"{store.folder} was sampled by the weights {store.settings['revision']}, not by those that ended the "
+            f"round before, {expected}; delete {store.folder.parent} to sample the round again"
+        )
 
 
 def _check_same(checkpoint: Checkpoint, settings: Mapping[str, Any], round: Round) -> None:
@@ -288,10 +311,14 @@ def _restore(learner: Learner, checkpoint: Checkpoint) -> None:
     load_optimizer(learner.optimizer, list(learner.parameters), checkpoint.optimizer)
 
 
-def _over(config: TrainConfig, step: int, evaluations: int) -> str:
-    """Why the run ends with this step, or nothing."""
-    if step == config.max_train_steps:
+def over(config: TrainConfig, round: Round, step: int, spent: int) -> str:
+    """Why the run ends with this step of the round, training having cost `spent` model evaluations; or nothing.
+
+    A round is not begun if its sampling alone would reach the budget.
+    """
+    if step >= config.max_train_steps:
         return "max_train_steps"
+    evaluations = round.sampled + spent + (round.ahead if step == round.last else 0)
     if config.max_evaluations is not None and evaluations >= config.max_evaluations:
         return "max_evaluations"
     return ""

@@ -44,7 +44,8 @@ class Visits:
     the worst k // 2.
 
     advantage: a kind of `objectives.advantage.advantages`, or None. `done`: steps before the round; its epochs start
-    after them.
+    after them. `once`: no group twice in a step, however few there are; without it a small round is visited again,
+    with new noise.
     """
 
     def __init__(
@@ -58,23 +59,25 @@ class Visits:
         advantage: str | None = None,
         advantage_exponent: float = 0.0,
         done: int = 0,
+        once: bool = False,
     ) -> None:
         self.rewards = {group: r.double() for group, r in rewards.items() if bool((r != r[0]).any())}
         self.excluded = len(rewards) - len(self.rewards)
-        self.k, self.subset, self.groups_per_step, self.seed = k, subset, groups_per_step, seed
+        self.k, self.subset, self.seed = k, subset, seed
         self.advantage, self.advantage_exponent, self.done = advantage, advantage_exponent, done
         for group, r in rewards.items():
             if len(r) < k:
                 raise UserError(f"train.k: {k}, but group {group} has {len(r)} images; expected at most {len(r)}")
         self._groups = list(self.rewards)
+        self._per_step = min(groups_per_step, len(self._groups)) if once else groups_per_step
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def at(self, step: int) -> list[Visit]:
         """The visits of a step, counted from 1; none if no group carries a ranking."""
         if not self._groups:
             return []
-        first = (step - 1 - self.done) * self.groups_per_step
-        groups = [self._group(first + slot) for slot in range(self.groups_per_step)]
+        first = (step - 1 - self.done) * self._per_step
+        groups = [self._group(first + slot) for slot in range(self._per_step)]
         rewards = [self.rewards[group] for group in groups]
         if self.advantage is None:
             values = [torch.zeros_like(r) for r in rewards]

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -62,12 +62,20 @@ class MetricsLog:
         except OSError as error:
             raise UserError(f"{self._file.name} could not be written: {error.strerror}") from error
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{under or 'train'}/{name}", float(value), step)
+            for name, value in _scalars(under or "train", values):
+                self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Force the rows to disk; called before a checkpoint, so that none holds a step the log lacks."""
         os.fsync(self._file.fileno())
+
+
+def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(f"{prefix}/{name}", value)
+        else:
+            yield f"{prefix}/{name}", float(value)
 
 
 def _rows_until(path: Path, step: int) -> bytes:

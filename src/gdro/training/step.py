@@ -55,18 +55,18 @@ class Learner:
 def train_step(learner: Learner, step: int) -> dict[str, float]:
     """One update of the adapter and its EMA; the step's figures, means over the groups that carry a ranking.
 
-    A step without any such group changes nothing but the EMA. Raises UserError, before anything is changed, if the loss
-    or gradient is not finite.
+    A step without any such group costs nothing and changes nothing but the EMA. Raises UserError, before anything is
+    changed, if the loss or gradient is not finite.
     """
     config = learner.config
     visits = learner.visits.at(step)
     ranked = sum(visit.ranked for visit in visits)
     size = config.micro_batch_groups or len(visits)
     totals: dict[str, Tensor] = {}
-    for first in range(0, len(visits), size or 1):
-        figures = backward(learner, visits[first : first + size], max(1, ranked))
+    for first in range(0, len(visits), size) if ranked else ():
+        figures = backward(learner, visits[first : first + size], ranked)
         totals = {name: totals[name] + value for name, value in figures.items()} if totals else figures
-    if visits:
+    if ranked:
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), config.max_grad_norm)
 
     names = list(totals)
@@ -78,7 +78,7 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
                 f"{means[name]} at step {step}; expected a finite number. Try a smaller rate with another --out; "
                 "copy groups/ and rewards/ there"
             )
-    if visits:
+    if ranked:
         learner.optimizer.step()
         learner.optimizer.zero_grad()
     learner.ema.update(learner.parameters, ema_decay(step, warmup=config.ema_warmup, decay=config.ema_decay))
@@ -99,7 +99,10 @@ def _backward_noised(
     learner: Learner, objective: ForwardObjective, visits: Sequence[Visit], ranked: int
 ) -> dict[str, Tensor]:
     batch = learner.batches.of(visits)
-    seen = noised(learner, batch, base=objective.uses_base, reference=objective.uses_reference)
+    reference: str | None = learner.config.reference if objective.uses_reference else None
+    if reference == "round" and visits[0].step == learner.done + 1:
+        reference = "policy"  # nothing was learnt since sampling
+    seen = noised(learner, batch, base=objective.uses_base, reference=reference)
     loss, figures = objective.loss(seen)
     share = batch.ranked / ranked
     (loss * share).sum().backward()
@@ -126,29 +129,31 @@ def _backward_along(
     return totals
 
 
-def noised(learner: Learner, batch: Batch, *, base: bool, reference: bool) -> Noised:
-    """The velocities of policy, reference and base on the same x_t; only the policy's with gradient."""
+def noised(learner: Learner, batch: Batch, *, base: bool, reference: str | None) -> Noised:
+    """The velocities of policy, reference and base on the same x_t; only the policy's with gradient.
+
+    reference: whose weights (`Learner.carrying`), "policy" for the policy's own velocities, None for none.
+    """
     shape = batch.x0.shape
     x_t = (1 - batch.t) * batch.x0 + batch.t * batch.eps
     flat, t = x_t.flatten(0, 1), batch.t.flatten()
 
-    def velocity(kind: str | None) -> Tensor | None:
-        if kind is None:
-            return None
+    def velocity(kind: str) -> Tensor:
         with torch.no_grad(), learner.carrying(kind):
             return learner.velocity(flat, t, batch.text).view(shape)
 
-    wanted = learner.config.reference if reference else None
-
+    given = None if reference in (None, "policy") else velocity(reference)
+    of_base = velocity("base") if base else None
+    policy = learner.velocity(flat, t, batch.text).view(shape)
     return Noised(
         rewards=batch.rewards,
         advantages=batch.advantages,
         t=t.view(shape[:2]),
         x_t=x_t,
         v=batch.eps - batch.x0,
-        reference=velocity(wanted),
-        base=velocity("base" if base else None),
-        policy=learner.velocity(flat, t, batch.text).view(shape),
+        policy=policy,
+        reference=policy.detach() if reference == "policy" else given,
+        base=of_base,
     )
 
 
@@ -171,9 +176,10 @@ def transition(learner: Learner, objective: TrajectoryObjective, batch: Transiti
     old_mean = mean_of("round") if objective.uses_old_mean and not fresh else None
     mean, std = moments()
     now = log_prob(batch.x_next, mean, std)
+    old = batch.log_prob if old_mean is None else log_prob(batch.x_next, old_mean, std.detach())
     return Transition(
         log_prob=now,
-        old_log_prob=now.detach() if fresh else batch.log_prob,
+        old_log_prob=now.detach() if fresh else old,
         advantage=batch.advantages,
         mean=mean,
         base_mean=base_mean,
@@ -197,9 +203,9 @@ def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -
         )
     with torch.no_grad():
         batch = learner.batches.of(learner.visits.at(step)[:1])
-        seen = noised(learner, batch, base=True, reference=False)
+        seen = noised(learner, batch, base=True, reference=None)
         with carrying(learner.model, {name: 2 * value.detach() for name, value in learner.parameters.items()}):
-            again = noised(learner, batch, base=True, reference=False)
+            again = noised(learner, batch, base=True, reference=None)
     gap = (seen.d - seen.d_base).abs().max()
     if gap == 0:
         raise RuntimeError("after an update the policy equals the reference: the adapter has no effect")

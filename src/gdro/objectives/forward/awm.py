@@ -10,7 +10,7 @@ from gdro.objectives.base import Advantage, Loss, Noised, Reference, clipped_sur
 class Awm:
     """mean max(-A rho, -A clip(rho)), rho = exp(d_old - d); at policy = old its gradient is mean A grad d.
 
-    Defaults: the authors', whose clip_range 1 all but leaves rho free.
+    Without the weighting of timesteps and the KL terms of the authors' code; their clip_range 1 hardly binds.
     """
 
     clip_range: float = 1.0

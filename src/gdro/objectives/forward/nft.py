@@ -10,7 +10,10 @@ from gdro.objectives.base import Advantage, Loss, Noised, Reference, given, velo
 
 @dataclass(frozen=True)
 class Nft:
-    """Defaults: the authors'; they take mix 0.1 for OCR. `kl_weight` 0 spares the evaluation of the base."""
+    """The paper's loss; code of it has a factor 5 / b before the main term, which makes the KL weaker by as much.
+
+    Defaults: the authors'; they take mix 0.1 for OCR. `kl_weight` 0 spares the evaluation of the base.
+    """
 
     mix: float = 1.0
     kl_weight: float = 1e-4

@@ -34,8 +34,13 @@ class FlowGrpo:
         figures = {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
         if self.kl_weight == 0:
             return loss, figures
-        kl = step_kl(seen.mean, given(seen.base_mean), seen.std)
+        kl = drift_kl(seen.mean, given(seen.base_mean), seen.std, seen.dt)
         return loss + self.kl_weight * kl, figures | {"kl": kl.detach()}
+
+
+def drift_kl(mean: Tensor, base_mean: Tensor, std: Tensor, dt: float | Tensor) -> Tensor:
+    """The step's KL times -dt, (n,): as the authors' code weighs it, whose std leaves sqrt(-dt) out."""
+    return step_kl(mean, base_mean, std) * -dt
 
 
 def step_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
