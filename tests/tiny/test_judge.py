@@ -11,7 +11,7 @@ from gdro.rng import numpy_rng
 from gdro.tiny import world
 from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
-from gdro.tiny.vision import see
+from gdro.tiny.vision import TinyDetector, see
 
 COUNT = 48
 AXES = ("alignment", "coherence", "style")
@@ -53,6 +53,39 @@ DAMAGE = {
 def test_true_pictures_are_graded_high(task):
     prompts = tiny_prompts(f"tiny:{task}:validation:{COUNT}")
     assert min(grade(prompts, pictures(prompts)).values()) > 4.6
+
+
+@pytest.mark.parametrize("tag", world.TAGS)
+def test_true_pictures_of_every_tag_are_graded_near_the_top(tag):
+    """And slightly soft ones, as a trained model draws them, are still well-formed pictures of the world."""
+    prompts = [p for p in tiny_prompts("tiny:geneval:validation:150") if p.fields["tag"] == tag]
+    clean = pictures(prompts)
+    assert min(grade(prompts, clean).values()) > 4.7
+    assert grade(prompts, [cv2.GaussianBlur(image, (0, 0), 0.5) for image in clean])["coherence"] > 4.5
+
+
+def patch(height, width):
+    """A red patch where a red square was asked for."""
+    image = world.draw_wall("gray")
+    image[4 : 4 + height, 4 : 4 + width] = world.COLORS["red"]
+    return Image.fromarray(image.astype(np.uint8))
+
+
+def test_a_patch_of_another_size_is_a_malformed_square():
+    scene = {"wall": "gray", "word": None, "objects": [{"shape": "square", "color": "red", "count": 1}]}
+    prompt = Prompt("0", "a red square on a gray wall", {"scene": {**scene, "position": None}})
+    sizes = [(10, 10), (7, 7), (5, 5), (16, 16), (22, 22), (10, 19), (10, 55)]
+    grades = TinyJudge()([patch(*size) for size in sizes], [prompt] * len(sizes))
+    for axis, loss in (("alignment", 0.5), ("coherence", 0.4)):
+        assert grades[axis][0] > 4.7
+        assert (grades[axis][1:] < grades[axis][0] - loss).all(), (axis, grades[axis])
+        assert grades[axis][1] > grades[axis][2]
+        assert grades[axis][3] > grades[axis][4]
+
+
+def test_a_bar_is_no_shape_of_any_kind():
+    kinds = [[d.label for d in found] for found in TinyDetector()([patch(10, 20), patch(10, 21), patch(25, 10)], [])]
+    assert kinds == [["square"], [], []]
 
 
 @pytest.mark.parametrize("task", ["ocr", "geneval"])

@@ -4,6 +4,7 @@ The mean of its axes falls with the strength, and no axis is taken in by any.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import cv2
@@ -181,29 +182,104 @@ def repeated(image: np.ndarray, strength: float, rng: np.random.Generator) -> np
     return out
 
 
+def resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Every shape at another size, about its centre or as near to that as the picture's border allows."""
+    out, seen = image.astype(np.float32), see(image)
+    bare = world.draw_wall(seen.wall)
+    for shape in seen.shapes:
+        left, top, right, bottom = (*shape.box[:2], shape.box[0] + shape.box[2], shape.box[1] + shape.box[3])
+        around = slice(max(0, top - 1), bottom + 1), slice(max(0, left - 1), right + 1)
+        out[around] = bare[around]
+    for shape in seen.shapes:
+        mask = cv2.resize(world.shape_mask(shape.kind), (width, height), interpolation=cv2.INTER_AREA)
+        left = min(max(0, round(shape.center[0] - width / 2)), world.WIDTH - width)
+        top = min(max(0, round(shape.center[1] - height / 2)), world.HEIGHT - height)
+        world._blend(out, mask, top, left, world.COLORS[shape.color])
+    return out
+
+
+def small_shapes(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return resized(image, side := round(11 - 6 * strength), side) if strength else image
+
+
+def large_shapes(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return resized(image, side := round(11 + 11 * strength), side) if strength else image
+
+
+def bars(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return resized(image, round(11 + 44 * strength), 10) if strength else image
+
+
+def strays(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Free slots filled, up to all of them, with shapes of kinds that are not in the picture."""
+    out, shapes = image.astype(np.float32), see(image).shapes
+    slots = [(row * 15 + 3, column * 16 + 3) for row in (0, 1) for column in range(4)]
+    free = [(t, x) for t, x in slots if all(abs(s.center[0] - x - 5) + abs(s.center[1] - t - 5) > 12 for s in shapes)]
+    kinds = [kind for kind in world.SHAPES if kind not in {s.kind for s in shapes}]
+    for i in rng.permutation(len(free))[: round(strength * len(free))]:
+        world._blend(out, world.shape_mask(str(rng.choice(kinds))), *free[i], world.COLORS[_any_color(rng)])
+    return out
+
+
+def _any_color(rng: np.random.Generator) -> str:
+    return str(rng.choice(list(world.COLORS)))
+
+
+def other_wall(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    other = str(rng.choice([name for name in world.WALLS if name != see(image).wall]))
+    return toward(image, world.draw_wall(other), strength, wall(image)[0])
+
+
+def unasked_sign(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    out, letters = image.astype(np.float32), round(4 * strength)
+    if letters:
+        world._draw_sign(out, "BAKE"[:letters], 1 if np.mean([s.center[1] for s in see(image).shapes]) > 15 else 14, 3)
+    return out
+
+
 ANYWHERE: list[Damage] = [
     blur, grain, cloudy, posterised, flat_wall, no_baseboard, deep_grooves, washed_out_wall, dark_wall, oversaturated,
-    faded, contrast, sharpened, ghosts, marks, stray_letters,
+    faded, contrast, sharpened, ghosts, marks, stray_letters, other_wall,
 ]  # fmt: skip
 OF_SIGNS: list[Damage] = [oversized, bold, faint, tinted, plate_grows, small_letters, repeated]
-CASES = [(task, damage) for task in ("ocr", "geneval") for damage in ANYWHERE] + [("ocr", d) for d in OF_SIGNS]
+OF_SHAPES: list[Damage] = [small_shapes, large_shapes, bars, strays, unasked_sign]
+CASES = [
+    *(("ocr", damage) for damage in (*ANYWHERE, *OF_SIGNS)),
+    *(("geneval", damage) for damage in (*ANYWHERE, *OF_SHAPES)),
+]
 
 
-@pytest.mark.parametrize(
-    ("task", "damage"), CASES, ids=lambda value: value if isinstance(value, str) else value.__name__
-)
-def test_the_grades_fall_with_the_strength(task: str, damage: Damage) -> None:
+@cache
+def grades(task: str, damage: Damage) -> np.ndarray:
+    """(strengths, axes): the means over COUNT pictures."""
     prompts = tiny_prompts(f"tiny:{task}:validation:{COUNT}")
     clean = [world.render(p.fields["scene"], numpy_rng(1, "picture", i)) for i, p in enumerate(prompts)]
-    grades = []
+    rows = []
     for strength in STRENGTHS:
         spoilt = [damage(image, strength, numpy_rng(2, "damage", i)) for i, image in enumerate(clean)]
         images = [Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8)) for pixels in spoilt]
         found = TinyJudge()(images, prompts)
-        grades.append([found[axis].mean() for axis in AXES])
-    table = np.array(grades)
+        rows.append([found[axis].mean() for axis in AXES])
+    return np.array(rows)
+
+
+def name(value: Any) -> str:
+    return value if isinstance(value, str) else value.__name__
+
+
+@pytest.mark.parametrize(("task", "damage"), CASES, ids=name)
+def test_the_grades_fall_with_the_strength(task: str, damage: Damage) -> None:
+    table = grades(task, damage)
     assert table[0].min() > 4.7, table
     overall = table.mean(1)
     assert (np.diff(overall) < 0.08).all(), table  # where little is left to spoil, it may waver
     assert overall[-1] < overall[0] - 0.3, table
-    assert (table.max(0) <= table[0] + 0.1).all(), table
+    assert (table.max(0) <= table[0] + 0.15).all(), table  # some walls hide a little of the style
+
+
+@pytest.mark.parametrize("damage", [*OF_SHAPES, other_wall], ids=name)
+def test_what_genevals_corrected_score_looks_at_falls_too(damage: Damage) -> None:
+    """That score leaves alignment out, so these must show in coherence and style."""
+    table = grades("geneval", damage)[:, 1:]
+    assert (np.diff(table.mean(1)) < 0.08).all(), table
+    assert table[-1].mean() < table[0].mean() - 0.3, table

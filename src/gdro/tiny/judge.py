@@ -3,7 +3,8 @@
 It explains a picture as a scene of the world (a wall, at most one sign, shapes) by classical vision and grades
 
 * alignment: are the wall, the sign and the shapes the ones the prompt asked for, at their size;
-* coherence: how much of the picture that explanation accounts for (stray marks, malformed shapes, smears);
+* coherence: how much of the picture is accounted for by well-formed things, no more than were asked for: marks,
+  smears, malformed shapes, strays, a sign or a wall nobody asked for lower it;
 * style: the world's fine detail (grooves, baseboard), crispness of edges, and absence of grain.
 
 It never reads the word, so it cannot reward what the OCR reward rewards.
@@ -19,12 +20,24 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.prompts import Prompt
 from gdro.tiny import world
-from gdro.tiny.vision import DARK, VERSION, WALL, Seen, pixels_of, see
+from gdro.tiny.vision import DARK, VERSION, WALL, Seen, Shape, pixels_of, see
+
+SIDES = (world.SHAPE_SIZE - 3, world.SHAPE_SIZE + 1)  # of a shape as it is seen: soft edges hide up to three pixels
 
 
 def _ratio(found: float, wanted: float, sharpness: float = 2.0) -> float:
     """1 where found equals wanted, falling with the logarithm of their ratio."""
     return float(np.exp(-sharpness * abs(np.log(max(found, 1e-3) / wanted))))
+
+
+def _size_of_shape(shape: Shape) -> float:
+    """1 at the world's size, falling with each side's ratio to it."""
+    return float(np.prod([_ratio(side, float(np.clip(side, *SIDES))) for side in shape.box[2:]]))
+
+
+def _form_of_shape(shape: Shape) -> float:
+    """Is it a shape of this world: its outline and its size, for `see` stretches it before it compares outlines."""
+    return float(np.clip((shape.iou - 0.5) / 0.4, 0, 1)) * _size_of_shape(shape)
 
 
 def alignment(seen: Seen, scene: dict[str, Any]) -> float:
@@ -39,7 +52,8 @@ def alignment(seen: Seen, scene: dict[str, Any]) -> float:
         same = [s for s in seen.shapes if s.kind == item["shape"]]
         exact = [s for s in same if item["color"] in (None, s.color)]
         counted = [max(0.0, 1 - abs(len(found) - item["count"]) / item["count"]) for found in (same, exact)]
-        parts.append(sum(counted) / 2)
+        size = float(np.mean([_size_of_shape(s) for s in same])) if same else 0.0
+        parts.append(size * sum(counted) / 2)
     if scene["position"]:
         parts.append(_position_score(seen, scene))
     strays = max(0, len(seen.shapes) - wanted) + (seen.sign is not None and not scene["word"])
@@ -63,15 +77,32 @@ def _position_score(seen: Seen, scene: dict[str, Any]) -> float:
     return float(any(sign * (a.center[axis] - b.center[axis]) > 4 for a in first for b in second))
 
 
-def explain(image: np.ndarray, seen: Seen) -> np.ndarray:
-    """(32, 64, 3) float32: the picture as it would be if it were exactly what was seen in it."""
-    canvas = world.draw_wall(seen.wall)
-    for shape in seen.shapes:
+def asked_for(seen: Seen, scene: dict[str, Any]) -> list[Shape]:
+    """The shapes seen, at most as many as the scene has; those of its kinds and colours first, then the best formed.
+
+    Others stand in for asked ones that are missing: a wrong kind or colour is alignment's business.
+    """
+    rest = sorted(seen.shapes, key=_form_of_shape, reverse=True)
+    found: list[Shape] = []
+    for item in scene["objects"]:
+        same = sorted((s for s in rest if s.kind == item["shape"]), key=lambda s: item["color"] not in (None, s.color))
+        found += same[: item["count"]]
+        rest = [s for s in rest if s not in found]
+    return found + rest[: sum(item["count"] for item in scene["objects"]) - len(found)]
+
+
+def explain(image: np.ndarray, seen: Seen, shapes: Sequence[Shape], scene: dict[str, Any]) -> np.ndarray:
+    """(32, 64, 3) float32: the picture if it were exactly these shapes and the sign seen, on the wall asked for.
+
+    Without the sign, where none was asked for.
+    """
+    canvas = world.draw_wall(scene["wall"])
+    for shape in shapes:
         left, top, width, height = shape.box
         mask = cv2.resize(world.shape_mask(shape.kind), (width, height), interpolation=cv2.INTER_LINEAR)[:, :, None]
         region = canvas[top : top + height, left : left + width]
         region += mask * (np.asarray(world.COLORS[shape.color], np.float32) - region)
-    if seen.sign:
+    if seen.sign and scene["word"]:
         left, top, right, bottom = seen.sign
         canvas[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = world.FRAME
         plate = np.asarray(world.PLATE, np.float32)
@@ -83,21 +114,23 @@ def explain(image: np.ndarray, seen: Seen) -> np.ndarray:
     return canvas
 
 
-def coherence(image: np.ndarray, seen: Seen) -> float:
+def coherence(image: np.ndarray, seen: Seen, scene: dict[str, Any]) -> float:
     """How well the picture is explained, in [0, 1]: the wall (half), the sign and the shapes, as far as there are any.
 
-    Blind to soft edges one pixel wide.
+    What is missing costs nothing, what nobody asked for is part of the wall and spoils it. Blind to soft edges one
+    pixel wide.
     """
-    error = np.sqrt(((image - explain(image, seen)) ** 2).mean(-1))
+    shapes = asked_for(seen, scene)
+    error = np.sqrt(((image - explain(image, seen, shapes, scene)) ** 2).mean(-1))
     unexplained = np.clip((error - 12) / 60, 0, 1)
     outside = np.ones(error.shape, bool)
     parts: list[tuple[float, float]] = []
-    if seen.sign:
+    if seen.sign and scene["word"]:
         left, top, right, bottom = seen.sign
         outside[top:bottom, left:right] = False
         parts.append((0.25, _form_of_sign(seen) * np.exp(-4 * unexplained[~outside].mean())))
-    if seen.shapes:
-        parts.append((0.25, float(np.mean([np.clip((s.iou - 0.5) / 0.4, 0, 1) for s in seen.shapes]))))
+    if shapes:
+        parts.append((0.25, float(np.mean([_form_of_shape(s) for s in shapes]))))
     parts.append((0.5, np.exp(-8 * unexplained[outside].mean()) if outside.any() else 0.0))
     return float(sum(w * value for w, value in parts) / sum(w for w, _ in parts))
 
@@ -164,7 +197,7 @@ class TinyJudge:
     """Judge protocol over the functions above; needs prompts of the tiny world (a `scene` field)."""
 
     name = "tiny"
-    version = f"2.{VERSION}"
+    version = f"3.{VERSION}"
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -182,4 +215,4 @@ class TinyJudge:
     def _grade(image: Image.Image, scene: dict[str, Any]) -> tuple[float, float, float]:
         pixels = pixels_of(image)
         seen = see(pixels)
-        return alignment(seen, scene), coherence(pixels, seen), style(pixels, seen)
+        return alignment(seen, scene), coherence(pixels, seen, scene), style(pixels, seen)

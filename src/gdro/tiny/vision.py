@@ -14,10 +14,11 @@ from PIL import Image
 from gdro.rewards.geneval import Detection, Record
 from gdro.tiny import world
 
-VERSION = "1"  # of `see`: part of the versions of the judge and of the detector
+VERSION = "2"  # of `see`: part of the versions of the judge and of the detector
 
 COLOR_NAMES = tuple(world.COLORS)
 PLATE, DARK, WALL = len(COLOR_NAMES), len(COLOR_NAMES) + 1, len(COLOR_NAMES) + 2
+LONGEST = 2  # times as long as wide: the world's shapes are as wide as high, so what is longer is none of them
 _PALETTE = np.array([*world.COLORS.values(), world.PLATE, world.INK], np.float32)
 
 
@@ -116,6 +117,8 @@ def _find_shapes(labels: np.ndarray, sign: tuple[int, int, int, int] | None) -> 
     for index, color in enumerate(COLOR_NAMES):
         for left, top, width, height, area, mask in _components((labels == index) & outside):
             if area < 18 or width < 5 or height < 5:
+                continue
+            if max(width, height) > LONGEST * min(width, height):  # a bar, whatever it looks like when stretched
                 continue
             crop = _fit(mask)
             iou = (crop & _TEMPLATES).sum((1, 2)) / (crop | _TEMPLATES).sum((1, 2))
