@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gdro.errors import UserError
 from gdro.models import lora
 from gdro.models.base import Text
+from gdro.models.loading import revision_of
 from gdro.samplers.schedulers import flow_scheduler
 
 _BLOCK = r"(single_)?transformer_blocks\.\d+\."
@@ -55,13 +56,7 @@ class FluxModel:
     @cached_property
     def revision(self) -> str:
         """The Hub commit, or the digest of the transformer's weights."""
-        if self._commit:
-            return self._commit
-        digest = hashlib.sha256()
-        for path in sorted((Path(self._source) / "transformer").glob("*.safetensors")):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return f"sha256:{digest.hexdigest()[:16]}"
+        return revision_of(self._source, self._commit)
 
     @property
     def weights(self) -> str:

@@ -1,5 +1,6 @@
 """From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -41,6 +42,22 @@ def check_model(name: str) -> tuple[str, str | None]:
     if kind != "FluxPipeline":
         raise UserError(f"model: {name} is a {kind}; expected a FluxPipeline")
     return source, commit
+
+
+def model_revision(name: str) -> str:
+    """`FlowModel.revision` of the model called `name`, without loading it."""
+    return revision_of(*check_model(name))
+
+
+def revision_of(source: str, commit: str | None) -> str:
+    """The Hub commit, or the digest of the transformer's weights in the folder `source`."""
+    if commit:
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted((Path(source) / "transformer").glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
