@@ -133,6 +133,7 @@ def test_quick_is_one_seed_a_share_of_the_budget_and_no_search(tmp_path: Path) -
     config = bench.run_config("ocr", "rank", 0, bench.candidates("rank")[0])
     assert (config.train.max_evaluations, config.train.learning_rate) == (100, 1e-4)
     assert config.sample.prompts == "few.jsonl"
+    assert (bench.budget("ocr"), bench.budget("ocr", "rank_over")) == (100, 200)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -153,6 +154,7 @@ def test_the_packaged_bench_is_sound(quick: bool) -> None:
         ({"tasks.ocr.budget": 0}, "tasks.ocr.budget is 0; expected greater than or equal to 1"),
         ({"tasks.ocr.target_reward": 1.5}, "tasks.ocr.target_reward is 1.5; expected a number between 0 and 1"),
         ({"tasks.ocr": {"budget": 10}}, "tasks.ocr.target_reward is missing"),
+        ({"methods.rank.title": "GDRO"}, 'methods.rank.title is "GDRO", as methods.gdro.title; expected another'),
         ({"methods.gdro.titel": "x"}, 'unknown field "methods.gdro.titel"; did you mean "methods.gdro.title"?'),
         ({"methods.gdro.set.train.bta": 1.0}, 'methods.gdro, task ocr: unknown field "train.bta"'),
         ({"methods.rank.set.train.objective": "ranks"}, "methods.rank, task ocr: train.objective"),

@@ -1,6 +1,7 @@
 """Curves, costs to a target, intervals over seeds; and the table, the page and the plots of them."""
 
 import json
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ import pytest
 
 from gdro.comparison.page import write_page
 from gdro.comparison.plots import colours, mean_curve, write_pictures
-from gdro.comparison.results import cost_to_reach, curve, over_seeds, run_results, summarise, t_quantile
-from gdro.comparison.table import END, HEAD, START, geneval_rows, markdown, put_into, rows
+from gdro.comparison.results import (
+    compare_to_first,
+    cost_ratio,
+    cost_to_reach,
+    curve,
+    over_seeds,
+    run_results,
+    summarise,
+    t_quantile,
+)
+from gdro.comparison.table import END, HEAD, START, geneval_rows, markdown, put_into, rows, search_note, searches
 from gdro.errors import UserError
 
 
@@ -51,12 +61,13 @@ def run(folder: Path, rewards: list[float], *, geneval: bool = False, outcome: s
 
 
 def results(tmp_path: Path, title: str = "GDRO <b>|x", *, geneval: bool = False) -> dict[str, Any]:
-    methods = {}
+    methods: dict[str, Any] = {}
     for name, ends in (("gdro", [[0.4, 0.5, 0.7], [0.4, 0.6, 0.7]]), ("slow", [[0.4, 0.45, 0.5], [0.4, 0.5, 0.6]])):
         seeds = {str(i): run(tmp_path / name / str(i), end, geneval=geneval) for i, end in enumerate(ends)}
         methods[name] = {
             "title": title if name == "gdro" else name,
             "continues": None,
+            "budget": 1000,
             "choice": None,
             "seeds": seeds,
             "over_seeds": summarise(seeds),
@@ -69,9 +80,11 @@ def results(tmp_path: Path, title: str = "GDRO <b>|x", *, geneval: bool = False)
         "over_seeds": None,
         "failed": {"0": "no <disk>"},
     }
+    compare_to_first(methods)
     task = {
         "target_reward": 0.6,
         "budget": 1000,
+        "searched_on": "ocr",
         "base": summarise(methods["gdro"]["seeds"], "base"),
         "methods": methods,
     }
@@ -122,8 +135,55 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
 def test_a_seed_that_never_got_there_makes_the_mean_a_lower_bound(tmp_path: Path) -> None:
     one, other = run(tmp_path / "a", [0.4, 0.6]), run(tmp_path / "b", [0.4, 0.5])
     found = summarise({"0": one, "1": other})["to_target"]["evaluations"]
-    assert (found["mean"], found["reached"], found["lower_bound"]) == (400, 1, True)
+    assert (found["mean"], found["reached"], found["lower_bound"], found["ci95"]) == (400, 1, True, None)
     assert other["to_target"] == {"evaluations": None, "seconds": None}
+
+
+def spent(cost: float | None, most: float = 900.0) -> dict[str, Any]:
+    return {"to_target": {"evaluations": cost}, "spent": {"evaluations": most}}
+
+
+def test_the_ratio_of_costs_is_paired_by_seed() -> None:
+    first = {"0": spent(100), "1": spent(400), "2": spent(50)}
+    found = cost_ratio({"0": spent(200), "1": spent(3200), "3": spent(1)}, first, "evaluations")
+    half = 12.7062 * np.std([math.log(2), math.log(8)], ddof=1) / 2**0.5
+    assert found is not None
+    assert found["mean"] == pytest.approx(4.0)  # the geometric mean of 2 and 8
+    assert found["ci95"] == pytest.approx([4 * math.exp(-half), 4 * math.exp(half)])
+    assert (found["n"], found["lower_bound"]) == (2, False)
+
+
+def test_a_ratio_with_an_unreached_target_is_a_bound_and_one_to_a_bound_is_none() -> None:
+    bound = cost_ratio({"0": spent(200), "1": spent(None)}, {"0": spent(100), "1": spent(100)}, "evaluations")
+    assert bound is not None
+    assert (bound["mean"], bound["lower_bound"], bound["ci95"]) == (pytest.approx(18**0.5), True, None)
+    assert cost_ratio({"0": spent(200)}, {"0": spent(None)}, "evaluations") is None
+    assert cost_ratio({"0": spent(200)}, {"1": spent(100)}, "evaluations") is None
+
+
+def test_a_method_with_another_budget_says_so(tmp_path: Path) -> None:
+    task = results(tmp_path)["tasks"]["ocr"]
+    task["methods"]["slow"]["budget"] = 2000
+    assert [row[0] for row in rows(task)] == ["base", "GDRO <b>|x", "slow (budget 2,000)", "lost"]
+
+
+def test_table_and_page_say_what_was_searched_and_on_what(tmp_path: Path) -> None:
+    found = results(tmp_path, title="GDRO")
+    assert search_note(found) == ""
+    values = [{"train.k": k, "train.beta": beta} for k in (2, 4) for beta in (1.0, 3.0)]
+    choice = {"rule": "the best", "chosen": 1, "candidates": [{"values": v, "error": "x"} for v in values]}
+    ocr = found["tasks"]["ocr"]
+    for method in ocr["methods"].values():
+        method["seeds"] = {}  # their images are not there
+    ocr["methods"]["gdro"]["choice"] = choice
+    line = "GDRO (ocr): 4 candidates, train.k 2, 4; train.beta 1.0, 3.0; chosen 2, 3.0"
+    assert searches(found) == [line]
+    assert "on each task's own validation prompts" in markdown(found)
+    found["tasks"]["other"] = ocr  # searched on ocr too
+    text, page = markdown(found), write_page(found, tmp_path).read_text()
+    for shown in (text, page):
+        assert "chosen once, on validation prompts of ocr, for every task" in shown
+        assert shown.count(line) == 1
 
 
 def test_the_table_has_the_base_then_the_methods(tmp_path: Path) -> None:
@@ -132,7 +192,7 @@ def test_the_table_has_the_base_then_the_methods(tmp_path: Path) -> None:
     assert all(len(row) == len(HEAD) for row in found)
     assert found[0][1] == "0.400 ± 0.000"
     costs = [row[HEAD.index("model evaluations to target (k)")] for row in found]
-    assert costs == ["–", "0.5 (×1.0)", "> 0.6 (×> 1.3)", "–"]
+    assert costs == ["–", "0.5 ± 0.6 (×1)", "> 0.6 (×> 1.3)", "–"]
     assert found[1][HEAD.index("layout diversity")] == "-50 %"
     assert found[1][HEAD.index("seconds: generate · score · train")] == "1 · 2 · 30"
     assert found[3][1] == "failed: no <disk>"
@@ -186,6 +246,7 @@ def test_the_plots_mean_is_over_seeds_that_go_on() -> None:
 def test_pictures_are_files_of_their_own(tmp_path: Path) -> None:
     task = results(tmp_path)["tasks"]["ocr"]
     task["methods"]["slow"]["continues"] = "gdro"
+    task["methods"]["slow"]["title"] = "costs $5 or $\\oops"  # no mathematics
     palette = colours(task["methods"])
     assert palette["slow"] == palette["gdro"] != palette["lost"]
     svg, png = write_pictures("ocr", task, tmp_path)

@@ -118,10 +118,11 @@ class Bench:
         parts = [*self._own(task, method), self.search.set, self.search.per_task.get(task, {}), nested(values)]
         return self._config(task, method, parts, self.search.seed, self.search_budget(task), None)
 
-    def budget(self, task: str, method: str) -> int:
-        """Model evaluations a run of the method may cost, those of the method it continues included."""
-        share = self.methods[method].budget * (1.0 if self.quick is None else self.quick.budget)
-        return max(1, round(self.tasks[task].budget * share))
+    def budget(self, task: str, method: str | None = None) -> int:
+        """Model evaluations a run of the method may cost, those of the method it continues included; without a method
+        the task's, of which a method may have another share."""
+        share = 1.0 if method is None else self.methods[method].budget
+        return max(1, round(self.tasks[task].budget * share * (1.0 if self.quick is None else self.quick.budget)))
 
     def searched(self, task: str) -> str:
         """The task whose search chooses the values for `task`."""
@@ -257,6 +258,11 @@ def _check(bench: Bench) -> None:
     for name in (*bench.tasks, *bench.methods):
         if not name.replace("_", "").replace("-", "").isalnum():
             raise UserError(f"the name {name!r}; expected letters, digits, - and _ (it becomes a folder)")
+    titles: dict[str, str] = {}
+    for name, method in bench.methods.items():
+        other = titles.setdefault(method.title, name)
+        if other != name:
+            raise UserError(f'methods.{name}.title is "{method.title}", as methods.{other}.title; expected another')
     parts = {"common": bench.common, "search.set": bench.search.set}
     parts |= {f"tasks.{name}.set": task.set for name, task in bench.tasks.items()}
     overlaid: list[tuple[str, dict[str, Fields]]] = [("search", bench.search.per_task)]

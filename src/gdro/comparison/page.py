@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from gdro.comparison.plots import cost_svg
-from gdro.comparison.table import HEAD, geneval_rows, rows
+from gdro.comparison.table import HEAD, INTERVALS, geneval_rows, rows, search_note, searches
 from gdro.evaluation.gallery import figure, is_pixel_art
 from gdro.evaluation.measure import read_evidence
 from gdro.files import write_bytes
@@ -36,6 +36,7 @@ def write_page(results: Mapping[str, Any], out: Path) -> Path:
                 "rows": rows(task),
                 "official": geneval_rows(task),
                 "svg": None if svg is None else Markup(svg),
+                "searched_on": task["searched_on"],
                 "choices": _choices(task),
                 "failed": {m["title"]: m["failed"] for m in task["methods"].values() if m["failed"]},
                 **_images(task, out),
@@ -47,6 +48,9 @@ def write_page(results: Mapping[str, Any], out: Path) -> Path:
     page = {
         "tasks": tasks,
         "results": results,
+        "intervals": INTERVALS,
+        "search_note": search_note(results),
+        "searches": searches(results),
         "wall": duration(results["wall_seconds"]),
         "settings": dump_yaml({name: results[name] for name in ("bench", "machine", "versions")}),
     }

@@ -97,7 +97,8 @@ def _draw(axis: Any, method: Mapping[str, Any], score: str, colour: str, *, emph
         axis.plot(*_xy(points, score), color=colour, linewidth=0.6, alpha=0.35, linestyle=dashes)
     width = 2.6 if emphasis else 1.6
     mean = mean_curve(curves, score)
-    axis.plot(*mean, color=colour, linewidth=width, linestyle=dashes, marker="o", markersize=3, label=method["title"])
+    label = method["title"].replace("$", r"\$")  # else mathematics
+    axis.plot(*mean, color=colour, linewidth=width, linestyle=dashes, marker="o", markersize=3, label=label)
 
 
 def _xy(points: Sequence[Mapping[str, Any]], score: str) -> tuple[list[float], list[float]]:

@@ -1,6 +1,6 @@
 """The bench's results as data: what each run's files say, and what follows over seeds."""
 
-import json
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -113,10 +113,48 @@ def summarise(seeds: Mapping[str, Mapping[str, Any]], side: str = "tuned") -> di
 
 
 def _to_target(runs: Sequence[Mapping[str, Any]], cost: str) -> dict[str, Any]:
-    """Mean cost to the target; a run that never reached it counts with all it spent, so the mean is a lower bound."""
-    reached = [run["to_target"][cost] is not None for run in runs]
-    values = [run["to_target"][cost] if there else run["spent"][cost] for run, there in zip(runs, reached, strict=True)]
-    return {**over_seeds(values), "reached": sum(reached), "lower_bound": not all(reached)}
+    """Mean cost to the target; a run that never reached it counts with all it spent, so the mean is a lower bound,
+    which has no interval."""
+    reached = sum(run["to_target"][cost] is not None for run in runs)
+    found = over_seeds([_cost(run, cost) for run in runs])
+    return {**_bounded(found, reached < len(runs)), "reached": reached}
+
+
+def _cost(run: Mapping[str, Any], cost: str) -> float:
+    reached = run["to_target"][cost]
+    return float(run["spent"][cost] if reached is None else reached)
+
+
+def _bounded(found: Mapping[str, Any], lower_bound: bool) -> dict[str, Any]:
+    return {**found, "ci95": None if lower_bound else found["ci95"], "lower_bound": lower_bound}
+
+
+def cost_ratio(
+    seeds: Mapping[str, Mapping[str, Any]], first: Mapping[str, Mapping[str, Any]], cost: str
+) -> dict[str, Any] | None:
+    """How many times the first method's cost to the target, paired: {mean, ci95, n, lower_bound}.
+
+    The geometric mean over the seeds both have, Student's interval on the logarithm; null without such seeds, and where
+    the first method has no cost but a bound.
+    """
+    pairs = [(run, first[seed]) for seed, run in seeds.items() if seed in first]
+    if not pairs or any(other["to_target"][cost] is None for _, other in pairs):
+        return None
+    costs = [(_cost(run, cost), _cost(other, cost)) for run, other in pairs]
+    if min(map(min, costs)) <= 0:
+        return None
+    found = over_seeds([math.log(own / other) for own, other in costs])
+    ends = None if found["ci95"] is None else [math.exp(end) for end in found["ci95"]]
+    ratio = {"mean": math.exp(found["mean"]), "ci95": ends, "n": found["n"]}
+    return _bounded(ratio, any(run["to_target"][cost] is None for run, _ in pairs))
+
+
+def compare_to_first(methods: Mapping[str, dict[str, Any]]) -> None:
+    """Give every finished method's `over_seeds` its `to_first`: cost -> `cost_ratio`."""
+    first = next(iter(methods.values()))["seeds"]
+    for method in methods.values():
+        if method["seeds"]:
+            method["over_seeds"]["to_first"] = {cost: cost_ratio(method["seeds"], first, cost) for cost in COSTS}
 
 
 def collect(
@@ -144,15 +182,18 @@ def collect(
             methods[name] = {
                 "title": method.title,
                 "continues": method.continues,
+                "budget": bench.budget(task, name),
                 "choice": choices.get(task, {}).get(method.continues or name),
                 "seeds": seeds,
                 "over_seeds": summarise(seeds) if seeds else None,
                 "failed": errors,
             }
+        compare_to_first(methods)
         bases = {seed: run for m in reversed(methods.values()) for seed, run in m["seeds"].items()}
         tasks[task] = {
             "target_reward": section.target_reward,
-            "budget": section.budget,
+            "budget": bench.budget(task),
+            "searched_on": bench.searched(task),
             "base": summarise(bases, "base") if bases else None,
             "methods": methods,
         }
@@ -164,15 +205,3 @@ def collect(
         "machine": {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A file that `collect` filled."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        _ = results["tasks"]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected the results of gdro compare") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; expected the results of gdro compare") from None
-    return dict(results)

@@ -20,32 +20,42 @@ HEAD = (
     "seconds: generate · score · train",
     "seeds",
 )
+INTERVALS = (
+    "Cells are means over the seeds that finished. Reward, corrected score, costs to the target and the GenEval "
+    "summary carry ± half their 95 % t-interval; × is the geometric mean of the ratio to the first method on the same "
+    "seed, with the ends of its 95 % t-interval (of the logarithm). Axes, diversity and seconds per stage carry none, "
+    "nor do lower bounds, marked >, and single seeds."
+)
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 
 def rows(task: Mapping[str, Any]) -> list[list[str]]:
     """The cells of one task's table under HEAD: the base, then the methods in the bench's order.
 
-    Costs to the target carry their ratio to the first method's; ">" marks a lower bound (a seed never got there).
+    Costs to the target carry their ratio to the first method's; ">" marks a lower bound (a seed never got there). A
+    method with another budget than the task's says so.
     """
-    methods = task["methods"].values()
-    first = next(iter(methods), None)
-    yardstick = None if first is None or first["over_seeds"] is None else first["over_seeds"]["to_target"]
     out = []
     if task["base"] is not None:
         base = task["base"]
         out.append(["base", _score(base["reward"]), _score(base["corrected"]), _axes(base), *["–"] * 5, _count(base)])
-    for method in methods:
+    for place, method in enumerate(task["methods"].values()):
+        title = method["title"]
+        if method["budget"] != task["budget"]:
+            title += f" (budget {method['budget']:,})"
         found = method["over_seeds"]
         failures = len(method["failed"])
         if found is None:
             words = f"failed: {next(iter(method['failed'].values()))}" if failures else "not run yet"
-            out.append([method["title"], words, *["–"] * (len(HEAD) - 2)])
+            out.append([title, words, *["–"] * (len(HEAD) - 2)])
             continue
-        to_target = [_cost(found["to_target"], yardstick, *how) for how in (("evaluations", 1000), ("seconds", 1))]
+        to_target = [
+            _cost(found["to_target"][cost], unit) + (" (×1)" if place == 0 else _ratio(found["to_first"][cost]))
+            for cost, unit in (("evaluations", 1000), ("seconds", 1))
+        ]
         out.append(
             [
-                method["title"],
+                title,
                 _score(found["reward"]),
                 _score(found["corrected"]),
                 _axes(found),
@@ -72,7 +82,38 @@ def markdown(results: Mapping[str, Any]) -> str:
             part += ["", "Official GenEval summary:", "", _line(official[0]), _line(["---"] * len(official[0]))]
             part += map(_line, official[1:])
         parts.append("\n".join(part))
-    return "\n\n".join([*parts, _note(results)]) + "\n"
+    searched = [f"- {_cell(line)}" for line in searches(results)]
+    return "\n\n".join([*parts, _cell(_note(results)), *(["\n".join(searched)] if searched else [])]) + "\n"
+
+
+def search_note(results: Mapping[str, Any]) -> str:
+    """On what the searched fields were chosen; "" if nothing was searched."""
+    if not searches(results):
+        return ""
+    shared = {task["searched_on"] for task in results["tasks"].values()}
+    if len(results["tasks"]) > 1 and len(shared) == 1:
+        return f"The searched fields were chosen once, on validation prompts of {next(iter(shared))}, for every task."
+    return "The searched fields were chosen on each task's own validation prompts."
+
+
+def searches(results: Mapping[str, Any]) -> list[str]:
+    """A line a search: its task, the fields searched, the values tried, those chosen."""
+    lines = []
+    for name, task in results["tasks"].items():
+        for method in task["methods"].values() if task["searched_on"] == name else ():
+            choice = method["choice"]
+            if choice is None or method["continues"] is not None:
+                continue
+            candidates = [candidate["values"] for candidate in choice["candidates"]]
+            tried = [
+                f"{field} {', '.join(dict.fromkeys(str(values[field]) for values in candidates))}"
+                for field in candidates[0]
+            ]
+            taken = "none" if choice["chosen"] is None else ", ".join(map(str, candidates[choice["chosen"]].values()))
+            lines.append(
+                f"{method['title']} ({name}): {len(candidates)} candidates, {'; '.join(tried)}; chosen {taken}"
+            )
+    return lines
 
 
 def geneval_rows(task: Mapping[str, Any]) -> list[list[str]]:
@@ -100,15 +141,18 @@ def put_into(path: Path, text: str) -> None:
 
 def _note(results: Mapping[str, Any]) -> str:
     quick = (
-        " A quick run that shows the shape only: budgets and prompts are too small for any conclusion."
+        "A quick run that shows the shape only: budgets and prompts are too small for any conclusion."
         if results["quick"]
         else ""
     )
-    return (
-        f"Mean and 95 % t-interval over seeds {', '.join(map(str, results['seeds']))}; "
-        f"{results['jobs']} jobs at once, {results['threads']} each. Costs include generating the groups, "
-        "not validation; × is relative to the first method; > marks a lower bound." + quick
-    )
+    parts = [
+        f"Seeds {', '.join(map(str, results['seeds']))}; {results['jobs']} jobs at once, {results['threads']} each. "
+        "Costs include generating the groups, not validation.",
+        INTERVALS,
+        search_note(results),
+        quick,
+    ]
+    return " ".join(part for part in parts if part)
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -143,13 +187,19 @@ def _verdicts(counts: Mapping[str, int]) -> str:
     return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _cost(found: Mapping[str, Any], yardstick: Mapping[str, Any] | None, cost: str, unit: int) -> str:
-    value = found[cost]
-    bound = "> " if value["lower_bound"] else ""
-    text = f"{bound}{_plain(value['mean'] / unit, 0 if value['mean'] >= 10 * unit else 1)}"
-    if yardstick is None or yardstick[cost]["lower_bound"] or not yardstick[cost]["mean"]:
-        return text  # no ratio to a bound
-    return f"{text} (×{bound}{value['mean'] / yardstick[cost]['mean']:.1f})"
+def _cost(value: Mapping[str, Any], unit: int) -> str:
+    digits = 0 if value["mean"] >= 10 * unit else 1
+    text = f"{'> ' if value['lower_bound'] else ''}{_plain(value['mean'] / unit, digits)}"
+    if value["ci95"] is None:
+        return text
+    return f"{text} ± {_plain((value['ci95'][1] - value['ci95'][0]) / 2 / unit, digits)}"
+
+
+def _ratio(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    ends = "" if value["ci95"] is None else f", {value['ci95'][0]:.1f} to {value['ci95'][1]:.1f}"
+    return f" (×{'> ' if value['lower_bound'] else ''}{value['mean']:.1f}{ends})"
 
 
 def _count(found: Mapping[str, Any]) -> str:
