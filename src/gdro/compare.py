@@ -7,26 +7,32 @@ tuned by the same search on validation prompts; test prompts are met only by the
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gdro.comparison.bench import Bench, Job, load_bench, run_name
+from gdro.comparison.agreement import MADE_WITH, Versions, check_agreement, made_with, recorded
+from gdro.comparison.bench import Bench, Job, flat, load_bench, run_name
 from gdro.comparison.choice import RULE, choose, figures, validations
 from gdro.comparison.results import collect
-from gdro.comparison.running import LOG, last_line, run_jobs
+from gdro.comparison.running import FAILED, LOG, run_jobs
 from gdro.comparison.table import markdown, put_into
-from gdro.config import RunConfig, saved_config
+from gdro.config import RunConfig, saved_config, validate
 from gdro.errors import UserError, did_you_mean
 from gdro.evaluation.statistics import corrected_axes
 from gdro.files import discard, sweep, write_bytes, write_json
 from gdro.rundir import Clock, alone, read_json
-from gdro.strict_yaml import dump_yaml
-from gdro.training.checkpoint import stopped_at
+from gdro.strict_yaml import dump_yaml, read_yaml
+from gdro.training.checkpoint import steps_saved, stopped_at
 
 OVERHEAD = ("evaluate", "export", "report")  # stages that are no part of a method's cost
 NOT_FINISHED = "not finished"
+JOB = "job.yaml"  # the configuration a job is started with
+LAST_FILES = ("summary.json", "report.html")  # of the pipeline
 # What a run directory that is taken on leaves behind: what belongs to its process or speaks of its adapter.
-LEFT_BEHIND = (".lock", LOG, "job.yaml", "adapter", "evaluation.json", "summary.json", "report.html")
+LEFT_BEHIND = (".lock", LOG, JOB, "adapter", "evaluation.json", *LAST_FILES)
 
 
 def compare(
@@ -44,8 +50,9 @@ def compare(
     """Do what the bench file `path` asks for in the folder `out`; going on where it stopped.
 
     Returns lines that say what came out, and whether no job failed. `status` starts nothing and shows the results so
-    far. `results`, `readme` and `pictures` are further places for the figures, the table (between markers) and the
-    plots. Raises UserError for a bad file before any work.
+    far; while another process works in `out` it writes none. `results`, `readme` and `pictures` are further places for
+    the figures, the table (between markers) and the plots. Raises UserError before any work for a bad file, and where
+    runs were begun with another base model, reward or judge than those begun now would be.
     """
     bench = load_bench(path, quick=quick)
     if task is not None and task not in bench.tasks:
@@ -53,12 +60,21 @@ def compare(
     bed = Comparison(bench, out, default_workers(bench) if workers is None else workers)
     jobs = bench.plan([task] if task else list(bench.tasks))
     failed: dict[str, str] = {}
-    if not status:
-        with alone(out), bed.clock.running("compare"):
-            failed = run_jobs(jobs, out, workers=bed.workers, is_done=bed.is_done, start=bed.start)
     lines = bed.status(jobs) if status else []
-    lines += [str(file) for file in bed.write(failed, results=results, readme=readme, pictures=pictures)]
-    lines += [f"{name} failed: {error}" for name, error in failed.items()]
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(out))
+        except UserError as error:
+            if not status:
+                raise
+            return "\n".join([*lines, f"no results were written: {error}"]), True
+        if not status:
+            bed.check_versions(jobs)
+            with bed.clock.running("compare"):
+                failed = run_jobs(jobs, out, workers=bed.workers, is_done=bed.is_done, start=bed.start)
+        shown = bed.failures() | failed
+        lines += [str(file) for file in bed.write(shown, results=results, readme=readme, pictures=pictures)]
+    lines += [f"{job.name} failed: {shown[job.name]}" for job in jobs if job.name in shown]
     return "\n".join(lines), not failed
 
 
@@ -78,6 +94,7 @@ class Comparison:
     def __init__(self, bench: Bench, out: Path, workers: int) -> None:
         self.bench, self.out, self.workers = bench, out, workers
         self.clock = Clock(out / "seconds.json")
+        self._versions: Versions = {}
 
     # ---- jobs
 
@@ -93,26 +110,80 @@ class Comparison:
         return config.model_copy(update={"score": config.score.model_copy(update={"workers": 1})})
 
     def is_done(self, job: Job) -> bool:
-        """Whether the job's last file is there, made with the configuration it would have now."""
+        """Whether the job's last files are there, made with the configuration it would have now."""
         run = self.out / job.name
         saved = saved_config(run)
         if saved is None or _key(saved) != _key(self.config(job)):
             return False
-        if job.candidate is not None:
-            return stopped_at(run / "checkpoints", saved.train) is not None
-        return (run / "summary.json").exists()
+        if stopped_at(run / "checkpoints", saved.train) is None:
+            return False
+        return job.candidate is not None or all((run / name).exists() for name in LAST_FILES)
+
+    def failure(self, job: Job) -> str | None:
+        """The one line the job last ended with, if that was a failure under the configuration it would have now."""
+        found = read_json(self.out / job.name / FAILED)
+        if found is None:
+            return None
+        try:
+            tried = validate(read_yaml(self.out / job.name / JOB))
+            return str(found["error"]) if _key(tried) == _key(self.config(job)) else None
+        except UserError:  # no choice could be made, or the file is an older gdro's
+            return None
+
+    def failures(self) -> dict[str, str]:
+        """Job -> how it failed, of all that did and were not started again."""
+        found = {job.name: self.failure(job) for job in self.bench.plan(list(self.bench.tasks))}
+        return {name: error for name, error in found.items() if error is not None}
 
     def start(self, job: Job) -> list[str]:
         """Prepare the job's run directory; the arguments of `gdro` that do it."""
         config, run = self.config(job), self.out / job.name
-        parent = self.bench.methods[job.method].continues
+        self._check_limits(job, config)
         if job.candidate is None and not (run / "config.yaml").exists():
-            if parent is not None:
-                take_on(self.out / run_name(job.task, parent, job.seed), run)
+            before = self._before(job)
+            if before is not None:
+                if not self.is_done(before):
+                    raise UserError(f"{before.name} is not finished; expected it first")
+                take_on(self.out / before.name, run)
             self._share_base(job, config)
-        write_bytes(run / "job.yaml", dump_yaml(config.model_dump(mode="json")).encode())
+        if not (run / MADE_WITH).exists():
+            write_json(run / MADE_WITH, made_with(config, self._versions))
+        write_bytes(run / JOB, dump_yaml(config.model_dump(mode="json")).encode())
         until = [] if job.candidate is None else ["--until", "train"]
-        return ["run", str(run / "job.yaml"), "--out", str(run), *until]
+        return ["run", str(run / JOB), "--out", str(run), *until]
+
+    def _before(self, job: Job) -> Job | None:
+        """The job whose finished run this one goes on with."""
+        parent = self.bench.methods[job.method].continues
+        return None if parent is None else replace(job, name=run_name(job.task, parent, job.seed), method=parent)
+
+    def _check_limits(self, job: Job, config: RunConfig) -> None:
+        """Refuse a run that may have trained past limits lowered since: it would pass for one under them."""
+        run = self.out / job.name
+        saved = saved_config(run)
+        if saved is None or not steps_saved(run / "checkpoints"):
+            return
+        before = self._before(job)
+        if before is not None and _key(saved) == _key(self.config(before)):  # just taken on
+            return
+        for field in ("max_evaluations", "target_reward"):
+            old, new = getattr(saved.train, field), getattr(config.train, field)
+            if new is not None and (old is None or old > new):
+                what = f"train.{field} is {new}, but {run} was begun with {'none' if old is None else old}"
+                raise UserError(f"{what} and may have trained past it; delete {run} to run it again")
+
+    def check_versions(self, jobs: Sequence[Job]) -> None:
+        """Raise UserError if a run was begun with another model, reward or judge than `jobs` begun now would be."""
+        names = [job.name for job in self.bench.plan(list(self.bench.tasks))]
+        records = [(name, versions) for name in names for versions in recorded(self.out / name)]
+        for job in jobs:
+            values = self.bench.candidates(job.method)[job.candidate or 0]
+            if job.candidate is None:
+                config = self.bench.run_config(job.task, job.method, job.seed, values)
+            else:
+                config = self.bench.search_config(job.task, job.method, values)
+            records.append(("what is installed", made_with(config, self._versions)))
+        check_agreement(records)
 
     def _share_base(self, job: Job, config: RunConfig) -> None:
         """The base's evaluation images are every method's: copied, with their rewards, from a run that is evaluated.
@@ -137,59 +208,79 @@ class Comparison:
     def chosen(self, task: str, method: str) -> dict[str, Any]:
         """The values of the method's searched fields in its runs."""
         method = self.bench.methods[method].continues or method
-        if len(self.bench.candidates(method)) == 1:
-            return self.bench.candidates(method)[0]
-        candidates = self.candidates(task, method)
+        values = self.bench.candidates(method)
+        return values[0] if len(values) == 1 else values[self._choice(task, method)]
+
+    def _choice(self, task: str, method: str) -> int:
+        """The candidate a seed of the method was begun with, else the one to take: what was begun is not rechosen."""
+        searched = self.bench.searched(task)
+        for other in (name for name in self.bench.tasks if self.bench.searched(name) == searched):
+            for seed in self.bench.seeds:
+                saved = saved_config(self.out / run_name(other, method, seed))
+                if saved is None:
+                    continue
+                for place, values in enumerate(self.bench.candidates(method)):
+                    if _of(saved, values) == _of(self.bench.run_config(other, method, seed, values), values):
+                        return place
         try:
-            return dict(candidates[choose(candidates)]["values"])
+            return choose(self.candidates(task, method))
         except UserError as error:
-            raise UserError(f"{task}/{method}/search: {error}") from None
+            raise UserError(f"{searched}/{method}/search: {error}") from None
 
     def candidates(self, task: str, method: str) -> list[dict[str, Any]]:
-        """Every candidate's values and figures; "error" in place of figures for one that is not there."""
+        """Every candidate's values and figures; "error" in place of figures for one that has none, and "left" if it may
+        yet have them."""
         found = []
         for job in self.bench.plan([task]):
             if job.candidate is None or job.method != method:
                 continue
             run, config = self.out / job.name, self.config(job)
             candidate: dict[str, Any] = {"values": self.bench.candidates(method)[job.candidate]}
+            found.append(candidate)
+            if not self.is_done(job):
+                error = self.failure(job)
+                candidate |= {"error": NOT_FINISHED, "left": True} if error is None else {"error": error}
+                continue
             try:
-                if not self.is_done(job):
-                    raise UserError(_why_unfinished(run, config))
                 axes = config.evaluate.corrected_axes or corrected_axes(config.score.reward)
                 candidate |= figures(validations(run), axes)
-            except UserError as error:
-                candidate["error"] = str(error)
-            found.append(candidate)
+            except UserError as problem:
+                candidate["error"] = str(problem)
         return found
 
     def choices(self) -> dict[str, Any]:
-        """Task -> method -> what was searched and chosen, for the methods whose search has ended."""
+        """Task -> method -> what was searched and chosen, for the methods whose choice is made or cannot be."""
         found: dict[str, Any] = {}
         for task in self.bench.tasks:
             for name, method in self.bench.methods.items():
                 if method.continues is not None or len(self.bench.candidates(name)) == 1:
                     continue
                 candidates = self.candidates(task, name)
-                if any(candidate.get("error") == NOT_FINISHED for candidate in candidates):
-                    continue
+                chosen: int | None = None
                 try:
-                    chosen = choose(candidates)
+                    chosen = self._choice(task, name)
                 except UserError:
-                    chosen = None
+                    if any("left" in candidate for candidate in candidates):
+                        continue
                 found.setdefault(task, {})[name] = {"rule": RULE, "chosen": chosen, "candidates": candidates}
         return found
 
     # ---- results
 
     def status(self, jobs: list[Job]) -> list[str]:
-        """A line a method: how much of its search and which of its seeds are done."""
+        """A line a method: how much of its search and which of its seeds are done, left or failed."""
+        failed = self.failures()
         lines = []
         for task, name in dict.fromkeys((job.task, job.method) for job in jobs):
             own = [job for job in jobs if (job.task, job.method) == (task, name)]
             search = [self.is_done(job) for job in own if job.candidate is not None]
-            seeds = [f"{job.seed}{'' if self._is_run(job) else ' (left)'}" for job in own if job.candidate is None]
-            tried = f"search {sum(search)}/{len(search)}, " if search else ""
+            lost = sum(job.name in failed for job in own if job.candidate is not None)
+            seeds = [
+                f"{job.seed}{'' if self._is_run(job) else ' (failed)' if job.name in failed else ' (left)'}"
+                for job in own
+                if job.candidate is None
+            ]
+            tried = f"search {sum(search)}/{len(search)}{f' ({lost} failed)' if lost else ''}, " if search else ""
             lines.append(f"{task} {name}: {tried}seeds {', '.join(seeds)}")
         return lines
 
@@ -202,8 +293,13 @@ class Comparison:
     def write(
         self, failed: dict[str, str], *, results: Path | None, readme: Path | None, pictures: Path | None
     ) -> list[Path]:
-        """Write what the finished jobs say, in the bench's folder and wherever else asked; the files written."""
-        runs = {job.name: job for job in self.bench.plan(list(self.bench.tasks)) if job.candidate is None}
+        """Write what the finished jobs say, in the bench's folder and wherever else asked; the files written.
+
+        Raises UserError, and writes nothing, if they do not agree on model, reward and judge.
+        """
+        plan = self.bench.plan(list(self.bench.tasks))
+        check_agreement((job.name, one) for job in plan if self._is_run(job) for one in recorded(self.out / job.name))
+        runs = {job.name: job for job in plan if job.candidate is None}
         choices = self.choices()
         found = collect(
             self.bench,
@@ -259,8 +355,6 @@ class Comparison:
 
 def take_on(parent: Path, run: Path) -> None:
     """Make `run` a copy of the finished run directory `parent`; under other limits its training goes on."""
-    if not (parent / "summary.json").exists():
-        raise UserError(f"{parent} is not finished; expected it first")
     half = run.with_name(f".{run.name}.tmp")
     discard(half)
     shutil.copytree(parent, half, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
@@ -272,12 +366,9 @@ def take_on(parent: Path, run: Path) -> None:
     half.rename(run)
 
 
-def _why_unfinished(run: Path, config: RunConfig) -> str:
-    """What is known of a candidate that is not done: NOT_FINISHED, or the one line it failed with."""
-    saved = saved_config(run)
-    if saved is not None and _key(saved) != _key(config):
-        return f"{run} was begun with other settings"
-    return (last_line(run / LOG) if (run / LOG).exists() else "") or NOT_FINISHED
+def _of(config: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration's own values of the fields in `values`."""
+    return {field: value for field, value in flat(config.model_dump(mode="json")) if field in values}
 
 
 def _key(config: RunConfig) -> str:

@@ -36,6 +36,11 @@ def test_a_failed_candidate_is_never_taken() -> None:
         choose([{"error": "a"}, {"error": "b"}])
 
 
+def test_nothing_is_chosen_while_a_candidate_may_yet_finish() -> None:
+    with pytest.raises(UserError, match="candidate 1 is not finished"):
+        choose([candidate(0.9), {"error": "not finished", "left": True}])
+
+
 def test_figures_compare_the_last_validation_with_the_first_on_the_axes_that_count() -> None:
     found = figures([row(0, 0.4, 4.0), row(5, 0.9, 1.0), row(9, 0.7, 3.5)], ("coherence", "style"))
     assert (found["reward"], found["judge"], found["judge_fall"], found["step"]) == (0.7, 3.75, 0.5, 9)

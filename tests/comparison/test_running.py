@@ -1,5 +1,6 @@
 """Processes of a bench: order, failures, and their end with the process that started them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gdro.comparison.bench import Job
-from gdro.comparison.running import LOG, run_jobs
+from gdro.comparison.running import FAILED, LOG, note_end, run_jobs
 from gdro.errors import UserError
 
 
@@ -48,6 +49,27 @@ def test_jobs_wait_for_those_before_them_and_a_failure_stops_no_other(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4  # what was done before is no news
     assert lines[-1].startswith("compare: 5/5 jobs, last done in ")
+
+
+def test_a_failure_is_noted_until_the_job_is_started_again(tmp_path: Path) -> None:
+    spec = "tiny:ocr:trian:2"
+
+    def start(one: Job) -> list[str]:
+        return ["prompts", spec, "--out", str(tmp_path / "prompts.jsonl")]
+
+    note = tmp_path / "a" / FAILED
+    failed = run_jobs([job("a")], tmp_path, workers=1, is_done=lambda one: False, start=start)
+    assert json.loads(note.read_text()) == {"rc": 2, "error": failed["a"]}
+    spec = "tiny:ocr:train:2"
+    assert run_jobs([job("a")], tmp_path, workers=1, is_done=lambda one: False, start=start) == {}
+    assert not note.exists()
+
+
+@pytest.mark.parametrize(("code", "line"), [(-9, "killed by signal 9"), (130, "interrupted"), (1, "interrupted")])
+def test_only_an_end_of_its_own_is_a_failure(tmp_path: Path, code: int, line: str) -> None:
+    (tmp_path / LOG).write_text("step 3\ngdro: interrupted\n")
+    assert note_end(tmp_path, code) == line
+    assert (tmp_path / FAILED).exists() == (code == 1)
 
 
 PARENT = """

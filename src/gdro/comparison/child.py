@@ -10,6 +10,7 @@ import threading
 import time
 
 GRACE_SECONDS = 10.0
+INTERRUPTED = 130  # exit code: no failure of the job's own
 
 
 def end_with_parent() -> None:
@@ -24,7 +25,7 @@ def end_with_parent() -> None:
         os.read(0, 1)  # nothing is ever written: it returns at the end; sys.stdin would hold a lock at exit
         signal.pthread_kill(main, signal.SIGINT)
         time.sleep(GRACE_SECONDS)
-        os._exit(1)
+        os._exit(INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -53,7 +53,15 @@ def figures(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> dict[str, An
 
 
 def choose(candidates: Sequence[dict[str, Any]]) -> int:
-    """The place of the candidate that RULE takes, the first of equals; failed ones carry "error" and are not taken."""
+    """The place of the candidate that RULE takes, the first of equals; failed ones carry "error" and are not taken.
+
+    Raises UserError if all failed, or one is "left": it may yet finish.
+    """
+    for i, found in enumerate(candidates):
+        if found.get("left"):
+            raise UserError(
+                f"candidate {i} is {found['error']}; expected every one finished or failed before the choice"
+            )
     finished = [i for i, found in enumerate(candidates) if "error" not in found]
     if not finished:
         raise UserError(f"all {len(candidates)} candidates failed, the first with: {candidates[0]['error']}")

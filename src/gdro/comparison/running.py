@@ -11,9 +11,14 @@ from pathlib import Path
 from gdro.comparison.bench import Job
 from gdro.comparison.child import GRACE_SECONDS
 from gdro.errors import UserError
+from gdro.files import write_json
 from gdro.progress import duration
 
 LOG = "job.log"
+FAILED = (
+    "failed.json"  # {rc, error} of a job that came to an end of its own, and no good one; not of one that was killed
+)
+FAILURES = (1, 2)  # exit codes of such an end: an exception, the user's mistake
 POLL_SECONDS = 0.2
 
 Start = Callable[[Job], list[str]]
@@ -23,8 +28,8 @@ IsDone = Callable[[Job], bool]
 def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int, is_done: IsDone, start: Start) -> dict[str, str]:
     """Run what is not done yet, `workers` jobs at once, in the order given as far as `after` allows.
 
-    `start` prepares a job and returns its gdro arguments, or raises UserError. A failing job stops no other; returns
-    the one-line error of each that failed, by name.
+    `start` prepares a job and returns its gdro arguments, or raises UserError. A failing job stops no other, and leaves
+    FAILED in its folder until it is started again; returns the one-line error of each that failed, by name.
     """
     waiting = list(jobs)
     ended: set[str] = set()
@@ -56,7 +61,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int, is_done: IsDone, s
                 _close(process)
                 ended.add(job.name)
                 if process.returncode:
-                    failed[job.name] = last_line(out / job.name / LOG) or f"exit code {process.returncode}"
+                    failed[job.name] = note_end(out / job.name, process.returncode)
                 progress.ended(job, failed.get(job.name))
             if running:
                 time.sleep(POLL_SECONDS)
@@ -67,6 +72,16 @@ def last_line(path: Path) -> str:
     """The last line of a log: gdro's one-line error, or a traceback's last."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("gdro: ").strip() if lines else ""
+
+
+def note_end(folder: Path, code: int) -> str:
+    """The one line that says how a job ended; in its folder too, if it ended of its own."""
+    if code < 0:
+        return f"killed by signal {-code}"
+    error = last_line(folder / LOG) or f"exit code {code}"
+    if code in FAILURES:
+        write_json(folder / FAILED, {"rc": code, "error": error})
+    return error
 
 
 @contextmanager
@@ -87,6 +102,7 @@ def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
 
 def _launch(arguments: Sequence[str], folder: Path, *, alone: bool) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FAILED).unlink(missing_ok=True)
     # one thread each where several run at once: they would fight for the cores, and seconds mean the same for all
     environment = dict(os.environ) if alone else os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / LOG, "ab") as log:
