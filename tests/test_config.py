@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gdro.comparison.bench import load_bench
 from gdro.config import CONFIG, RunConfig, check_unchanged, load_config, save_config, validate
 from gdro.errors import UserError
 from gdro.strict_yaml import dump_yaml, parse_yaml
@@ -33,7 +34,7 @@ def config(**sections: dict) -> RunConfig:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_reads_the_same_by_any_yaml_reader(path: Path) -> None:
-    load_config(path)
+    load_bench(path) if path.stem == "bench" else load_config(path)
     assert yaml.safe_load(path.read_text()) == parse_yaml(path.read_text(), str(path))
 
 
@@ -79,7 +80,13 @@ def test_an_override_sets_any_field(small: Path, name: str, text: str, value: ob
         ("train.tau", "0", "train.tau is 0; expected a number greater than 0"),
         ("train.tau", ".nan", 'train.tau is ".nan"; expected a number'),
         ("train.tau", "1e999", "--train.tau:1: 1e999; expected a finite number"),
-        ("train.objective", "dpo", 'train.objective is "dpo"; expected "gdro", "rank" or "top1"'),
+        ("train.objective", "gdr", 'train.objective: "gdr" is no objective; did you mean "gdro"?'),
+        ("train.objective", "3", "train.objective is 3; expected a text"),
+        (
+            "train.advantage",
+            "group",
+            'train.advantage is group, which objective "gdro" does not have; expected one of beta',
+        ),
         ("train.target_modules", "3", "train.target_modules is 3; expected a text or a list"),
         ("train.micro_batch_groups", "x", 'train.micro_batch_groups is "x"; expected an integer'),
         ("train", "4", "train is 4; expected a section of fields"),

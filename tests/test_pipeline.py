@@ -53,7 +53,7 @@ def digests(folder: Path, pattern: str) -> dict[str, str]:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
+    return [json.loads(line, object_hook=lambda o: {k: v for k, v in o.items() if k not in TIMED}) for line in lines]
 
 
 def same_result(one: Path, other: Path) -> None:
@@ -86,13 +86,17 @@ def test_a_run_directory_holds_what_it_should(work: Path) -> None:
 
 def test_the_summary_has_the_documented_shape(work: Path) -> None:
     summary = json.loads((work / "whole" / "summary.json").read_text())
-    assert list(summary) == ["reward", "corrected", "judge", "seconds", "objective", "model", "prompts", "seed"]
+    kinds = ["reward", "corrected", "judge", "seconds", "evaluations", "steps", "rounds"]
+    assert list(summary) == [*kinds, "objective", "model", "prompts", "seed"]
     for name in ("reward", "corrected"):
         assert list(summary[name]) == ["base", "tuned", "gain", "ci95"]
         assert summary[name]["gain"] == pytest.approx(summary[name]["tuned"] - summary[name]["base"])
         assert len(summary[name]["ci95"]) == 2
     assert all(list(summary["judge"][side]) == ["alignment", "coherence", "style"] for side in ("base", "tuned"))
-    assert list(summary["seconds"]) == ["sample", "score", "train", "evaluate", "total"]
+    assert list(summary["seconds"]) == ["sample", "score", "train", "validate", "evaluate", "total"]
+    # 4 prompts x 4 images x 2 steps; 6 steps of 2 groups x 3 images, each once without and once with gradient
+    assert summary["evaluations"] == {"sample": 32, "train": 6 * 6 * 4}
+    assert (summary["steps"], summary["rounds"]) == (6, 1)
     assert all(value > 0 for value in summary["seconds"].values())
     assert summary["prompts"] == {"train": 4, "test": 2}
 

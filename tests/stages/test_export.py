@@ -17,6 +17,7 @@ from gdro.samplers.generate import Generation, sample_groups
 from gdro.samplers.ode import generate
 from gdro.stages.export import export
 from gdro.training.checkpoint import save_checkpoint
+from gdro.training.config import RoundsConfig, TrainConfig
 
 FILE = "pytorch_lora_weights.safetensors"
 GENERATION = Generation(
@@ -43,8 +44,8 @@ def run_dir(flux: FluxModel, tmp_path: Path) -> Path:
         "seed": 0,
         "sample": GENERATION.model_dump(),
         "score": {"reward": "ocr"},
-        "train": {"objective": "gdro", "k": 6, "tau": 0.05, "beta": 12.0, "gamma": 0.5, "learning_rate": 3e-4}
-        | {"rank": 4, "lora_alpha": 10},
+        "train": TrainConfig(rank=4, lora_alpha=10).model_dump(),
+        "rounds": RoundsConfig().model_dump(),
         "evaluate": {"num_inference_steps": 3},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -67,6 +68,16 @@ def test_plain_diffusers_gives_the_same_images(
     pipe.load_lora_weights(out / folder, weight_name=FILE)
     theirs = pipe("a red wall", latents=noise, num_inference_steps=3, max_sequence_length=24, **how).images[0]
     assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
+
+
+def test_the_last_checkpoint_is_taken_if_that_is_asked_for(run_dir: Path) -> None:
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["train"]["export"] = "last"
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    assert "200 steps" in card
+    assert "beta 12.0" in card
+    assert "None" not in card
 
 
 def test_the_last_checkpoint_is_taken_if_none_was_validated(run_dir: Path):

@@ -104,7 +104,7 @@ def test_the_limit_never_deletes_the_best_or_the_latest(
 ) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    prune_checkpoints(tmp_path, limit=limit, best=best)
+    prune_checkpoints(tmp_path, limit=limit, needed={best})
     assert steps_saved(tmp_path) == left
 
 
