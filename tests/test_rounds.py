@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from run_files import rows, same, weights
 from safetensors.torch import load_file
 from small_run import small_run
 
@@ -53,20 +54,6 @@ def online(base: dict[str, Any], objective: str = "gdro", **train: Any) -> RunCo
         train={"objective": objective, "max_train_steps": 6} | fixed | train,
         rounds={"train_steps": 2, "prompts": 2},
     )
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = out / "checkpoints" / f"step-{step:06d}"
-    names = ("adapter", "ema", "optimizer")
-    return {f"{name}.{key}": v for name in names for key, v in load_file(folder / f"{name}.safetensors").items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_rounds_refresh_the_groups_and_keep_the_old_ones(base: dict[str, Any], tmp_path: Path) -> None:

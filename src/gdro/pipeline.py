@@ -46,9 +46,9 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
         job = Run(config, out, stages)
         check(job)
         again = [stage for stage in stages if stage in ROUND]
+        if "train" in again:
+            job.settle()
         while True:
-            if "train" in again:
-                job.settle()
             for stage in again:
                 job.do(stage)
             if again != list(ROUND) or job.is_trained():
@@ -261,7 +261,7 @@ class Run:
         calls = sample.num_inference_steps * sample.images_per_prompt  # per prompt; more for a second-order solver
         if sample.scheduler == "FlowMatchHeunDiscreteScheduler":
             calls += (sample.num_inference_steps - 1) * sample.images_per_prompt
-        sampled = [calls * len(self.due(i)) if i or not self.imported.exists() else 0 for i in range(number + 2)]
+        calls *= rounds.prompts or len(self.prompts["train"])
         return Round(
             number=number,
             done=done,
@@ -271,8 +271,8 @@ class Run:
                 for old in range(max(0, number - rounds.keep + 1), number)
             ],
             generator=rounds.generator,
-            sampled=sum(sampled[:-1]),
-            ahead=sampled[-1] if rounds.train_steps else 0,
+            sampled=calls * (number + (not self.imported.exists())),  # importing round 0 cost none
+            ahead=calls if rounds.train_steps else 0,
             seconds=lambda: {stage: self.clock.seconds.get(stage, 0.0) for stage in ROUND},
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import rows, same, weights
 from safetensors.torch import load_file
 from toy_groups import SAMPLING, write_toy
 
@@ -61,21 +62,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory, flux_folder: Path) -> tuple[Pa
 
 def run(model: FlowModel, toy: tuple[Path, Path], out: Path, *, validate: Any = None, **changes: Any) -> None:
     train(TrainConfig(**(SMALL | changes)), model, *toy, out, seed=0, sampling=SAMPLING, validate=validate)
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint."""
-    folder = out / "checkpoints" / f"step-{step:06d}"
-    names = ("adapter", "ema", "optimizer")
-    return {f"{name}.{key}": v for name in names for key, v in load_file(folder / f"{name}.safetensors").items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def learner(model: FlowModel, toy: tuple[Path, Path], **changes: Any) -> Learner:

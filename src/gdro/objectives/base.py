@@ -122,6 +122,12 @@ def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -
     return torch.maximum(free, bound), ratio.detach(), (bound > free).to(ratio.dtype)
 
 
+def policy_loss(seen: Transition, log_ratio: Tensor, clip_range: float) -> Loss:
+    """`clipped_surrogate` of a step's images (n,), and its figures: loss_policy, ratio, clipped."""
+    loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, clip_range)
+    return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
+
+
 def given(tensor: Tensor | None) -> Tensor:
     """A tensor the objective said it uses; ValueError if the caller left it out."""
     if tensor is None:

@@ -26,22 +26,31 @@ TRAJECTORY = (FlowGrpo, GrpoGuard, DanceGrpo, Ddpo)
 OBJECTIVES: dict[str, type[Any]] = {kind.name: kind for kind in (*FORWARD, *TRAJECTORY)}
 
 
+def own_hyperparameters(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of the objective `name`, each with its published default.
+
+    UserError for an unknown name, and for a given value (other than None) of a hyperparameter that it lacks.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(f'train.objective: "{name}" is no objective{did_you_mean(name, OBJECTIVES)}')
+    own = {field.name: field.default for field in fields(OBJECTIVES[name])}
+    for field, value in given.items():
+        if value is not None and field not in own:
+            raise UserError(
+                f'train.{field} is {value}, which objective "{name}" does not have; '
+                f"expected one of {', '.join(own) or 'none'}"
+            )
+    return own
+
+
 def make_objective(name: str, hyperparameters: Mapping[str, Any]) -> Objective:
     """The objective `name`; a hyperparameter that is None or absent takes its published default.
 
     UserError for an unknown name, a value for a hyperparameter the objective lacks, or two that contradict each other.
     Ranges are the configuration's to check.
     """
-    if name not in OBJECTIVES:
-        raise UserError(f'train.objective: "{name}" is no objective{did_you_mean(name, OBJECTIVES)}')
-    own = [field.name for field in fields(OBJECTIVES[name])]
+    own = own_hyperparameters(name, hyperparameters)
     values = {field: value for field, value in hyperparameters.items() if value is not None}
-    for field, value in values.items():
-        if field not in own:
-            raise UserError(
-                f'train.{field} is {value}, which objective "{name}" does not have; '
-                f"expected null, or one of {', '.join(own) or 'none'}"
-            )
     objective: Any = OBJECTIVES[name](**values)
     if "advantage_exponent" in own and (objective.advantage == "slas") != (objective.advantage_exponent > 0):
         raise UserError(

@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from gdro.errors import UserError, did_you_mean
-from gdro.objectives.registry import OBJECTIVES, make_objective
+from gdro.objectives.registry import OBJECTIVES, make_objective, own_hyperparameters
 
 Advantage = Literal["group", "batch", "slas", "win_rate"]
 
@@ -109,19 +108,8 @@ class TrainConfig(BaseModel):
         if not isinstance(data, dict) or not isinstance(data.get("objective", "gdro"), str):
             return data
         name = data.get("objective", "gdro")
-        if name not in OBJECTIVES:
-            raise UserError(f'train.objective: "{name}" is no objective{did_you_mean(name, list(OBJECTIVES))}')
-        own = {field.name: field.default for field in fields(OBJECTIVES[name])}
-        filled = dict(data)
-        for field in HYPERPARAMETERS:
-            if field in own:
-                filled[field] = own[field] if filled.get(field) is None else filled[field]
-            elif filled.get(field) is not None:
-                raise UserError(
-                    f'train.{field} is {filled[field]}, which objective "{name}" does not have; '
-                    f"expected one of {', '.join(own) or 'none'}"
-                )
-        return filled
+        own = own_hyperparameters(name, {field: data.get(field) for field in HYPERPARAMETERS})
+        return data | {field: default if data.get(field) is None else data[field] for field, default in own.items()}
 
     @field_validator("tau")
     @classmethod

@@ -7,7 +7,7 @@ The rest of the method is in how images are sampled and steps drawn: sampler "da
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gdro.objectives.base import Advantage, Loss, Transition, clipped_surrogate
+from gdro.objectives.base import Advantage, Loss, Transition, policy_loss
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,4 @@ class DanceGrpo:
     uses_old_mean: ClassVar[bool] = False
 
     def loss(self, seen: Transition) -> Loss:
-        log_ratio = seen.log_prob - seen.old_log_prob
-        loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, self.clip_range)
-        return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
+        return policy_loss(seen, seen.log_prob - seen.old_log_prob, self.clip_range)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gdro.objectives.base import Advantage, Loss, Transition, clipped_surrogate
+from gdro.objectives.base import Advantage, Loss, Transition, policy_loss
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,4 @@ class Ddpo:
     uses_old_mean: ClassVar[bool] = False
 
     def loss(self, seen: Transition) -> Loss:
-        log_ratio = seen.log_prob - seen.old_log_prob
-        loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, self.clip_range)
-        return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
+        return policy_loss(seen, seen.log_prob - seen.old_log_prob, self.clip_range)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gdro.objectives.base import Advantage, Loss, Transition, clipped_surrogate, given
+from gdro.objectives.base import Advantage, Loss, Transition, given, policy_loss
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class FlowGrpo:
         return self.kl_weight > 0
 
     def loss(self, seen: Transition) -> Loss:
-        log_ratio = seen.log_prob - seen.old_log_prob
-        loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, self.clip_range)
-        figures = {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
+        loss, figures = policy_loss(seen, seen.log_prob - seen.old_log_prob, self.clip_range)
         if self.kl_weight == 0:
             return loss, figures
         kl = drift_kl(seen.mean, given(seen.base_mean), seen.std, seen.dt)
