@@ -99,3 +99,27 @@ def test_bad_specs_name_the_part(spec, message):
     with pytest.raises(UserError, match=None) as error:
         tiny_prompts(spec)
     assert message in str(error.value)
+
+
+def test_slips_happen_at_their_rate_and_leave_the_caption_alone():
+    """A careless painter: of what a scene leaves to slip, about the asked share differs from the caption."""
+    scene = {
+        "wall": "gray",
+        "word": None,
+        "objects": [{"shape": "circle", "color": "red", "count": 3}, {"shape": "cross", "color": None, "count": 1}],
+        "position": "left of",
+    }
+    before = repr(scene)
+    slips = [world.with_slips(scene, numpy_rng(0, "slips", i), 0.0, 0.5) for i in range(2000)]
+    assert repr(scene) == before
+    first, second = ([one["objects"][i] for one in slips] for i in (0, 1))
+    shares = {
+        "count": np.mean([item["count"] != 3 for item in first]),
+        "position": np.mean([one["position"] == "right of" for one in slips]),
+        "shape": np.mean([item["shape"] != "circle" for item in first]) / (3 / 4),
+        "color": np.mean([item["color"] != "red" for item in first]) / (6 / 7),
+    }
+    assert all(share == pytest.approx(0.5, abs=0.05) for share in shares.values()), shares
+    assert {item["count"] for item in first} == {2, 3, 4}
+    assert {(item["color"], item["count"]) for item in second} == {(None, 1)}
+    assert world.with_slips(scene, numpy_rng(0, "slips", 0), 0.0) == scene

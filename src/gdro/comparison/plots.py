@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from gdro.evaluation.plots import GRID, INK, STYLE, inline_svg
 from gdro.files import write_bytes
@@ -74,6 +75,9 @@ def _cost_figure(task: Mapping[str, Any], style: Mapping[str, Any]) -> Figure | 
             for place, (name, method) in reversed(list(enumerate(methods.items()))):
                 _draw(axis, method, score, palette[name], emphasis=place == 0)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(title)
             axis.set_xlabel("model evaluations, generation included")
         panels[0].axhline(task["target_reward"], color=style["text.color"], linewidth=0.8, linestyle=(0, (4, 3)))

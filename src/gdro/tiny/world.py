@@ -38,6 +38,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 POSITIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 PLATE, INK, FRAME = (245, 243, 235), (20, 20, 25), (45, 40, 40)
@@ -117,9 +118,14 @@ def random_scene(rng: np.random.Generator, mixture: tuple[float, float] = (0.4, 
     return random_shape_scene(rng, str(rng.choice(TAGS)))
 
 
-def with_slips(scene: dict[str, Any], rng: np.random.Generator, share: float) -> dict[str, Any]:
-    """The scene as a careless painter draws it: each letter another one with probability `share`, each named colour
-    another one with a third of it."""
+def with_slips(
+    scene: dict[str, Any], rng: np.random.Generator, share: float, shape_share: float = 0.0
+) -> dict[str, Any]:
+    """The scene as a careless painter draws it.
+
+    Each letter is another one with probability `share`, each named colour another one with a third of it. With
+    probability `shape_share` each: a kind of shape, a named colour, a count (by one), the position (reversed).
+    """
     slipped = dict(scene)
     if scene["word"]:
         letters = [str(rng.choice(list(ALPHABET))) if rng.random() < share else c for c in scene["word"]]
@@ -128,6 +134,21 @@ def with_slips(scene: dict[str, Any], rng: np.random.Generator, share: float) ->
         {**item, "color": _pick(rng, COLORS, 1)[0]} if item["color"] and rng.random() < share / 3 else item
         for item in scene["objects"]
     ]
+    if shape_share:
+        slipped["objects"] = [_slip(item, rng, shape_share) for item in slipped["objects"]]
+        if scene["position"] and rng.random() < shape_share:
+            slipped["position"] = OPPOSITE[scene["position"]]
+    return slipped
+
+
+def _slip(item: dict[str, Any], rng: np.random.Generator, share: float) -> dict[str, Any]:
+    slipped = dict(item)
+    if rng.random() < share:
+        slipped["shape"] = _pick(rng, SHAPES, 1)[0]
+    if item["color"] and rng.random() < share:
+        slipped["color"] = _pick(rng, COLORS, 1)[0]
+    if item["count"] > 1 and rng.random() < share:
+        slipped["count"] = min(4, max(1, item["count"] + (1 if rng.random() < 0.5 else -1)))
     return slipped
 
 
