@@ -45,9 +45,12 @@ def test_a_sign_is_spelt_in_single_letters(pipe):
     assert tokens[-6:] == ['▁"', "B", "A", "K", "E", '"']
 
 
-def test_it_draws_signs_well_and_misspells_them(pipe):
+@pytest.mark.parametrize(
+    ("task", "least", "most", "alignment"), [("ocr", 0.4, 0.75, 4.0), ("geneval", 0.35, 0.65, 3.4)]
+)
+def test_it_draws_well_and_slips(pipe, task, least, most, alignment):
     """Room to improve, and spread within a group, is what the main job needs of its base."""
-    prompts = tiny_prompts("tiny:ocr:validation:24")
+    prompts = tiny_prompts(f"tiny:{task}:validation:24")
     records = [prompt for prompt in prompts for _ in range(4)]
     noise = torch.stack([torch.randn(32, 64, generator=torch_rng(0, "test", i)) for i in range(len(records))])
     images = pipe(
@@ -59,10 +62,12 @@ def test_it_draws_signs_well_and_misspells_them(pipe):
         max_sequence_length=TEXT_LENGTH,
         latents=noise,
     ).images
-    rewards = load_reward("ocr")(images, records).values.reshape(-1, 4)
-    assert 0.35 < rewards.mean() < 0.75
-    assert (rewards.std(1) > 0).mean() > 0.8
-    assert min(grades.mean() for grades in TinyJudge()(images, records).values()) > 4
+    rewards = load_reward(task)(images, records).values.reshape(-1, 4)
+    assert least < rewards.mean() < most
+    assert (rewards.std(1) > 0).mean() > 0.6
+    grades = {axis: values.mean() for axis, values in TinyJudge()(images, records).items()}
+    assert grades.pop("alignment") > alignment  # lower where kinds and colours of shapes slip
+    assert min(grades.values()) > 4
 
 
 def test_pretraining_resumed_equals_pretraining_uninterrupted(tmp_path, monkeypatch):
