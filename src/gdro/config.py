@@ -158,7 +158,7 @@ def _check_across(config: RunConfig) -> None:
                 f"rounds.keep is {rounds.keep}; expected 1 for {name}, which learns from its own steps",
             ),
         ]
-        for field in ("timestep", "timestep_scope", "noise_scope"):
+        for field in ("timestep", "logit_mean", "logit_std", "timestep_scope", "noise_scope"):
             value, default = getattr(train, field), type(train).model_fields[field].default
             refused.append((value != default, f"train.{field} is {_show(value)}; expected {_show(default)} for {name}"))
     else:

@@ -125,6 +125,8 @@ def store(tmp_path: Path, flux: Any) -> GroupStore:
 def batches(store: GroupStore, **changes: Any) -> Batches:
     options: dict[str, Any] = {
         "timestep": "logit_normal",
+        "logit_mean": 0.0,
+        "logit_std": 1.0,
         "timestep_scope": "group",
         "noise_scope": "group",
         "memory_bytes": 1e9,
@@ -166,9 +168,16 @@ def test_batches_do_not_depend_on_micro_batches_or_memory(store: GroupStore) -> 
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
-@pytest.mark.parametrize(("timestep", "mean", "deviation"), [("logit_normal", 0.5, 0.2083), ("uniform", 0.5, 0.2887)])
-def test_distribution_of_t(store: GroupStore, timestep: str, mean: float, deviation: float) -> None:
-    source, shown = batches(store, timestep=timestep, timestep_scope="image"), toy_visits(store)
+@pytest.mark.parametrize(
+    ("changes", "mean", "deviation"),
+    [
+        ({"timestep": "logit_normal"}, 0.5, 0.2083),
+        ({"timestep": "uniform"}, 0.5, 0.2887),
+        ({"logit_mean": 1.0, "logit_std": 0.5}, 0.7207, 0.0970),
+    ],
+)
+def test_distribution_of_t(store: GroupStore, changes: dict[str, Any], mean: float, deviation: float) -> None:
+    source, shown = batches(store, timestep_scope="image", **changes), toy_visits(store)
     t = torch.cat([source.of(shown.at(step)).t.flatten() for step in range(1, 150)])
     assert ((t >= 0) & (t < 1)).all()
     assert float(t.mean()) == pytest.approx(mean, abs=0.02)

@@ -224,6 +224,8 @@ def prepare(
         batches=Batches(
             joined,
             timestep=config.timestep,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
             timestep_scope=config.timestep_scope,
             noise_scope=config.noise_scope,
             memory_bytes=config.memory_gigabytes * 1e9,

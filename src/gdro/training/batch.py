@@ -157,8 +157,8 @@ class Batch:
 class Batches:
     """Turns visits into batches; keeps groups in memory up to `memory_bytes`, reads the others at each visit.
 
-    timestep: "logit_normal" is sigmoid(N(0, 1)), "uniform" is U(0, 1). Scope "group" shares one draw among the k
-    images of a visit, "image" draws for each.
+    timestep: "logit_normal" is sigmoid(N(logit_mean, logit_std^2)), "uniform" is U(0, 1). Scope "group" shares one
+    draw among the k images of a visit, "image" draws for each.
     """
 
     def __init__(
@@ -166,6 +166,8 @@ class Batches:
         groups: Groups,
         *,
         timestep: str,
+        logit_mean: float,
+        logit_std: float,
         timestep_scope: str,
         noise_scope: str,
         memory_bytes: float,
@@ -174,6 +176,7 @@ class Batches:
     ) -> None:
         self.groups, self.device, self.seed = groups, device, seed
         self.timestep, self.timestep_scope, self.noise_scope = timestep, timestep_scope, noise_scope
+        self.logit_mean, self.logit_std = logit_mean, logit_std
         self._memory: dict[str, tuple[Tensor, Text]] = {}
         self._left = memory_bytes
 
@@ -202,7 +205,7 @@ class Batches:
         k = len(visit.images)
         count = k if self.timestep_scope == "image" else 1
         if self.timestep == "logit_normal":
-            t = torch.randn(count, generator=generator).sigmoid()
+            t = (self.logit_mean + self.logit_std * torch.randn(count, generator=generator)).sigmoid()
         else:
             t = torch.rand(count, generator=generator)
         return t, torch.randn(k if self.noise_scope == "image" else 1, *shape, generator=generator)

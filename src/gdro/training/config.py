@@ -63,7 +63,11 @@ class TrainConfig(BaseModel):
     )
     ema_decay: float = Field(0.5, ge=0, lt=1, description="The EMA's decay at step i is min(ema_warmup i, ema_decay).")
     ema_warmup: float = Field(0.001, ge=0, description="Growth of the EMA's decay a step.")
-    timestep: Literal["logit_normal", "uniform"] = Field("logit_normal", description="Distribution of t.")
+    timestep: Literal["logit_normal", "uniform"] = Field(
+        "logit_normal", description="Distribution of t, in (0, 1): 0 is the image, 1 noise."
+    )
+    logit_mean: float = Field(0.0, description="Mean of logit t: above 0, t nearer to the noise, where content is set.")
+    logit_std: float = Field(1.0, gt=0, description="Standard deviation of logit t.")
     timestep_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of t.")
     noise_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of eps.")
     subset: Literal["spread", "random", "extremes"] = Field(
