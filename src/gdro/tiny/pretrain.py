@@ -2,7 +2,8 @@
 
 Three stages, each resumable: text encoders (every token learns to tell its neighbours, the pooled vector its words),
 the VAE (refined once more on shapes, later), then the transformer by flow matching. On two cores about two hours; any
-later call with the same arguments goes on where the last one stopped. Everything drawn is a function of the seed and a counter.
+later call with the same arguments goes on where the last one stopped. Everything drawn is a function of the seed and
+a counter.
 """
 
 import argparse
