@@ -141,7 +141,7 @@ def test_the_packaged_bench_is_sound(quick: bool) -> None:
     with resources.as_file(resources.files("gdro") / "recipes" / "bench.yaml") as path:
         bench = load_bench(path, quick=quick)
     assert set(bench.tasks) == {"ocr", "geneval"}
-    assert next(iter(bench.methods)) == "gdro"
+    assert next(iter(bench.methods)) == "gdro_offline"
 
 
 @pytest.mark.parametrize(
