@@ -302,11 +302,11 @@ def main() -> None:
     state = args.out / "state.safetensors"
     start = trainer.load(state) if state.exists() else 0
     refined = args.out / "refined_vae"
-    if start >= REFINED and refined.exists():
+    if start > REFINED:
         pipe.vae = AutoencoderKL.from_pretrained(refined)
     began = time.monotonic()
     for index in range(start, trainer.chunk_count):
-        if index == REFINED and not refined.exists():
+        if index == REFINED:
             train_vae(pipe, args.seed, args.refine_steps, "pretrain-vae-refine", REFINEMENT, EMPHASIS)
             pipe.vae.save_pretrained(refined)
         loss = trainer.run_chunk(index)
