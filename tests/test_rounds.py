@@ -272,6 +272,10 @@ def test_a_run_gone_back_to_an_earlier_checkpoint_samples_its_trajectories_again
         ({"train": {"objective": "dpo"}}, 'train.k is 3; expected 2 for objective "dpo"'),
         ({"train": {"mix": 0.5}}, 'train.mix is 0.5, which objective "gdro" does not have'),
         ({"train": {"timestep_fraction": 0.5}}, "train.timestep_fraction is 0.5; expected 1"),
+        (
+            {"train": {"timestep": "uniform", "logit_std": 0.5}},
+            'train.logit_std is 0.5, but train.timestep is "uniform"; expected logit_normal, or 1.0',
+        ),
         ({"train": {"target_reward": 0.5}}, "train.target_reward is 0.5, but there is no validation"),
         ({"rounds": {"train_steps": 0}}, "rounds.train_steps is 0; expected"),
         ({"rounds": {"train_steps": 2, "prompts": 0}}, "rounds.prompts is 0; expected"),

@@ -163,6 +163,11 @@ def _check_across(config: RunConfig) -> None:
             refused.append((value != default, f"train.{field} is {_show(value)}; expected {_show(default)} for {name}"))
     else:
         fixed = objective.fixed_k
+        if train.timestep == "uniform":
+            for field in ("logit_mean", "logit_std"):
+                value, default = getattr(train, field), type(train).model_fields[field].default
+                what = f'train.{field} is {_show(value)}, but train.timestep is "uniform"'
+                refused.append((value != default, f"{what}; expected logit_normal, or {_show(default)}"))
         refused += [
             (fixed is not None and train.k != fixed, f"train.k is {train.k}; expected {fixed} for {name}"),
             (
