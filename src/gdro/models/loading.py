@@ -1,13 +1,12 @@
 """From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
 
-import hashlib
 import json
-import re
 from pathlib import Path
 
 import torch
 
 from gdro.errors import UserError
+from gdro.hub import digest, locate
 from gdro.models.base import FlowModel
 
 EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-forest-labs/FLUX.1-dev'
@@ -51,13 +50,7 @@ def model_revision(name: str) -> str:
 
 def revision_of(source: str, commit: str | None) -> str:
     """The Hub commit, or the digest of the transformer's weights in the folder `source`."""
-    if commit:
-        return commit
-    digest = hashlib.sha256()
-    for path in sorted((Path(source) / "transformer").glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return commit or digest(sorted((Path(source) / "transformer").glob("*.safetensors")))
 
 
 def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
@@ -65,33 +58,15 @@ def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
     if name == "tiny":
         from gdro.tiny import MODEL_FOLDER
 
-        folder = Path(MODEL_FOLDER)
+        found = locate(str(MODEL_FOLDER), "model_index.json", field="model", expected=EXPECTED)
     else:
-        folder = Path(name).expanduser()
-    if folder.exists():
-        return str(folder), None, _read_index(name, folder / "model_index.json")
-    if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"model: {name} not found; expected {EXPECTED}")
-    from huggingface_hub import HfApi, hf_hub_download
-
-    commit, cause = None, ""
-    try:
-        commit = HfApi().model_info(name, timeout=10).sha
-    except Exception as error:  # no network, or no such model: at once, where a download would try again and again
-        cause = type(error).__name__
-    try:
-        path = Path(hf_hub_download(name, "model_index.json", revision=commit, local_files_only=commit is None))
-    except (OSError, ValueError) as error:
-        cause = cause or type(error).__name__
-        raise UserError(f"model: {name} is no folder here, nor on the Hub ({cause}); expected {EXPECTED}") from None
-    return name, path.parent.name, _read_index(name, path)
+        found = locate(name, "model_index.json", field="model", expected=EXPECTED)
+    return found.name, found.commit, _read_index(found.index)
 
 
-def _read_index(name: str, path: Path) -> dict[str, object]:
+def _read_index(path: Path) -> dict[str, object]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"model: {name} has no model_index.json; expected {EXPECTED}") from None
     except ValueError as error:
         raise UserError(f"model: {path} is not JSON ({error})") from None
     if not isinstance(index, dict):

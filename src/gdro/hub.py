@@ -1,0 +1,61 @@
+"""Where weights come from: a folder, or a Hub repository at one commit."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdro.errors import UserError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `from_pretrained` takes: a folder (no commit), or a Hub id and the commit to pin it to."""
+
+    name: str  # folder or Hub id
+    commit: str | None
+    index: Path  # the file that was looked for, there
+
+    @property
+    def version(self) -> str:
+        """Changes with the weights: the Hub commit, or the digest of every safetensors file in the folder."""
+        return self.commit or digest(sorted(Path(self.name).rglob("*.safetensors")))
+
+
+def locate(name: str, file: str, *, field: str, expected: str, revision: str | None = None) -> Source:
+    """The folder or Hub repository `name`, which must hold `file`; downloads that file and nothing else.
+
+    Raises UserError naming `field` if there is none of it, without network if the Hub does not have it in its cache.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if not (folder / file).is_file():
+            raise UserError(f"{field}: {name} has no {file}; expected {expected}")
+        return Source(str(folder), None, folder / file)
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"{field}: {name} not found; expected {expected}")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    commit, cause = None, ""
+    try:
+        commit = HfApi().model_info(name, revision=revision, timeout=10).sha
+    except Exception as error:  # no network, or no such model: at once, where a download would try again and again
+        cause = type(error).__name__
+    try:
+        path = Path(hf_hub_download(name, file, revision=commit or revision, local_files_only=commit is None))
+    except (OSError, ValueError) as error:
+        cause = cause or type(error).__name__
+        raise UserError(f"{field}: {name} is no folder here, nor on the Hub ({cause}); expected {expected}") from None
+    return Source(name, path.parent.name, path)
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Of the contents of the files, in their order."""
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{total.hexdigest()[:16]}"
