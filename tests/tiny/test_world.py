@@ -1,5 +1,7 @@
 """The world: pictures are functions of (scene, generator), captions say what the scene says, splits share nothing."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -71,8 +73,12 @@ def test_prompts_are_stable_unique_and_split():
     assert all(f'"{p.fields["target"]}"' in p.text and world.word_split(p.fields["target"]) == "test" for p in ocr)
     geneval = {split: {p.text for p in tiny_prompts(f"tiny:geneval:{split}:150")} for split in world.SPLITS}
     assert not geneval["train"] & geneval["test"]
-    tags = {p.fields["tag"] for p in tiny_prompts("tiny:geneval:test:150")}
-    assert tags == set(world.TAGS)
+    prompts = tiny_prompts("tiny:geneval:test:150")
+    assert Counter(p.fields["tag"] for p in prompts) == dict.fromkeys(world.TAGS, 25)
+    assert len({p.id for p in prompts}) == 150
+    assert (
+        len({p.text for p in prompts if p.fields["tag"] == "color_attr"}) == 25
+    )  # no caption twice while others are left
 
 
 def test_geneval_records_place_the_first_noun_relative_to_the_second():

@@ -1,6 +1,7 @@
 """Prompts of the tiny world, named `tiny:TASK:SPLIT:COUNT[:SEED]`, e.g. `tiny:ocr:test:128`.
 
-The splits share no word (ocr) and no caption (geneval); the base model saw words of the train split only.
+The splits share no word (ocr) and no caption (geneval); the base model saw words of the train split only. GenEval's
+six tags take turns, as they weigh the same in its summary; a tag whose few captions are used up repeats them.
 """
 
 from typing import Any
@@ -13,8 +14,8 @@ from gdro.rng import numpy_rng
 from gdro.tiny import world
 
 TASKS = ("ocr", "geneval")
-# How many different captions a split must be able to give; geneval's world of captions is small.
-LIMITS = {"ocr": 2000, "geneval": 300}
+LIMIT = 2000  # words a split can give
+PATIENCE = 50  # draws of a caption that is there already before it is taken once more (geneval)
 
 
 def tiny_prompts(spec: str) -> list[Prompt]:
@@ -29,21 +30,28 @@ def tiny_prompts(spec: str) -> list[Prompt]:
         raise UserError(f'prompts: "{spec}" names the task "{task}"{did_you_mean(task, TASKS)}')
     if split not in world.SPLITS:
         raise UserError(f'prompts: "{spec}" names the split "{split}"{did_you_mean(split, world.SPLITS)}')
-    if not count_text.isdecimal() or not 1 <= int(count_text) <= LIMITS[task]:
-        raise UserError(f'prompts: "{spec}" asks for "{count_text}" prompts; expected 1 to {LIMITS[task]} for {task}')
+    if not count_text.isdecimal() or not 1 <= int(count_text) <= LIMIT:
+        raise UserError(f'prompts: "{spec}" asks for "{count_text}" prompts; expected 1 to {LIMIT}')
     if rest and not rest[0].isdecimal():
         raise UserError(f'prompts: "{spec}" has the seed "{rest[0]}"; expected a non-negative integer')
     seed = int(rest[0]) if rest else 0
     make = _ocr_fields if task == "ocr" else _geneval_fields
-    found: dict[str, dict[str, Any]] = {}
-    draw = 0
+    found: list[tuple[str, dict[str, Any]]] = []
+    seen: set[str] = set()
+    draw, again = 0, 0
     while len(found) < int(count_text):
         fields = make(numpy_rng(seed, f"prompts-{task}-{split}", draw), split, len(found))
         text = world.caption(fields["scene"])
-        if task == "ocr" or world.word_split(f"caption:{text}") == split:
-            found.setdefault(text, fields)
         draw += 1
-    return [Prompt(f"{task}-{split}-{seed}-{i:04d}", text, fields) for i, (text, fields) in enumerate(found.items())]
+        if task == "geneval" and world.word_split(f"caption:{text}") != split:
+            continue
+        if text in seen and (task == "ocr" or again < PATIENCE):
+            again += 1
+            continue
+        found.append((text, fields))
+        seen.add(text)
+        again = 0
+    return [Prompt(f"{task}-{split}-{seed}-{i:04d}", text, fields) for i, (text, fields) in enumerate(found)]
 
 
 def _ocr_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
@@ -53,9 +61,7 @@ def _ocr_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, A
 
 def _geneval_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
     """GenEval's record: tag, include (class, count, colour, position relative to an earlier entry), exclude."""
-    # single_object has two dozen captions in all, so it is asked for less often than the other tags
-    weights = np.array([1, 2, 2, 3, 3, 3]) / 14
-    tag = str(rng.choice(world.TAGS, p=weights))
+    tag = world.TAGS[index % len(world.TAGS)]
     scene = world.random_shape_scene(rng, tag)
     include = []
     for item in scene["objects"]:
