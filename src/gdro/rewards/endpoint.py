@@ -1,0 +1,349 @@
+"""Questions about images to a model behind an OpenAI-compatible endpoint (vLLM, SGLang, `transformers serve`, ...).
+
+A reply is kept in a SQLite file under a digest of the question, so a run that was killed asks nothing twice. What
+cannot be had after several attempts is missing, with its reason, and never a score.
+"""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from gdro.errors import UserError, did_you_mean
+from gdro.files import fingerprint
+from gdro.rewards.replies import Replies, open_replies
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+
+BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds before the second attempt, doubled for each further one; the most
+REASKS = 2  # of a reply that does not parse: at temperature 0 the next is nearly always the same
+LIST_SECONDS = 10.0  # a server that lists its models does so at once
+
+
+@dataclass(frozen=True)
+class Question:
+    """One user message: the images, as PNG, before the text (where the judges were trained to see them)."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The model's reply, or None and the `reason` why it is missing."""
+
+    text: str | None
+    reason: str | None = None
+
+
+class _Refused(UserError):
+    """The server will not take the request, however often it is sent."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Again(Exception):
+    """The request failed, and may succeed if sent again after `wait` seconds (or our own back-off, if longer)."""
+
+    def __init__(self, reason: str, wait: float = 0.0, *, reached: bool = True) -> None:
+        super().__init__(reason)
+        self.wait, self.reached = wait, reached
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind `<url>/chat/completions`; `http://host:8000` means `http://host:8000/v1`.
+
+    `revision` says which weights the server runs under the model's name: no server tells, so give it the commit they
+    were started from, and kept replies of other weights are not taken for theirs. `timeout` is seconds a request,
+    `cache` the file of replies (default: gdro/judge.sqlite in the user's cache; a local disk, for SQLite's sake), the
+    API key is read from the environment variable `api_key_env`. Raises UserError for a setting that makes no sense.
+    """
+
+    url: str
+    model: str
+    api_key_env: str | None = None
+    revision: str | None = None
+    concurrency: int = 8
+    timeout: float = 120.0
+    attempts: int = 5
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if _base(self.url) is None:
+            raise UserError(f'judge url: "{self.url}" is no address; expected e.g. http://localhost:8000/v1')
+        if "@" in urlsplit(self.url).netloc:
+            raise UserError("judge url: it holds a user or password; expected none, name a variable in api_key_env")
+        if not self.model:
+            raise UserError("judge model: nothing given; expected the name the server has for it")
+        for name in ("concurrency", "timeout", "attempts", "max_tokens"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"judge {name}: {getattr(self, name)}; expected more than 0")
+        if not self.temperature >= 0:
+            raise UserError(f"judge temperature: {self.temperature}; expected 0 or more")
+
+    @property
+    def version(self) -> str:
+        """Changes with what may change a reply."""
+        return fingerprint(self.model, self.revision, self.temperature, self.max_tokens)
+
+    def check(self) -> None:
+        """Raise UserError if the server cannot be reached, refuses the key, or does not serve the model."""
+        _run(self._check())
+
+    def ask(self, questions: Sequence[Question], parse: Callable[[str], T | None]) -> list[tuple[T | None, Answer]]:
+        """What `parse` reads in the reply to each question, and the reply; (None, why) where it is missing.
+
+        At most `concurrency` requests are under way at once. Connection errors, time-outs, 408, 429 and 5xx are tried
+        again with growing pauses, replies that are cut short or that `parse` reads nothing in (None) at most twice,
+        `attempts` requests in all. Only replies that parse are kept, the same question is asked once, and another
+        process with the same cache may be at work. Raises UserError if the server refuses a request (other 4xx), or
+        if it answered none of them and `check` knows why.
+        """
+        keys = [self._key(question) for question in questions]
+        left = dict(zip(keys, questions, strict=True))
+        found: dict[str, tuple[T | None, Answer]] = {}
+        with open_replies(self.cache) as replies:
+            for key in list(left):
+                kept = replies.get(key)
+                value = None if kept is None else parse(kept)
+                if value is not None:
+                    found[key] = value, Answer(kept)
+                    del left[key]
+            if left:
+                asked = _run(self._ask_all(left, parse, replies))
+                found |= asked
+                if all(answer.text is None for _, answer in asked.values()):
+                    self.check()
+        return [found[key] for key in keys]
+
+    def _key(self, question: Question) -> str:
+        """Digest of what decides the reply. Not `max_tokens`: a reply that was not cut does not depend on it."""
+        pixels = [[i.size, hashlib.sha256(i.convert("RGB").tobytes()).hexdigest()] for i in question.images]
+        content = [self.model, self.revision, self.temperature, question.text, pixels]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    async def _ask_all(
+        self, left: Mapping[str, Question], parse: Callable[[str], T | None], replies: Replies
+    ) -> dict[str, tuple[T | None, Answer]]:
+        found: dict[str, tuple[T | None, Answer]] = {}
+        queue = iter(left.items())
+
+        async def work() -> None:
+            for key, question in queue:
+                found[key] = _, answer = await self._ask(client, question, parse)
+                if answer.text is not None:
+                    replies.keep(key, answer.text)
+
+        async with self._client() as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self.concurrency, len(left))):
+                        group.create_task(work())
+            except BaseExceptionGroup as errors:  # the first ended the others
+                raise errors.exceptions[0] from None
+        return found
+
+    async def _ask(
+        self, client: "httpx.AsyncClient", question: Question, parse: Callable[[str], T | None]
+    ) -> tuple[T | None, Answer]:
+        body = await asyncio.to_thread(self._body, question)  # encoding an image takes a while
+        reason, unread = "", 0
+        for attempt in range(self.attempts):
+            try:
+                text = _reply(await self._send(client, "POST", "/chat/completions", body))
+                value = parse(text)
+                if value is not None:
+                    return value, Answer(text)
+                raise _Unread(f"reply without what was asked for: {_short(text)!r}")
+            except _Unread as error:
+                reason, unread, wait = str(error), unread + 1, 0.0
+                if unread > REASKS:
+                    break
+            except _Again as error:
+                pause = min(LONGEST_BACKOFF, BACKOFF * 2**attempt)
+                reason, wait = str(error), max(error.wait, random.uniform(pause / 2, pause))  # decides no result
+            if attempt + 1 < self.attempts:
+                await asyncio.sleep(wait)
+        return None, Answer(None, reason)
+
+    def _body(self, question: Question) -> bytes:
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in question.images
+        ]
+        content.append({"type": "text", "text": question.text})
+        request = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+        return json.dumps(request).encode()
+
+    def _client(self) -> "httpx.AsyncClient":
+        import httpx  # slow to import
+
+        headers = {"Content-Type": "application/json"}
+        if self.api_key_env is not None:
+            headers["Authorization"] = f"Bearer {self._key_of_api()}"
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        # the time limit is on the whole request (`_send`); httpx has one on every read
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=None)
+
+    def _key_of_api(self) -> str:
+        key = os.environ.get(self.api_key_env or "", "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            found = "not set" if not key else "no line of ASCII"
+            raise UserError(f"judge api_key_env: the variable {self.api_key_env} is {found}; expected the API key")
+        return key
+
+    async def _send(
+        self, client: "httpx.AsyncClient", method: str, path: str, body: bytes | None = None
+    ) -> "httpx.Response":
+        """The response, if it is a success. Raises _Again or _Refused."""
+        import httpx
+
+        limit = self.timeout if method == "POST" else min(self.timeout, LIST_SECONDS)
+        try:
+            async with asyncio.timeout(limit):
+                response = await client.request(method, f"{_base(self.url)}{path}", content=body)
+        except TimeoutError:
+            raise _Again(f"no reply in {limit:g} s", reached=False) from None
+        except httpx.RequestError as error:
+            cause = str(error) or type(error).__name__
+            raise _Again(f"connection failed: {cause}", reached=not isinstance(error, httpx.ConnectError)) from None
+        if response.is_success:
+            return response
+        said = f"HTTP {response.status_code}: {self._message(response)}"
+        if response.status_code in (408, 429) or response.status_code >= 500:
+            raise _Again(said, min(self.timeout, _retry_after(response)))
+        hint = f"; the key is that of api_key_env {self.api_key_env}" if response.status_code in (401, 403) else ""
+        raise _Refused(f"judge {self.url} refused the request ({said}){hint}", response.status_code)
+
+    def _message(self, response: "httpx.Response") -> str:
+        """What the server says went wrong, on one line, without our key."""
+        try:
+            said = response.json()
+            for key in ("error", "detail", "message"):
+                if isinstance(said, dict) and said.get(key):
+                    said = said[key]
+        except ValueError:
+            said = response.text
+        text = said if isinstance(said, str) else json.dumps(said)
+        if self.api_key_env is not None:
+            text = text.replace(self._key_of_api(), "***")
+        return _short(text) or "no message"
+
+    async def _check(self) -> None:
+        async with self._client() as client:
+            for attempt in range(self.attempts):
+                try:
+                    return await self._check_model(client)
+                except _Again as error:
+                    if not error.reached or attempt + 1 == self.attempts:
+                        raise UserError(
+                            f"judge url: {self.url} does not answer ({error}); expected a running server with an "
+                            "OpenAI-compatible API"
+                        ) from None
+                    await asyncio.sleep(BACKOFF)
+
+    async def _check_model(self, client: "httpx.AsyncClient") -> None:
+        try:
+            served = _names(await self._send(client, "GET", "/models"))
+        except _Refused as error:
+            if error.status not in (404, 405):
+                raise
+            served = []
+        if served and self.model not in served:
+            raise UserError(f'judge model: {self.url} serves no "{self.model}"{did_you_mean(self.model, served)}')
+        if not served:  # not every server lists its models: the shortest question tells as well
+            body = replace(self, max_tokens=1)._body(Question("Hello"))
+            await self._send(client, "POST", "/chat/completions", body)
+
+
+class _Unread(Exception):
+    """A reply came, and nothing can be read in it."""
+
+
+def _base(url: str) -> str | None:
+    """The address that paths such as /models are added to; None if it is none."""
+    try:
+        parts = urlsplit(url.strip())
+        _ = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        return None
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def _names(response: "httpx.Response") -> list[str]:
+    try:
+        return [str(model["id"]) for model in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _reply(response: "httpx.Response") -> str:
+    """The text of a completion; _Unread if it has none or was cut off."""
+    try:
+        choice = response.json()["choices"][0]
+        text, finished = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise _Unread(f"no completion: {_short(response.text)!r}") from None
+    if finished == "length":
+        raise _Unread(f"reply cut short at max_tokens: {_short(str(text))!r}")
+    if not isinstance(text, str):
+        raise _Unread(f"reply without text (finish_reason {finished!r})")
+    return text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, files cannot
+
+
+def _retry_after(response: "httpx.Response") -> float:
+    """Seconds the server asks us to wait: a number of them, or a date."""
+    asked = response.headers.get("Retry-After", "0")
+    try:
+        seconds = float(asked) if asked.isdigit() else parsedate_to_datetime(asked).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+    return max(0.0, seconds)
+
+
+def _short(text: str, most: int = 200) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "PNG", compress_level=1)  # lossless at any level, and the way is short
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, also in a notebook, where a loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
