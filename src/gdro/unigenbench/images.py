@@ -1,0 +1,155 @@
+"""Where the benchmark's images come from: a model, or a folder of images made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from gdro.errors import UserError
+from gdro.files import fingerprint, write_json
+from gdro.hub import digest
+from gdro.prompts import Prompt
+from gdro.rundir import read_json
+from gdro.samplers.settings import Generation
+
+if TYPE_CHECKING:  # which imports torch
+    from gdro.groups.store import GroupStore
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images `<index>_<i>.png`, i from 0, as the published code names them."""
+
+    path: Path
+    per_prompt: int
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError if an image is missing or none."""
+        paths = [self._path(prompt, i) for prompt in prompts for i in range(self.per_prompt)]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"--images-from: {missing[0]} not found, nor {len(missing) - 1} others of {len(paths)}; "
+                f"expected {self.per_prompt} images a prompt, named <index>_<i>.png"
+            )
+        for path in paths:
+            try:
+                with Image.open(path) as image:
+                    image.verify()
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise UserError(f"--images-from: {path} is no image ({error})") from None
+
+    def make(self, prompts: Sequence[Prompt]) -> None:
+        """Nothing to do: they are there."""
+
+    def images(self, prompt: Prompt) -> list[Image.Image]:
+        """Raises UserError naming a file that is damaged."""
+        found = []
+        for i in range(self.per_prompt):
+            path = self._path(prompt, i)
+            try:
+                with Image.open(path) as image:
+                    found.append(image.convert("RGB"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"--images-from: {path} could not be read ({error})") from None
+        return found
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"folder": str(self.path)}
+
+    def _path(self, prompt: Prompt, i: int) -> Path:
+        return self.path / f"{prompt.id}_{i}.png"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Images that a model makes, kept as a store of groups in `store`; sampling goes on there."""
+
+    store: Path
+    model: str
+    adapter: Path | None  # the folder that holds LORA
+    generation: Generation
+    seed: int
+    device: str
+    mixed_precision: str
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError for a model, adapter or device that is not there."""
+        from gdro.models import check_model
+
+        check_model(self.model)
+        _ = self._device()
+
+    def make(self, prompts: Sequence[Prompt]) -> None:
+        """Make what is missing. The model is not loaded if nothing is, so that a judge can have the GPU.
+
+        Raises UserError if the store was begun with other settings, prompts or weights.
+        """
+        done = self.store.with_name("images.json")
+        whole = self.about | {"prompts": fingerprint([prompt.to_json() for prompt in prompts])}
+        if read_json(done) == whole:
+            return
+        import torch
+
+        from gdro.models import load_model
+        from gdro.samplers.generate import sample_groups
+
+        dtype = torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+        model = load_model(self.model, device=torch.device(self._device()), dtype=dtype)
+        if self.adapter is not None:
+            model.load_adapter(self.adapter)
+        # the purpose of evaluation: an image's noise depends on (seed, prompt, index), whatever the model
+        sample_groups(
+            self.generation, model, prompts, self.store, seed=self.seed, purpose="evaluation", label="benchmark"
+        )
+        write_json(done, whole)
+
+    def images(self, prompt: Prompt) -> list[Image.Image]:
+        return self._groups.images(prompt.id)
+
+    @cached_property
+    def _groups(self) -> GroupStore:
+        from gdro.groups.store import GroupStore
+
+        return GroupStore(self.store)
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        from gdro.models.loading import model_revision
+
+        adapter = (
+            None if self.adapter is None else {"folder": str(self.adapter), "digest": digest([self.adapter / LORA])}
+        )
+        settings = self.generation.model_dump(exclude={"batch_size", "prompts_per_shard"})
+        return {
+            "model": self.model,
+            "revision": model_revision(self.model),
+            "adapter": adapter,
+            "mixed_precision": self.mixed_precision,
+            "seed": self.seed,
+            **settings,
+        }
+
+    def _device(self) -> str:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        if self.device == "cuda" and not cuda:
+            raise UserError('--device is "cuda", but torch finds no GPU; expected "auto" or "cpu"')
+        return "cuda" if cuda and self.device != "cpu" else "cpu"
+
+
+def find_adapter(path: Path) -> Path:
+    """The folder with the adapter's weights: `path`, or what a run at `path` exported. Raises UserError without any."""
+    for folder in (path, path / "adapter"):
+        if (folder / LORA).is_file():
+            return folder
+    raise UserError(f"--adapter: {path} holds no {LORA}; expected a run that was exported, or an adapter's folder")
