@@ -1,20 +1,11 @@
-"""Reward of readable text (Flow-GRPO's OCR reward), with RapidOCR: the PaddleOCR models on ONNX Runtime.
-
-Settings are those of the published reward's engine, PaddleOCR: the image is searched for text at its own size, its
-sides rounded to multiples of 32 and its longer side at most 960 (small images so cost little, large ones lose little);
-boxes are read from top to bottom and left to right; a box below .5 confidence is dropped. One departure: a line is
-padded to 96 pixels at least instead of 320, which halves the time and misreads fewer short words. Every line is read
-by itself: in batches ONNX Runtime is no faster on a core, and a score would depend on its neighbours' widths.
-"""
+"""Reward of readable text (Flow-GRPO's OCR reward), with the engines of `gdro.rewards.ocr_engines`."""
 
 import os
-import re
-import threading
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version as installed
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -23,36 +14,56 @@ from rapidfuzz.distance import Levenshtein
 from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.prompts import Prompt
-from gdro.rewards.base import ImageFailure, Scores
+from gdro.rewards.base import Scores
+from gdro.rewards.ocr_engines import EngineName, identity, prepare, read
 
-ENGINE = {
-    "Global.use_cls": False,
-    "Global.text_score": 0.5,
-    "Det.limit_side_len": 960,
-    "Det.limit_type": "max",
-    "Rec.rec_img_shape": [3, 48, 96],
-    "Rec.rec_batch_num": 1,
-}
-_THREADS = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
-_QUOTED = re.compile('["“”„‟＂]([^"“”„‟＂]*)["“”„‟＂]')
+_DOUBLE = '"＂“”„‟'
+_CLOSERS = {'"': '"＂', "＂": '"＂', "“": "”", "‟": "”", "„": "“”", "”": "”", "「": "」", "『": "』", "｢": "｣"}
+_STRAIGHT = str.maketrans("‘’‚‛“”„‟", "''''" + '""""')
 
 
 def target_text(prompt: str) -> str:
-    """The text between the first pair of double quotes, straight or curly; UserError if there is none in them."""
-    found = _QUOTED.search(prompt)
-    if not found:
-        raise UserError(f'prompt {prompt!r} has no text in double quotes; expected e.g. a sign that says "OPEN"')
-    if not _plain(found[1]):
-        raise UserError(f"prompt {prompt!r} has nothing between its first double quotes; expected the text to read")
-    return found[1]
+    """The text between the first pair of double quotes; UserError if there is none in them.
+
+    Straight marks pair as in the published rule, each with the next. Other marks may hold quotes of their own kind or
+    another: “ ”, „ “, 「 」, 『 』, ｢ ｣; double quotes without their partner end at the next of any kind.
+    """
+    for start, mark in enumerate(prompt):
+        if mark not in _CLOSERS:
+            continue
+        end = _end(prompt, start, _CLOSERS[mark])
+        if end is None and mark in _DOUBLE:
+            end = next((i for i in range(start + 1, len(prompt)) if prompt[i] in _DOUBLE), None)
+        if end is None:
+            continue
+        if not _plain(prompt[start + 1 : end]):
+            raise UserError(f"prompt {prompt!r} has nothing between its first double quotes; expected the text to read")
+        return prompt[start + 1 : end]
+    raise UserError(f'prompt {prompt!r} has no text in double quotes; expected e.g. a sign that says "OPEN"')
 
 
-def ocr_score(recognised: str, target: str, *, strict: bool = False) -> float:
+def _end(prompt: str, start: int, closers: str) -> int | None:
+    """The place of the mark that closes the one at `start`, or None."""
+    depth = 0
+    for i in range(start, len(prompt)):
+        if i > start and prompt[i] in closers:
+            depth -= 1
+        elif prompt[i] == prompt[start]:
+            depth += 1
+        if depth == 0:
+            return i
+    return None
+
+
+def ocr_score(recognised: str, target: str, *, strict: bool = False, normalize: bool = False) -> float:
     """1 - min(d, n) / n in [0, 1]; d the edit distance of the texts without case and spaces, n the target's length.
 
     The published rule (Flow-GRPO) sets d = 0 if the target is found anywhere in the recognised text, so any junk
-    around it is free; `strict` does not.
+    around it is free; `strict` does not. `normalize` compares the texts after `normalized`, the published rule as they
+    are.
     """
+    if normalize:
+        recognised, target = normalized(recognised), normalized(target)
     recognised, target = _plain(recognised), _plain(target)
     if not target:
         raise ValueError("the target is empty")
@@ -61,8 +72,21 @@ def ocr_score(recognised: str, target: str, *, strict: bool = False) -> float:
     return 1.0 - min(Levenshtein.distance(recognised, target), len(target)) / len(target)
 
 
+def normalized(text: str) -> str:
+    """Unicode NFKC (full-width letters, digits and punctuation become ASCII's) with curly quotes made straight.
+
+    The models write both ways whatever the image shows: a ’ comes back as ', ＯＰＥＮ as OPEN.
+    """
+    return unicodedata.normalize("NFKC", text).translate(_STRAIGHT)
+
+
 def _plain(text: str) -> str:
     return "".join(text.split()).lower()
+
+
+def edit_distance(recognised: str, target: str) -> int:
+    """Characters to change, without case and spaces; 0 is an exact match."""
+    return Levenshtein.distance(_plain(recognised), _plain(target))
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,9 @@ class OcrReward:
     """
 
     strict: bool = False
+    engine: EngineName = "rapidocr"
+    lang: str | None = None
+    normalize: bool = False
     parallel: ClassVar[bool] = True
 
     @property
@@ -82,15 +109,25 @@ class OcrReward:
 
     @property
     def version(self) -> str:
-        """Rule and engine: the package pins its models by digest."""
-        return fingerprint("rule 1", self.name, ENGINE, installed("rapidocr"))
+        """Rule and engine: the package pins its models. UserError if it is not installed."""
+        rule = "rule 1, normalized" if self.normalize else "rule 1"
+        return fingerprint(rule, self.name, *identity(self.engine, self.lang))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
+        if self.lang is not None and self.engine == "rapidocr":
+            raise UserError(
+                f'reward "{self.name}": lang is "{self.lang}" with the engine rapidocr, whose one model reads Chinese, '
+                "English and Japanese; expected none, or the engine paddleocr"
+            )
         for prompt in prompts:
             try:
                 target_text(prompt.text)
             except UserError as error:
                 raise UserError(f'reward "{self.name}": prompt "{prompt.id}": {error}') from None
+        try:
+            prepare(self.engine, self.lang)
+        except UserError as error:
+            raise UserError(f'reward "{self.name}": {error}') from error
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         targets = [target_text(prompt.text) for prompt in prompts]
@@ -98,38 +135,19 @@ class OcrReward:
             raise ValueError(f"{len(images)} images came with {len(targets)} prompts")
         threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
         with ThreadPoolExecutor(max(1, min(threads, len(images)))) as pool:
-            evidence = list(pool.map(_read, range(len(images)), images))
-        scores = [ocr_score(e["text"], t, strict=self.strict) for e, t in zip(evidence, targets, strict=True)]
+            evidence = list(pool.map(lambda i: read(i, images[i], self.engine, self.lang), range(len(images))))
+        scores = [
+            ocr_score(found["text"], target, strict=self.strict, normalize=self.normalize)
+            for found, target in zip(evidence, targets, strict=True)
+        ]
         return Scores(np.asarray(scores, np.float64), evidence)
 
 
-_idle: list[Any] = []
-_lock = threading.Lock()
+def ocr(*, engine: EngineName = "rapidocr", lang: str | None = None, normalize: bool = False) -> OcrReward:
+    """The published rule. `lang` is PaddleOCR's ("en"; "ch" reads Chinese and English)."""
+    return OcrReward(engine=engine, lang=lang, normalize=normalize)
 
 
-def _read(index: int, image: Image.Image) -> dict[str, Any]:
-    """The text in an image. An engine is used by one thread at a time, and kept for the next one."""
-    pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # the models were trained on BGR
-    with _lock:
-        engine = _idle.pop() if _idle else None
-    try:
-        engine = engine or _new_engine()
-        found = engine(pixels)
-    except Exception as error:
-        cause = error.__cause__ or error  # RapidOCR's own message is a traceback
-        raise ImageFailure(index, f"RapidOCR failed ({type(cause).__name__}: {cause})") from error
-    with _lock:
-        _idle.append(engine)
-    texts, confidences = found.txts or (), [float(c) for c in found.scores or ()]
-    boxes = [] if found.boxes is None else np.asarray(found.boxes).round(1).tolist()
-    return {
-        "text": "".join(texts),
-        "confidence": float(np.mean(confidences)) if confidences else None,
-        "lines": [list(line) for line in zip(texts, confidences, boxes, strict=True)],
-    }
-
-
-def _new_engine() -> Any:
-    from rapidocr import RapidOCR  # slow to import
-
-    return RapidOCR(params={"Global.log_level": "error", **ENGINE, **_THREADS})
+def ocr_strict(*, engine: EngineName = "rapidocr", lang: str | None = None, normalize: bool = False) -> OcrReward:
+    """The same without the substring rule: text around the target costs."""
+    return OcrReward(strict=True, engine=engine, lang=lang, normalize=normalize)
