@@ -5,17 +5,13 @@ cannot be had after several attempts is missing, with its reason, and never a sc
 """
 
 import asyncio
-import base64
 import hashlib
-import io
 import json
 import os
 import random
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +19,16 @@ from PIL import Image
 
 from gdro.errors import UserError, did_you_mean
 from gdro.files import fingerprint
+from gdro.rewards.completions import (
+    Unread,
+    base_url,
+    error_message,
+    model_names,
+    reply_text,
+    request_body,
+    retry_after,
+    short,
+)
 from gdro.rewards.replies import Replies, open_replies
 
 if TYPE_CHECKING:
@@ -89,7 +95,7 @@ class Endpoint:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        if _base(self.url) is None:
+        if base_url(self.url) is None:
             raise UserError(f'judge url: "{self.url}" is no address; expected e.g. http://localhost:8000/v1')
         if "@" in urlsplit(self.url).netloc:
             raise UserError("judge url: it holds a user or password; expected none, name a variable in api_key_env")
@@ -150,7 +156,8 @@ class Endpoint:
 
         async def work() -> None:
             for key, question in queue:
-                found[key] = _, answer = await self._ask(client, question, parse)
+                found[key] = await self._ask(client, question, parse)
+                answer = found[key][1]
                 if answer.text is not None:
                     replies.keep(key, answer.text)
 
@@ -166,16 +173,16 @@ class Endpoint:
     async def _ask(
         self, client: "httpx.AsyncClient", question: Question, parse: Callable[[str], T | None]
     ) -> tuple[T | None, Answer]:
-        body = await asyncio.to_thread(self._body, question)  # encoding an image takes a while
+        body = await asyncio.to_thread(self._body, question, self.max_tokens)  # encoding an image takes a while
         reason, unread = "", 0
         for attempt in range(self.attempts):
             try:
-                text = _reply(await self._send(client, "POST", "/chat/completions", body))
+                text = reply_text(await self._send(client, "POST", "/chat/completions", body))
                 value = parse(text)
                 if value is not None:
                     return value, Answer(text)
-                raise _Unread(f"reply without what was asked for: {_short(text)!r}")
-            except _Unread as error:
+                raise Unread(f"reply without what was asked for: {short(text)!r}")
+            except Unread as error:
                 reason, unread, wait = str(error), unread + 1, 0.0
                 if unread > REASKS:
                     break
@@ -186,30 +193,22 @@ class Endpoint:
                 await asyncio.sleep(wait)
         return None, Answer(None, reason)
 
-    def _body(self, question: Question) -> bytes:
-        content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in question.images
-        ]
-        content.append({"type": "text", "text": question.text})
-        request = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
-        return json.dumps(request).encode()
+    def _body(self, question: Question, max_tokens: int) -> bytes:
+        return request_body(
+            self.model, question.text, question.images, max_tokens=max_tokens, temperature=self.temperature
+        )
 
     def _client(self) -> "httpx.AsyncClient":
         import httpx  # slow to import
 
         headers = {"Content-Type": "application/json"}
         if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {self._key_of_api()}"
+            headers["Authorization"] = f"Bearer {self._api_key()}"
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         # the time limit is on the whole request (`_send`); httpx has one on every read
         return httpx.AsyncClient(headers=headers, limits=limits, timeout=None)
 
-    def _key_of_api(self) -> str:
+    def _api_key(self) -> str:
         key = os.environ.get(self.api_key_env or "", "").strip()
         if not key or not key.isascii() or not key.isprintable():
             found = "not set" if not key else "no line of ASCII"
@@ -225,7 +224,7 @@ class Endpoint:
         limit = self.timeout if method == "POST" else min(self.timeout, LIST_SECONDS)
         try:
             async with asyncio.timeout(limit):
-                response = await client.request(method, f"{_base(self.url)}{path}", content=body)
+                response = await client.request(method, f"{base_url(self.url)}{path}", content=body)
         except TimeoutError:
             raise _Again(f"no reply in {limit:g} s", reached=False) from None
         except httpx.RequestError as error:
@@ -233,25 +232,14 @@ class Endpoint:
             raise _Again(f"connection failed: {cause}", reached=not isinstance(error, httpx.ConnectError)) from None
         if response.is_success:
             return response
-        said = f"HTTP {response.status_code}: {self._message(response)}"
+        message = error_message(response)
+        if self.api_key_env is not None:  # some servers repeat the key they were given
+            message = message.replace(self._api_key(), "***")
+        said = f"HTTP {response.status_code}: {short(message) or 'no message'}"
         if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _Again(said, min(self.timeout, _retry_after(response)))
+            raise _Again(said, min(self.timeout, retry_after(response)))
         hint = f"; the key is that of api_key_env {self.api_key_env}" if response.status_code in (401, 403) else ""
         raise _Refused(f"judge {self.url} refused the request ({said}){hint}", response.status_code)
-
-    def _message(self, response: "httpx.Response") -> str:
-        """What the server says went wrong, on one line, without our key."""
-        try:
-            said = response.json()
-            for key in ("error", "detail", "message"):
-                if isinstance(said, dict) and said.get(key):
-                    said = said[key]
-        except ValueError:
-            said = response.text
-        text = said if isinstance(said, str) else json.dumps(said)
-        if self.api_key_env is not None:
-            text = text.replace(self._key_of_api(), "***")
-        return _short(text) or "no message"
 
     async def _check(self) -> None:
         async with self._client() as client:
@@ -268,7 +256,7 @@ class Endpoint:
 
     async def _check_model(self, client: "httpx.AsyncClient") -> None:
         try:
-            served = _names(await self._send(client, "GET", "/models"))
+            served = model_names(await self._send(client, "GET", "/models"))
         except _Refused as error:
             if error.status not in (404, 405):
                 raise
@@ -276,67 +264,7 @@ class Endpoint:
         if served and self.model not in served:
             raise UserError(f'judge model: {self.url} serves no "{self.model}"{did_you_mean(self.model, served)}')
         if not served:  # not every server lists its models: the shortest question tells as well
-            body = replace(self, max_tokens=1)._body(Question("Hello"))
-            await self._send(client, "POST", "/chat/completions", body)
-
-
-class _Unread(Exception):
-    """A reply came, and nothing can be read in it."""
-
-
-def _base(url: str) -> str | None:
-    """The address that paths such as /models are added to; None if it is none."""
-    try:
-        parts = urlsplit(url.strip())
-        _ = parts.port
-    except ValueError:
-        return None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        return None
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
-
-
-def _names(response: "httpx.Response") -> list[str]:
-    try:
-        return [str(model["id"]) for model in response.json()["data"]]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def _reply(response: "httpx.Response") -> str:
-    """The text of a completion; _Unread if it has none or was cut off."""
-    try:
-        choice = response.json()["choices"][0]
-        text, finished = choice["message"]["content"], choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Unread(f"no completion: {_short(response.text)!r}") from None
-    if finished == "length":
-        raise _Unread(f"reply cut short at max_tokens: {_short(str(text))!r}")
-    if not isinstance(text, str):
-        raise _Unread(f"reply without text (finish_reason {finished!r})")
-    return text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, files cannot
-
-
-def _retry_after(response: "httpx.Response") -> float:
-    """Seconds the server asks us to wait: a number of them, or a date."""
-    asked = response.headers.get("Retry-After", "0")
-    try:
-        seconds = float(asked) if asked.isdigit() else parsedate_to_datetime(asked).timestamp() - time.time()
-    except ValueError:
-        return 0.0
-    return max(0.0, seconds)
-
-
-def _short(text: str, most: int = 200) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[:most]}..."
-
-
-def _data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG", compress_level=1)  # lossless at any level, and the way is short
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            await self._send(client, "POST", "/chat/completions", self._body(Question("Hello"), 1))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
