@@ -10,94 +10,24 @@ on the wrong side counts as two parts, one of them satisfied, which gives .75.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import PositiveInt, ValidationError
 
 from gdro.errors import UserError, did_you_mean
 from gdro.files import fingerprint
 from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
+from gdro.rewards.colors import CLIP, ColorClassifier
+from gdro.rewards.detection import Detection, Detector, Record
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts above this score; the second for the tag "counting"
 MOST = 16  # detections of a class, at most
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 SHRINK = 0.1  # of the two boxes' sizes, taken off their centres' distance before it decides a relation
-
-
-class Excluded(BaseModel):
-    """Fewer than `count` objects of a class."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    label: str = Field(alias="class")
-    count: int = Field(ge=1, strict=True)
-
-
-class Included(Excluded):
-    """At least `count` objects of a class; of a colour, and placed relative to an earlier entry, if so asked."""
-
-    color: str | None = None
-    position: tuple[Literal["left of", "right of", "above", "below"], int] | None = None
-
-
-class Record(BaseModel):
-    """What a GenEval prompt asks for. Other fields of the prompt are none of its business."""
-
-    model_config = ConfigDict(frozen=True)
-
-    tag: Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-    include: list[Included] = Field(min_length=1)
-    exclude: list[Excluded] = []
-
-
-@dataclass(frozen=True)
-class Detection:
-    """An object found: class, box (left, top, right, bottom) in pixels, score in [0, 1], colour if it was looked at."""
-
-    label: str
-    box: tuple[float, float, float, float]
-    score: float
-    color: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"class": self.label, "box": list(self.box), "score": self.score, "color": self.color}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Detection":
-        return cls(value["class"], tuple(value["box"]), value["score"], value["color"])
-
-
-class Detector(Protocol):
-    """Finds objects of its `classes`, of any score above THRESHOLD; it alone looks at the pixels."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> str:
-        """Changes whenever the same image could get other detections."""
-        ...
-
-    @property
-    def parallel(self) -> bool:
-        """As `Reward.parallel`."""
-        ...
-
-    @property
-    def classes(self) -> Sequence[str]: ...
-
-    @property
-    def colors(self) -> Sequence[str]: ...
-
-    def __call__(self, images: Sequence[Image.Image], records: Sequence[Record]) -> list[list[Detection]]:
-        """Detections of each image; those of a class that the record wants in a colour have one.
-
-        Raises ImageFailure.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -223,7 +153,7 @@ def summary(values: np.ndarray, tags: Sequence[str]) -> dict[str, float | None]:
 class GenevalReward:
     """The soft score of an image, or with `strict` the official verdict, 0 or 1.
 
-    Evidence: `detections`, and what follows from them for the prompt: `correct`, `reasons`, `soft`, `parts`.
+    Evidence: `detections` and the prompt's `record`, and what follows: `correct`, `reasons`, `soft`, `parts`.
     """
 
     detector: Detector
@@ -254,8 +184,8 @@ class GenevalReward:
         verdicts = [assess(detections, record) for detections, record in zip(found, records, strict=True)]
         values = [float(v.correct) if self.strict else v.soft for v in verdicts]
         evidence = [
-            {"detections": [d.to_json() for d in detections], **asdict(verdict)}
-            for detections, verdict in zip(found, verdicts, strict=True)
+            {"detections": [d.to_json() for d in detections], "record": record.to_json(), **asdict(verdict)}
+            for detections, record, verdict in zip(found, records, verdicts, strict=True)
         ]
         return Scores(np.asarray(values, np.float64), evidence)
 
@@ -271,6 +201,13 @@ class GenevalReward:
             raise UserError(
                 f'{where} has {found} in "{field}" ({first["msg"]}); expected a GenEval record (tag, include, exclude)'
             ) from None
+        known = self.detector.classes
+        for label in [entry.label for entry in (*record.include, *record.exclude)]:
+            if label not in known:
+                hint = did_you_mean(label, known)
+                if self.detector.name == "tiny" and "expected one of" in hint:  # no misspelt shape
+                    hint = f', which detector "tiny" does not know; set detector, e.g. to {MASK2FORMER}'
+                raise UserError(f'{where} asks for the class "{label}"{hint}')
         for i, entry in enumerate(record.include):
             if entry.color is not None and entry.color not in self.detector.colors:
                 raise UserError(
@@ -280,8 +217,49 @@ class GenevalReward:
                 raise UserError(
                     f"{where} has include.{i}.position relative to entry {entry.position[1]}; expected an earlier one"
                 )
-        known = self.detector.classes
-        for label in [entry.label for entry in (*record.include, *record.exclude)]:
-            if label not in known:
-                raise UserError(f'{where} asks for the class "{label}"{did_you_mean(label, known)}')
         return record
+
+
+def geneval(
+    *,
+    detector: str = "tiny",
+    revision: str | None = None,
+    clip: str = CLIP,
+    clip_revision: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: PositiveInt = 8,
+) -> GenevalReward:
+    """The soft score. `detector` is "tiny", for the tiny world, or the folder or Hub id of a Mask2Former (official:
+    MASK2FORMER) or another object detector of transformers; the other options are such a detector's."""
+    if detector != "tiny":
+        from gdro.rewards.detectors import TransformersDetector
+
+        namer = ColorClassifier(clip, clip_revision, device, batch_size)
+        return GenevalReward(TransformersDetector(detector, namer, revision, device, batch_size))
+    from gdro.tiny.vision import TinyDetector  # a layer above, so only when it is asked for
+
+    for option, value in (("revision", revision), ("clip_revision", clip_revision)):
+        if value is not None:
+            raise UserError(f'reward "geneval": {option} is {value!r}; expected none with detector "tiny"')
+    return GenevalReward(TinyDetector())
+
+
+def geneval_strict(
+    *,
+    detector: str = "tiny",
+    revision: str | None = None,
+    clip: str = CLIP,
+    clip_revision: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: PositiveInt = 8,
+) -> GenevalReward:
+    """The official verdict, 0 or 1; options as `geneval`'s."""
+    soft = geneval(
+        detector=detector,
+        revision=revision,
+        clip=clip,
+        clip_revision=clip_revision,
+        device=device,
+        batch_size=batch_size,
+    )
+    return GenevalReward(soft.detector, strict=True)
