@@ -8,6 +8,7 @@ the time and misreads fewer short words. It reads every line by itself: in batch
 and a score would depend on its neighbours' widths.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
@@ -73,8 +74,9 @@ def rapidocr() -> Engine:
 
 def paddleocr(**options: Any) -> Engine:
     """PaddleOCR 3 on one CPU thread; `options` are its constructor's. It downloads its models at the first use."""
-    from paddleocr import PaddleOCR  # slow to import
+    from paddleocr import PaddleOCR  # type: ignore[import-not-found,import-untyped,unused-ignore]  # an extra
 
+    logging.getLogger("paddlex").setLevel(logging.CRITICAL)  # what matters of it is raised too
     engine = PaddleOCR(**{"device": "cpu", "cpu_threads": 1, **PADDLEOCR, **options})
 
     def read(pixels: np.ndarray) -> list[Line]:
