@@ -148,23 +148,23 @@ def test_the_published_architecture(folder: Path) -> None:
     processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     pixels = processor(images=images(), return_tensors="pt")["pixel_values"]
     expected = published(weights(), pixels, tokens["input_ids"], tokens["attention_mask"]).numpy()
-    np.testing.assert_allclose(scores.values, expected, atol=1e-4)
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-4)
     assert expected.std() > 0.05
-    assert [e["raw"] for e in scores.evidence] == pytest.approx((expected * STD + MEAN).tolist(), abs=1e-4)
+    assert [e["raw"] for e in scores.evidence] == pytest.approx((expected * STD + MEAN).tolist(), rel=1e-4)
     assert json.dumps(scores.evidence)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_score_does_not_depend_on_its_batch(folder: Path, batch_size: int) -> None:
     together = reward(folder)(images(), PROMPTS).values
-    np.testing.assert_allclose(reward(folder, batch_size)(images(), PROMPTS).values, together, atol=1e-5)
+    np.testing.assert_allclose(reward(folder, batch_size)(images(), PROMPTS).values, together, rtol=1e-5)
 
 
 def test_long_prompts_lose_their_end_and_say_so(folder: Path) -> None:
     fits = "sea " * (TOKENS - 2)
     scores = reward(folder)(images(1) * 2, [Prompt("fits", fits), Prompt("long", fits + "red dog")])
     assert [(e["tokens"], e["truncated"]) for e in scores.evidence] == [(TOKENS, False), (TOKENS + 2, True)]
-    assert scores.values[0] == pytest.approx(scores.values[1], abs=1e-5)
+    assert scores.values[0] == pytest.approx(scores.values[1], rel=1e-5)
 
 
 def test_version_follows_weights_and_tokenizer(folder: Path, tmp_path: Path) -> None:
