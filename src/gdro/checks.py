@@ -17,7 +17,9 @@ from gdro.files import discard
 from gdro.groups.store import GroupStore
 from gdro.models import check_model
 from gdro.prompts import read_prompts, write_prompts
+from gdro.rewards.derived import DerivedReward, base_rewards, is_relative
 from gdro.rewards.store import read_header, read_rewards
+from gdro.rewards.user import UserJudge, UserReward
 from gdro.rng import numpy_rng
 from gdro.stages.train import check_sampling
 from gdro.training.checkpoint import find_checkpoint, steps_saved
@@ -87,12 +89,33 @@ def _check_scorers(job: Run) -> None:
     """The reward and the judge must know what to do with the prompts they will meet."""
     splits = {split for stage, split in SPLIT_OF_STAGE.items() if stage in job.stages and split in job.prompts}
     for split in sorted(splits):
-        job.reward.check(job.prompts[split])
+        scorer = job.reward if split == "train" else job.measure
+        scorer.check(job.prompts[split])
         if job.judge is not None and split != "train":
             job.judge.check(job.prompts[split])
+    _check_measure(job)
     done = {"sample": job.is_sampled, "train": job.is_trained, "evaluate": job.evaluation.exists}
     if any(stage in job.stages and not is_done() for stage, is_done in done.items()):
         _try_functions(job)
+
+
+def _check_measure(job: Run) -> None:
+    """What two models are compared by must say something between them, in numbers on one scale."""
+    validates = "train" in job.stages and job.config.train.validates
+    if not validates and "evaluate" not in job.stages:
+        return
+    field = "score.reward" if job.config.evaluate.reward is None else "evaluate.reward"
+    if is_relative(job.measure):
+        raise UserError(
+            f"{field}: {job.measure.name} compares the images of a group, so it says nothing between models; expected "
+            "evaluate.reward to name another"
+        )
+    standardises = isinstance(job.measure, DerivedReward) and job.measure.standardises
+    if standardises and (field == "evaluate.reward" or job.imported.exists()):
+        raise UserError(
+            f"{field}: {job.measure.name} is standardised by the images it first scored for training, of which there "
+            "are none; expected standardise: false in each of its sections"
+        )
 
 
 def _try_functions(job: Run) -> None:
@@ -102,9 +125,10 @@ def _try_functions(job: Run) -> None:
     noise = numpy_rng(0, "trial").integers(0, 256, shape, dtype="uint8")
     images = [Image.fromarray(pixels) for pixels in noise]
     prompts = (job.prompts["test"] * 2)[:2]
-    if ":" in job.config.score.reward:
-        job.reward(images, prompts)
-    if job.judge is not None and ":" in str(job.config.evaluate.judge):
+    for reward in {id(r): r for scorer in (job.reward, job.measure) for r in base_rewards(scorer)}.values():
+        if isinstance(reward, UserReward):
+            reward(images, prompts)
+    if isinstance(job.judge, UserJudge):
         job.judge(images, prompts)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gdro.comparison.agreement import MADE_WITH, Versions, check_agreement, made_with, recorded
+from gdro.comparison.agreement import MADE_WITH, Versions, check_agreement, made_with, measured_by, recorded
 from gdro.comparison.bench import Bench, Job, flat, load_bench, run_name
 from gdro.comparison.choice import RULE, choose, figures, validations
 from gdro.comparison.results import collect
@@ -23,6 +23,7 @@ from gdro.config import RunConfig, saved_config, validate
 from gdro.errors import UserError, did_you_mean
 from gdro.evaluation.statistics import corrected_axes
 from gdro.files import discard, sweep, write_bytes, write_json
+from gdro.rewards.registry import title
 from gdro.rundir import Clock, alone, read_json
 from gdro.strict_yaml import dump_yaml, read_yaml
 from gdro.training.checkpoint import steps_saved, stopped_at
@@ -242,7 +243,7 @@ class Comparison:
                 candidate |= {"error": NOT_FINISHED, "left": True} if error is None else {"error": error}
                 continue
             try:
-                axes = config.evaluate.corrected_axes or corrected_axes(config.score.reward)
+                axes = config.evaluate.corrected_axes or corrected_axes(title(measured_by(config)))
                 candidate |= figures(validations(run), axes)
             except UserError as problem:
                 candidate["error"] = str(problem)

@@ -1,7 +1,6 @@
 """The configuration of a run: one strict section a stage, dotted overrides, one-line errors, comparison on resume."""
 
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -16,6 +15,7 @@ from gdro.stages.score import ScoreConfig
 from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
 from gdro.training.config import RoundsConfig, TrainConfig
+from gdro.validation import expected, show
 
 CONFIG = "config.yaml"
 KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
@@ -31,7 +31,9 @@ MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "evaluate.batch_size",
 }
 # Validation uses these, so training that validates fixes them too.
-VALIDATION = {f"evaluate.{name}" for name in ("images_per_prompt", "num_inference_steps", "judge", "corrected_axes")}
+VALIDATION = {
+    f"evaluate.{name}" for name in ("images_per_prompt", "num_inference_steps", "judge", "reward", "corrected_axes")
+}
 # The top-level fields every stage uses are fixed once any stage has begun.
 STAGE_OF_SECTION = {"sample": "sample", "rounds": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
 
@@ -104,7 +106,7 @@ def check_unchanged(config: RunConfig, out: Path, begun: set[str]) -> None:
         if name in MAY_CHANGE or old.get(name) == value or not stages & begun:
             continue
         raise UserError(
-            f"{name} is {_show(value)} but {_saved(out)} has {_show(old.get(name))}; "
+            f"{name} is {show(value)} but {_saved(out)} has {show(old.get(name))}; "
             "expected the configuration the run was begun with, or another --out"
         )
 
@@ -137,13 +139,13 @@ def _check_across(config: RunConfig) -> None:
         refused.append((moving, f"{what} and one window; expected fixed, or rounds.train_steps"))
         for field, kind in RoundsConfig.model_fields.items():
             value = getattr(rounds, field)
-            what = f"rounds.{field} is {_show(value)}, but rounds.train_steps is null, so there is one round"
+            what = f"rounds.{field} is {show(value)}, but rounds.train_steps is null, so there is one round"
             refused.append((value != kind.default, f"{what}; expected its optimizer steps"))
     elif train.resume_from_checkpoint != "latest":
-        what = f"train.resume_from_checkpoint is {_show(train.resume_from_checkpoint)}"
+        what = f"train.resume_from_checkpoint is {show(train.resume_from_checkpoint)}"
         refused.append((True, f"{what}; expected latest in a run of several rounds"))
     if objective.kind == "trajectory":
-        what = f"train.objective is {_show(train.objective)}, which learns from stochastic steps"
+        what = f"train.objective is {show(train.objective)}, which learns from stochastic steps"
         refused += [
             (
                 config.sample.sampler == "ode",
@@ -151,7 +153,7 @@ def _check_across(config: RunConfig) -> None:
             ),
             (
                 rounds.generator != "policy",
-                f'rounds.generator is {_show(rounds.generator)}; expected "policy" for {name}',
+                f'rounds.generator is {show(rounds.generator)}; expected "policy" for {name}',
             ),
             (
                 rounds.keep > 1,
@@ -160,14 +162,14 @@ def _check_across(config: RunConfig) -> None:
         ]
         for field in ("timestep", "logit_mean", "logit_std", "timestep_scope", "noise_scope"):
             value, default = getattr(train, field), type(train).model_fields[field].default
-            refused.append((value != default, f"train.{field} is {_show(value)}; expected {_show(default)} for {name}"))
+            refused.append((value != default, f"train.{field} is {show(value)}; expected {show(default)} for {name}"))
     else:
         fixed = objective.fixed_k
         if train.timestep == "uniform":
             for field in ("logit_mean", "logit_std"):
                 value, default = getattr(train, field), type(train).model_fields[field].default
-                what = f'train.{field} is {_show(value)}, but train.timestep is "uniform"'
-                refused.append((value != default, f"{what}; expected logit_normal, or {_show(default)}"))
+                what = f'train.{field} is {show(value)}, but train.timestep is "uniform"'
+                refused.append((value != default, f"{what}; expected logit_normal, or {show(default)}"))
         refused += [
             (fixed is not None and train.k != fixed, f"train.k is {train.k}; expected {fixed} for {name}"),
             (
@@ -185,7 +187,7 @@ def _set(data: dict[str, Any], name: str, value: Any) -> None:
     for i, section in enumerate(sections):
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise UserError(f"{'.'.join(sections[: i + 1])} is {_show(data)}; expected a section, for --{name}")
+            raise UserError(f"{'.'.join(sections[: i + 1])} is {show(data)}; expected a section, for --{name}")
     data[field] = value
 
 
@@ -207,13 +209,13 @@ def _first_problem(error: ValidationError) -> str:
         return f'unknown field "{name}"{_nearest(name, unknown, section)}'
     wanted = []
     for other in problems:
-        if _locate(other["loc"])[1] == name and (text := _expected(other)) not in wanted:
+        if _locate(other["loc"])[1] == name and (text := expected(other)) not in wanted:
             wanted.append(text)
     if problem["type"] == "value_error" and name in RunConfig.model_fields and "." not in name:
         return f"{name}: {wanted[0]}"  # a rule across the fields of a section
     if problem["type"] == "missing":
         return f"{name} is missing; expected {wanted[0]}"
-    return f"{name} is {_show(problem['input'])}; expected {' or '.join(wanted)}"
+    return f"{name} is {show(problem['input'])}; expected {' or '.join(wanted)}"
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
@@ -244,30 +246,3 @@ def _nearest(name: str, unknown: str, section: type[BaseModel]) -> str:
         if elsewhere:
             return f'; did you mean "{elsewhere[0]}"?'
     return did_you_mean(name, [prefix + sibling for sibling in siblings])
-
-
-_WORDS = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "list_type": "a list",
-    "none_required": "null",
-    "missing": "a value",
-    "model_type": "a section of fields",
-    "model_attributes_type": "a section of fields",
-}
-
-
-def _expected(problem: Any) -> str:
-    if problem["type"] in _WORDS:
-        return _WORDS[problem["type"]]
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
-    number = "a number " if problem["type"].startswith(("greater_than", "less_than")) else ""
-    return number + message.replace("'", '"')
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

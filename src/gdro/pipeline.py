@@ -22,14 +22,15 @@ from gdro.groups.store import GroupStore, discard_trajectories
 from gdro.models import FlowModel, check_model, load_model
 from gdro.progress import duration, interval
 from gdro.prompts import Prompt, read_prompts, write_prompts
-from gdro.rewards.base import Judge, Reward
+from gdro.rewards.base import Judge
+from gdro.rewards.derived import Scorer
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.rng import torch_rng
 from gdro.rundir import Clock, alone, read_json
 from gdro.samplers.generate import group_id
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.sample import sample
-from gdro.stages.score import score
+from gdro.stages.score import STANDARD, score
 from gdro.stages.train import Round, generator_weights, over, train
 from gdro.training.checkpoint import checkpoint_path, load_checkpoint, mark_stopped, steps_saved, stopped_at
 
@@ -119,7 +120,8 @@ class Run:
         if self.scores == self.imported and self.stages != ["score"]:  # asked for alone, the reward scores them too
             _say(f"score: imported before, {self.imported}")
             return
-        score(self.config.score, self.reward, self.groups, self.scores.parent)
+        fit = not self.round
+        score(self.config.score, self.reward, self.groups, self.scores.parent, standard=self.standard, fit=fit)
 
     def train(self) -> None:
         if self.is_trained():
@@ -149,7 +151,7 @@ class Run:
             self.config.evaluate,
             self.model,
             self.prompts["test"],
-            self.reward,
+            self.measure,
             self.judge,
             self.out,
             seed=self.config.seed,
@@ -181,8 +183,15 @@ class Run:
         return load_model(self.config.model, device=self.device, dtype=dtype)
 
     @cached_property
-    def reward(self) -> Reward:
+    def reward(self) -> Scorer:
+        """What is trained on."""
         return load_reward(self.config.score.reward)
+
+    @cached_property
+    def measure(self) -> Scorer:
+        """What validation and evaluation measure."""
+        other = self.config.evaluate.reward
+        return self.reward if other is None else load_reward(other, "evaluate.reward")
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -209,9 +218,14 @@ class Run:
         return self.config.sample.model_dump(include=shared)
 
     @property
-    def scoring(self) -> dict[str, int]:
+    def scoring(self) -> dict[str, Any]:
         """How the reward is run in validation and evaluation."""
-        return {"score_workers": self.config.score.workers, "score_batch_size": self.config.score.batch_size}
+        score = self.config.score
+        return {"score_workers": score.workers, "score_batch_size": score.batch_size, "standard": self.standard}
+
+    @property
+    def standard(self) -> Path:
+        return self.out / "rewards" / STANDARD
 
     @property
     def round(self) -> int:
@@ -340,7 +354,7 @@ class Run:
             self.config.evaluate,
             model,
             self.prompts["validation"],
-            self.reward,
+            self.measure,
             self.judge,
             folder,
             seed=self.config.seed,

@@ -219,7 +219,6 @@ def damage(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
         (lambda t: t.slice(1), r'no reward of image "a/0"'),
         (lambda t: pa.concat_tables([t, t.slice(0, 1)]), r'two rewards of image "a/0"'),
         (lambda t: t.set_column(4, "score", pa.array([float("nan")] * len(t))), r'reward nan for image "a/0"'),
-        (lambda t: t.set_column(4, "score", pa.array([None] * len(t), pa.float64())), r'reward None for image "a/0"'),
         (
             lambda t: pa.concat_tables([t, t.slice(0, 1).set_column(0, "image_id", pa.array(["x/0"]))]),
             r'image "x/0", which is not among the groups',

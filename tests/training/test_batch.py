@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,36 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
     assert steps != [[(v.group, v.images.tolist()) for v in visits(seed=1).at(step)] for step in range(1, 9)]
 
 
+def test_images_without_a_score_are_never_drawn() -> None:
+    rewards = {"a": torch.tensor([0.1, math.nan, 0.3, 0.2, math.nan, 0.4])}
+    for subset in ("spread", "random", "extremes"):
+        shown = Visits(rewards, k=3, subset=subset, groups_per_step=1, seed=0)
+        drawn = [visit for step in range(1, 40) for visit in shown.at(step)]
+        expected = {0, 2, 5} if subset == "extremes" else {0, 2, 3, 5}
+        assert {int(i) for visit in drawn for i in visit.images} == expected
+        for visit in drawn:
+            torch.testing.assert_close(visit.rewards, rewards["a"][visit.images].double())
+
+
+def test_groups_that_teach_nothing_are_left_out_by_reason() -> None:
+    rewards = {
+        "good": torch.tensor([0.0, 0.5, 1.0]),
+        "few": torch.tensor([0.0, math.nan, 1.0]),
+        "close": torch.tensor([0.50, 0.51, 0.52]),
+        "solved": torch.tensor([0.8, 0.9, 1.0]),
+    }
+    shown = Visits(rewards, k=3, subset="spread", groups_per_step=1, seed=0, min_spread=0.05, max_mean=0.85)
+    assert list(shown.rewards) == ["good"]
+    assert shown.excluded == {
+        "too few scores": 1,
+        "spread below train.min_spread": 1,
+        "mean above train.max_mean": 1,
+    }
+
+
 def test_groups_without_spread_are_left_out_and_counted() -> None:
     shown = visits(REWARDS | {"flat": torch.ones(16), "flat too": torch.zeros(16)})
-    assert shown.excluded == 2
+    assert shown.excluded == {"all rewards equal": 2}
     assert "flat" not in {visit.group for step in range(1, 20) for visit in shown.at(step)}
 
 
@@ -101,7 +129,7 @@ def test_bad_groups_are_refused() -> None:
 
 def test_without_a_ranking_there_is_nothing_to_visit() -> None:
     shown = visits({"flat": torch.ones(16)})
-    assert (shown.excluded, shown.at(1)) == (1, [])
+    assert (shown.excluded.total(), shown.at(1)) == (1, [])
 
 
 def test_advantages_are_those_of_the_whole_group() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from gdro.config import RunConfig, saved_config
 from gdro.errors import UserError
 from gdro.models import model_revision
-from gdro.rewards.registry import load_judge, load_reward
+from gdro.rewards.registry import Spec, load_judge, load_reward, title
 from gdro.rundir import read_json
 
 MADE_WITH = "made_with.json"  # in a run directory: what it was begun with
@@ -22,7 +22,7 @@ def made_with(config: RunConfig, known: Versions) -> Versions:
     if model not in known:
         known[model] = model_revision(config.model)
     if reward not in known:
-        known[reward] = load_reward(config.score.reward).version
+        known[reward] = load_reward(measured_by(config)).version
     if judge not in known and config.evaluate.judge is not None:
         known[judge] = load_judge(config.evaluate.judge).version
     return {name: known[name] for name in (model, reward, judge) if name in known}
@@ -54,7 +54,12 @@ def check_agreement(records: Iterable[tuple[str, Mapping[str, str]]]) -> None:
 
 
 def _names(config: RunConfig) -> tuple[str, str, str]:
-    return f"model {config.model}", f"reward {config.score.reward}", f"judge {config.evaluate.judge}"
+    return f"model {config.model}", f"reward {title(measured_by(config))}", f"judge {config.evaluate.judge}"
+
+
+def measured_by(config: RunConfig) -> Spec | list[Spec]:
+    """The reward that validation and evaluation measure."""
+    return config.score.reward if config.evaluate.reward is None else config.evaluate.reward
 
 
 def _places(names: list[str]) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdro.config import MAY_CHANGE, RunConfig, validate
 from gdro.errors import UserError, did_you_mean
+from gdro.rewards.registry import IN_UNIT
 from gdro.strict_yaml import read_yaml
 
 Fields = dict[str, Any]
@@ -339,7 +340,7 @@ def _check_configurations(bench: Bench) -> None:
 
 
 def _check_target(task: str, target: float, config: RunConfig) -> None:
-    if ":" not in config.score.reward and not 0 < target < 1:  # gdro's own rewards lie in [0, 1]
+    if config.score.reward in IN_UNIT and config.evaluate.reward is None and not 0 < target < 1:
         raise UserError(f"tasks.{task}.target_reward is {target:g}; expected a number between 0 and 1")
 
 

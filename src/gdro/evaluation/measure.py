@@ -21,7 +21,8 @@ from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
 from gdro.prompts import Prompt
-from gdro.rewards.base import ImageFailure, Judge, Reward
+from gdro.rewards.base import ImageFailure, Judge
+from gdro.rewards.derived import Scorer
 from gdro.rewards.scoring import score_groups
 from gdro.rewards.store import read_header, read_rewards, read_scored
 from gdro.samplers.generate import STARTED, Generation, sample_groups
@@ -37,8 +38,11 @@ class EvaluateConfig(BaseModel):
     )
     images_per_prompt: int = Field(4, ge=1, description="Images of each prompt, from the same noise for both models.")
     num_inference_steps: int = Field(28, ge=1, description="Steps of the solver; the rest is as in section sample.")
-    judge: str | None = Field(
-        "tiny", min_length=1, description="A judge's name or module:function; null goes without corrected score."
+    judge: str | dict[str, Any] | None = Field(
+        "tiny", description="A judge's name, module:function or {name: ...}; null goes without corrected score."
+    )
+    reward: str | dict[str, Any] | list[str | dict[str, Any]] | None = Field(
+        None, description="What validation and evaluation measure; null is score.reward."
     )
     corrected_axes: list[Literal["alignment", "coherence", "style"]] | None = Field(
         None, min_length=1, description="Axes of the corrected score; null is all three, without alignment for GenEval."
@@ -75,6 +79,11 @@ class Measured:
         """`reward`, `corrected` and the judge's axes."""
         return {"reward": self.reward, "corrected": self.corrected, **self.axes}
 
+    @property
+    def unscored(self) -> int:
+        """Images that the reward gave no score."""
+        return int(np.isnan(self.reward).sum())
+
     def means(self) -> dict[str, float]:
         """Mean of each score and sign over the images that have it; a score nobody has is left out."""
         values = self.scores() | self.signs
@@ -85,7 +94,7 @@ def measure(
     config: EvaluateConfig,
     model: FlowModel,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Scorer,
     judge: Judge | None,
     folder: Path,
     *,
@@ -93,6 +102,7 @@ def measure(
     generation: Generation,
     score_workers: int = 0,
     score_batch_size: int = 64,
+    standard: Path | None = None,
     label: str = "evaluate",
 ) -> Measured:
     """Generate (by the ODE), score and judge images of `prompts` by the model as it is now; resumable, images kept.
@@ -109,7 +119,14 @@ def measure(
     )
     sample_groups(settings, model, prompts, folder, seed=seed, purpose="evaluation", label=label)
     store = GroupStore(folder)
-    path = score_groups(reward, folder, folder / "rewards", workers=score_workers, batch_size=score_batch_size)
+    path = score_groups(
+        reward,
+        folder,
+        folder / "rewards",
+        workers=score_workers,
+        batch_size=score_batch_size,
+        standard=standard,
+    )
     scores, evidence = read_rewards(path, store), read_evidence(path)
     axes = {axis: np.full((len(prompts), config.images_per_prompt), np.nan) for axis in AXES}
     signs: dict[str, list[np.ndarray]] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ class ImageFailure(UserError):
 
 @dataclass(frozen=True)
 class Scores:
-    """One float per image, and what each rests on (recognised text, detections, raw reply; JSON-able)."""
+    """One float per image, NaN where it is missing, and what each rests on (recognised text, raw reply; JSON-able)."""
 
     values: np.ndarray  # (n,) float64
     evidence: list[dict[str, Any]]  # n
@@ -52,6 +52,29 @@ class Reward(Protocol):
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Scores of the images; one image's score does not depend on the others. Raises ImageFailure."""
+        ...
+
+
+class GroupReward(Reward, Protocol):
+    """Compares the images of a group: it is called with all of one group's, and a score is relative to them."""
+
+    @property
+    def grouped(self) -> Literal[True]: ...
+
+
+class Comparator(Protocol):
+    """Tells which of two images of one prompt is better."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    def check(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
+        """1.0 where the first is better, 0.0 where the second is, 0.5 for a tie, None where there is no answer."""
         ...
 
 

@@ -1,34 +1,152 @@
-"""Rewards and judges by name."""
+"""Rewards, judges and comparators by name: what each needs, and how it is made from the configuration.
+
+A spec is a name, `module:function`, or a section `{name: ..., option: ...}`; the options are the keyword parameters of
+the factory that the name stands for. `score.reward` may also be a list of such sections, each with a `weight`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
+from typing import Any, Literal
+
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from gdro.errors import UserError, did_you_mean
-from gdro.rewards.base import Judge, Reward
-from gdro.rewards.geneval import GenevalReward
-from gdro.rewards.ocr import OcrReward
+from gdro.rewards.base import Comparator, Judge, Reward
+from gdro.rewards.derived import DerivedReward, Scorer, Term, parse_transforms
 from gdro.rewards.user import UserJudge, UserReward
+from gdro.validation import expected, show
 
-REWARDS = ("ocr", "ocr_strict", "geneval", "geneval_strict")
-JUDGES = ("tiny",)
-
-
-def load_reward(spec: str) -> Reward:
-    """A reward by its name or, for a function of the user's own, `module:function`."""
-    if ":" in spec:
-        return UserReward(spec, "score.reward")
-    if spec not in REWARDS:
-        raise UserError(f'score.reward: "{spec}" is no reward, nor module:function{did_you_mean(spec, REWARDS)}')
-    if spec.startswith("geneval"):
-        from gdro.tiny.vision import TinyDetector  # a layer above, so only when it is asked for
-
-        return GenevalReward(TinyDetector(), strict=spec == "geneval_strict")
-    return OcrReward(strict=spec == "ocr_strict")
+Spec = str | dict[str, Any]
+IN_UNIT = ("ocr", "ocr_strict", "geneval", "geneval_strict")  # rewards that lie in [0, 1]
 
 
-def load_judge(spec: str) -> Judge:
+@dataclass(frozen=True)
+class Entry:
+    """What a name stands for; `factory` is module:function and imported only when asked for."""
+
+    factory: str
+    about: str
+    hardware: Literal["cpu", "gpu", "endpoint"] = "cpu"  # gpu: runs without one too, slowly
+    fields: tuple[str, ...] = ()  # of a prompt, beside its text
+    extra: str | None = None  # of the package, which brings what it imports
+
+
+REWARDS = {
+    "ocr": Entry("gdro.rewards.ocr:ocr", "text read against the prompt's quoted target (Flow-GRPO's rule)"),
+    "ocr_strict": Entry("gdro.rewards.ocr:ocr_strict", "the same, junk around the target counted"),
+    "geneval": Entry(
+        "gdro.rewards.geneval:geneval", "objects, counts, colours, places: share there", "gpu", ("tag", "include")
+    ),
+    "geneval_strict": Entry(
+        "gdro.rewards.geneval:geneval_strict", "the official GenEval verdict, 0 or 1", "gpu", ("tag", "include")
+    ),
+    "win_rate": Entry("gdro.rewards.winrate:win_rate", "share of its group that an image beats (Pref-GRPO)"),
+}
+JUDGES = {
+    "tiny": Entry("gdro.tiny.judge:tiny_judge", "the tiny world's pictures against what it knows of them"),
+}
+COMPARATORS: dict[str, Entry] = {}
+
+
+def load_reward(spec: Spec | list[Spec], field: str = "score.reward") -> Scorer:
+    """The reward of a spec or, of a list of them, their weighted sum. Loads no weights; UserError names the field.
+
+    A section's `weight`, `transform` and `standardise` are `gdro.rewards.derived`'s; the rest are the reward's own.
+    """
+    if isinstance(spec, list):
+        if not spec:
+            raise UserError(f"{field} is an empty list; expected at least one reward")
+        terms = [_term(one, f"{field}.{i}", several=len(spec) > 1) for i, one in enumerate(spec)]
+        if len({term.reward.name for term in terms}) < len(terms):
+            raise UserError(f"{field} names a reward twice; expected each once, with the sum of the weights")
+        return DerivedReward(tuple(terms))
+    if isinstance(spec, dict) and {"transform", "weight", "standardise"} & set(spec):
+        return DerivedReward((_term(spec, field, several=False),))
+    return _base_reward(spec, field)
+
+
+def title(spec: Spec | list[Spec]) -> str:
+    """A spec's name, or names, for people."""
+    if isinstance(spec, list):
+        return "+".join(map(title, spec))
+    return str(spec["name"]) if isinstance(spec, dict) else spec
+
+
+def load_judge(spec: Spec, field: str = "evaluate.judge") -> Judge:
     """A judge by its name or, for a function of the user's own, `module:function`."""
-    if ":" in spec:
-        return UserJudge(spec, "evaluate.judge")
-    if spec not in JUDGES:
-        raise UserError(f'evaluate.judge: "{spec}" is no judge, nor module:function{did_you_mean(spec, JUDGES)}')
-    from gdro.tiny.judge import TinyJudge  # a layer above, so only when it is asked for
+    name, options = _named(spec, field)
+    if ":" in name:
+        _no_options(options, field)
+        return UserJudge(name, field)
+    return _make(JUDGES, "judge", name, options, field)
 
-    return TinyJudge()
+
+def load_comparator(spec: Spec, field: str) -> Comparator:
+    """What tells which of two images of one prompt is better: a pairwise judge, or any pointwise reward."""
+    name, options = _named(spec, field)
+    if name in COMPARATORS:
+        return _make(COMPARATORS, "comparator", name, options, field)
+    if name not in REWARDS and ":" not in name:
+        raise UserError(f'{field}: "{name}" compares nothing{did_you_mean(name, [*COMPARATORS, *REWARDS])}')
+    reward = _base_reward(spec, field)
+    if getattr(reward, "grouped", False):
+        raise UserError(f'{field}: "{name}" compares the images of a group itself; expected a pointwise reward')
+    from gdro.rewards.winrate import Pointwise
+
+    return Pointwise(reward)
+
+
+def _term(spec: Spec, field: str, *, several: bool) -> Term:
+    options = dict(spec) if isinstance(spec, dict) else {"name": spec}
+    weight, transform = options.pop("weight", 1.0), options.pop("transform", None)
+    standardise = options.pop("standardise", several)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < abs(weight) < float("inf"):
+        raise UserError(f"{field}.weight is {show(weight)}; expected a number other than 0")
+    if not isinstance(standardise, bool):
+        raise UserError(f"{field}.standardise is {show(standardise)}; expected true or false")
+    reward = _base_reward(options, field)
+    return Term(reward, float(weight), parse_transforms(transform, f"{field}.transform"), standardise)
+
+
+def _base_reward(spec: Spec, field: str) -> Reward:
+    name, options = _named(spec, field)
+    if ":" in name:
+        _no_options(options, field)
+        return UserReward(name, field)
+    return _make(REWARDS, "reward", name, options, field)
+
+
+def _named(spec: Spec, field: str) -> tuple[str, dict[str, Any]]:
+    options = dict(spec) if isinstance(spec, dict) else {"name": spec}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or not name:
+        raise UserError(f'{field} has the name {show(name)}; expected a name, or a section such as {{name: "ocr"}}')
+    return name, options
+
+
+def _no_options(options: Mapping[str, Any], field: str) -> None:
+    if options:
+        raise UserError(f"{field}.{next(iter(options))}: a function of your own takes no options; expected name only")
+
+
+def _make(entries: Mapping[str, Entry], kind: str, name: str, options: Mapping[str, Any], field: str) -> Any:
+    if name not in entries:
+        raise UserError(f'{field}: "{name}" is no {kind}, nor module:function{did_you_mean(name, entries)}')
+    module, _, function = entries[name].factory.partition(":")
+    factory: Callable[..., Any] = getattr(import_module(module), function)
+    known = list(signature(factory).parameters)
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f'{field}.{option}: {kind} "{name}" has no such option{did_you_mean(option, known) if known else ""}'
+            )
+    try:
+        return validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))(factory)(**options)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, (field, *problem["loc"])))
+        if problem["type"].startswith("missing"):
+            raise UserError(f'{where} is missing; {kind} "{name}" expects it') from None
+        raise UserError(f"{where} is {show(problem['input'])}; expected {expected(problem)}") from None

@@ -1,28 +1,45 @@
 """A reward's score of every image of a store of groups; shared by the score stage and the evaluation.
 
 Finished files of groups lie in `.<reward>/` until the last is scored; then they are merged into `<reward>.parquet`.
+A derived reward is made of the files of its terms.
 """
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from gdro.errors import UserError
+from gdro.files import write_json
 from gdro.groups.shard import Shard, pieces
 from gdro.groups.store import GroupStore
 from gdro.progress import Progress
-from gdro.rewards.base import Reward, Scores
-from gdro.rewards.store import Header, read_header, read_scored, rewards_table, write_rewards
+from gdro.rewards.base import Scores
+from gdro.rewards.derived import DerivedReward, Scorer
+from gdro.rewards.store import Header, read_header, read_rewards, read_scored, rewards_table, write_rewards
 from gdro.rewards.workers import score_all
+from gdro.rundir import read_json
 
 PER_PROCESS = 128  # images whose scoring pays for starting a process
 
 
-def score_groups(reward: Reward, groups: Path, out: Path, *, workers: int = 0, batch_size: int = 64) -> Path:
+def score_groups(
+    reward: Scorer,
+    groups: Path,
+    out: Path,
+    *,
+    workers: int = 0,
+    batch_size: int = 64,
+    standard: Path | None = None,
+    fit: bool = False,
+) -> Path:
     """Score the store in `groups`, `batch_size` images at once; returns `out/<reward.name>.parquet`.
+
+    `standard` is the file of a derived reward's constants; with `fit` they are those of these images, and written.
 
     `workers` 0 is a process a core, fewer for few images, if the reward may be run so (`parallel`), else one in all.
 
@@ -30,6 +47,11 @@ def score_groups(reward: Reward, groups: Path, out: Path, *, workers: int = 0, b
     ones, with another version of the reward everything. Raises UserError if the store is damaged, a prompt does not
     suit the reward, or an image cannot be scored.
     """
+    if isinstance(reward, DerivedReward):
+        paths = [
+            score_groups(term.reward, groups, out, workers=workers, batch_size=batch_size) for term in reward.terms
+        ]
+        return _derive(reward, GroupStore(groups), paths, out, standard, fit=fit)
     store = GroupStore(groups)
     reward.check([store.prompt(group) for group in store.group_ids])
     path, parts = out / f"{reward.name}.parquet", out / f".{reward.name}"
@@ -57,7 +79,7 @@ def score_groups(reward: Reward, groups: Path, out: Path, *, workers: int = 0, b
         for job, ids, scores in score_all(reward, jobs, batch_size, max(1, min(workers, len(jobs)))):
             name = job.shard.name
             unfinished[name] |= zip(ids, zip(scores.values.tolist(), scores.evidence, strict=True), strict=True)
-            progress.advance(len(ids), reward=float(scores.values.mean()))
+            progress.advance(len(ids), **_mean(scores.values))
             if len(unfinished[name]) == sum(shards[name].groups.values()):
                 _write_part(parts, header, shards[name], unfinished.pop(name))
 
@@ -68,7 +90,64 @@ def score_groups(reward: Reward, groups: Path, out: Path, *, workers: int = 0, b
 
     write_rewards(path, header, tables())
     shutil.rmtree(parts, ignore_errors=True)
+    _tell_missing(path, store)
     return path
+
+
+def _derive(
+    reward: DerivedReward, store: GroupStore, paths: list[Path], out: Path, standard: Path | None, *, fit: bool
+) -> Path:
+    """Combine the terms' files; the evidence of an image is its terms' own scores."""
+    scores = [{group: r.numpy() for group, r in read_rewards(path, store).items()} for path in paths]
+    constants = reward.constants(scores) if fit or not reward.standardises else _read_constants(reward, standard)
+    if fit and standard is not None:
+        write_json(standard, {"version": reward.version, "constants": constants})
+    combined = reward.combined(scores, constants)
+    header = Header(reward.name, reward.version, store.contents)
+
+    def tables() -> Iterator[pa.Table]:
+        for shard in store.shards:
+            ids = [f"{group}/{i}" for group, size in shard.groups.items() for i in range(size)]
+            places = [(group, i) for group, size in shard.groups.items() for i in range(size)]
+            evidence = [
+                {"terms": {t.reward.name: _number(s[group][i]) for t, s in zip(reward.terms, scores, strict=True)}}
+                for group, i in places
+            ]
+            values = np.array([combined[group][i] for group, i in places])
+            yield rewards_table(_part_header(header, shard), ids, Scores(values, evidence))
+
+    path = out / f"{reward.name}.parquet"
+    write_rewards(path, header, tables())
+    return path
+
+
+def _read_constants(reward: DerivedReward, standard: Path | None) -> list[tuple[float, float]]:
+    saved = None if standard is None else read_json(standard)
+    if saved is None or saved["version"] != reward.version:
+        raise UserError(
+            f'{standard} has no constants of the reward "{reward.name}"; expected those that scoring the first '
+            'round\'s images leaves there ("gdro score")'
+        )
+    return [(mean, std) for mean, std in saved["constants"]]
+
+
+def _mean(values: np.ndarray) -> dict[str, float]:
+    present = values[np.isfinite(values)]
+    return {"reward": float(present.mean())} if len(present) else {}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _tell_missing(path: Path, store: GroupStore) -> None:
+    """Say how many images have no score; UserError if none has one."""
+    scores = np.concatenate([r.numpy() for r in read_rewards(path, store).values()])
+    missing = int(np.isnan(scores).sum())
+    if missing == len(scores):
+        raise UserError(f"{path}: none of {len(scores)} images got a score; its column evidence says why")
+    if missing:
+        print(f"score: {missing} of {len(scores)} images have no score (evidence in {path})", file=sys.stderr)
 
 
 def _is_done(parts: Path, header: Header, shard: Shard) -> bool:

@@ -53,17 +53,17 @@ class Header:
 
 
 def rewards_table(header: Header, image_ids: Sequence[str], scores: Scores) -> pa.Table:
-    """Rows of one file of groups. Raises ValueError if a score is not finite or one is missing."""
+    """Rows of one file of groups, NaN (a missing score) as null. Raises ValueError for infinity or a wrong number."""
     values = np.asarray(scores.values, np.float64)
-    if values.shape != (len(image_ids),) or len(scores.evidence) != len(image_ids) or not np.isfinite(values).all():
-        raise ValueError(f"{len(image_ids)} images have {values.shape} scores, or one that is not finite")
+    if values.shape != (len(image_ids),) or len(scores.evidence) != len(image_ids) or np.isinf(values).any():
+        raise ValueError(f"{len(image_ids)} images have {values.shape} scores, or one that is infinite")
     rows = len(image_ids)
     columns: dict[str, Any] = {
         "image_id": list(image_ids),
         "group_id": [image_id.rpartition("/")[0] for image_id in image_ids],
         "reward": [header.name] * rows,
         "version": [header.version] * rows,
-        "score": values,
+        "score": pa.array(values, mask=np.isnan(values)),
         "evidence": [json.dumps(e, ensure_ascii=False) for e in scores.evidence],
     }
     return pa.table(columns, schema=SCHEMA)
@@ -108,10 +108,10 @@ def read_scored(path: Path, place: int) -> pa.Table:
 
 
 def read_rewards(path: Path, store: Images) -> dict[str, Tensor]:
-    """Group id -> (K,) float64 scores of `store`'s images.
+    """Group id -> (K,) float64 scores of `store`'s images, NaN where the file says that there is none (null).
 
-    Raises UserError if the file is damaged, was given for other images, or has an image's score missing, twice, or not
-    finite.
+    Raises UserError if the file is damaged, was given for other images, or has an image not at all, twice, or with a
+    score that is not finite.
     """
     header = read_header(path)
     for name, content in header.contents.items():
@@ -123,9 +123,9 @@ def read_rewards(path: Path, store: Images) -> dict[str, Tensor]:
         for image_id, score in zip(table["image_id"].to_pylist(), table["score"].to_pylist(), strict=True):
             if image_id in scores:
                 raise UserError(f'{path} has two rewards of image "{image_id}"; expected one')
-            if score is None or not np.isfinite(score):
+            if score is not None and not np.isfinite(score):
                 raise UserError(f'{path} has the reward {score} for image "{image_id}"; expected a finite number')
-            scores[image_id] = score
+            scores[image_id] = float("nan") if score is None else score
     rewards: dict[str, Tensor] = {}
     for group in store.group_ids:
         try:

@@ -31,11 +31,11 @@ J = TypeVar("J", bound=Job)
 
 
 def score_images(reward: Reward, loaded: Loaded, batch_size: int) -> tuple[list[str], Scores]:
-    """(image ids, scores), `batch_size` images at a time. A failure names the image."""
+    """(image ids, scores), `batch_size` images at a time, or a group at a time. A failure names the image."""
     ids, images, prompts = loaded
     values, evidence = [], []
-    for start in range(0, len(ids), batch_size):
-        part = slice(start, start + batch_size)
+    for part in _parts(ids, None if getattr(reward, "grouped", False) else batch_size):
+        start = part.start
         try:
             scores = reward(images[part], prompts[part])
         except ImageFailure as failure:
@@ -46,6 +46,18 @@ def score_images(reward: Reward, loaded: Loaded, batch_size: int) -> tuple[list[
         values.append(scores.values)
         evidence += scores.evidence
     return ids, Scores(np.concatenate(values), evidence)
+
+
+def _parts(ids: Sequence[str], size: int | None) -> Iterator[slice]:
+    """Runs of `size` images, or of one group each; ids are `<group>/<index>`, groups whole and in a row."""
+    start = 0
+    while start < len(ids):
+        stop = start + (size or 1)
+        group = ids[start].rpartition("/")[0]
+        while size is None and stop < len(ids) and ids[stop].rpartition("/")[0] == group:
+            stop += 1
+        yield slice(start, stop)
+        start = stop
 
 
 def score_all(

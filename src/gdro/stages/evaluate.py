@@ -12,7 +12,8 @@ from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means
 from gdro.files import write_json
 from gdro.models.base import FlowModel
 from gdro.prompts import Prompt
-from gdro.rewards.base import Judge, Reward
+from gdro.rewards.base import Judge
+from gdro.rewards.derived import Scorer
 from gdro.rewards.geneval import summary
 from gdro.samplers.generate import Generation
 
@@ -23,7 +24,7 @@ def evaluate(
     config: EvaluateConfig,
     model: FlowModel,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Scorer,
     judge: Judge | None,
     out: Path,
     *,
@@ -31,6 +32,7 @@ def evaluate(
     sample_config: Generation,
     score_workers: int = 0,
     score_batch_size: int = 64,
+    standard: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the adapter in `model` against the model without it; return what `out`/evaluation.json then holds.
 
@@ -42,7 +44,11 @@ def evaluate(
     if judge is not None:
         judge.check(prompts)
     (out / "evaluation.json").unlink(missing_ok=True)  # an older one's images are about to be replaced
-    scoring = {"score_workers": score_workers, "score_batch_size": score_batch_size}
+    scoring: dict[str, Any] = {
+        "score_workers": score_workers,
+        "score_batch_size": score_batch_size,
+        "standard": standard,
+    }
     sides = {}
     with model.adapter_disabled():
         sides["base"] = measure(
@@ -99,6 +105,7 @@ def compare_measured(base: Measured, tuned: Measured, *, samples: int, seed: int
         "text_share_from": base.text_share_from,
         "verdict": judge_verdict(results, verdict(signs), same_images=same),
         "missing": {"base": base.missing, "tuned": tuned.missing},
+        "unscored": {"base": base.unscored, "tuned": tuned.unscored},
         "prompt_ids": base.prompt_ids,
         "base": {name: _json(values) for name, values in (base.scores() | base.signs).items()},
         "tuned": {name: _json(values) for name, values in (tuned.scores() | tuned.signs).items()},
@@ -176,7 +183,7 @@ def _of_means(measured: Measured) -> float | None:
     if not all(np.isfinite(v).any() for v in values):
         return None
     quality = np.mean([np.nanmean(v) for v in values])
-    return float(measured.reward.mean() * (quality - 3) + 0.2)
+    return float(np.nanmean(measured.reward) * (quality - 3) + 0.2)
 
 
 def _json(values: np.ndarray) -> list[list[float | None]]:

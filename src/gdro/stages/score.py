@@ -1,11 +1,14 @@
 """Stage 2: a reward's score of every image of a store of groups, without touching the images."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gdro.rewards.base import Reward
+from gdro.rewards.derived import Scorer
 from gdro.rewards.scoring import score_groups
+
+STANDARD = "standard.json"  # beside the rewards of the first round: constants of a derived reward
 
 
 class ScoreConfig(BaseModel):
@@ -13,13 +16,22 @@ class ScoreConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    reward: str = Field("ocr", min_length=1, description="ocr, ocr_strict, or module:function, a function of your own.")
+    reward: str | dict[str, Any] | list[str | dict[str, Any]] = Field(
+        "ocr", description="A name (`gdro rewards` lists them), module:function, {name: ..., option: ...}, or a list."
+    )
     workers: int = Field(
         0, ge=0, description="Processes; 0 is one a core for ocr and one in all for your own function."
     )
     batch_size: int = Field(64, ge=1, description="Images given to the reward at once; never changes a score.")
 
 
-def score(config: ScoreConfig, reward: Reward, groups: Path, out: Path) -> Path:
-    """Score the store in `groups`; returns `out/<reward.name>.parquet`. Resumes, and raises, as `score_groups` does."""
-    return score_groups(reward, groups, out, workers=config.workers, batch_size=config.batch_size)
+def score(
+    config: ScoreConfig, reward: Scorer, groups: Path, out: Path, *, standard: Path | None = None, fit: bool = False
+) -> Path:
+    """Score the store in `groups`; returns `out/<reward.name>.parquet`. Resumes, and raises, as `score_groups` does.
+
+    standard, fit: where a derived reward's constants lie, and whether they are to be those of these groups.
+    """
+    return score_groups(
+        reward, groups, out, workers=config.workers, batch_size=config.batch_size, standard=standard, fit=fit
+    )

@@ -198,11 +198,13 @@ def prepare(
         seed=seed,
         advantage=config.advantage,
         advantage_exponent=config.advantage_exponent or 0.0,
+        min_spread=config.min_spread,
+        max_mean=config.max_mean,
         done=place.done,
         once=objective.kind == "trajectory",
     )
     if not visits.rewards and place.last is None:  # with rounds to come, this one merely teaches nothing
-        raise UserError(f"{rewards}: the rewards are equal within each of {len(scores)} groups; expected some spread")
+        raise UserError(f"{rewards}: all {len(scores)} groups are left out ({_reasons(visits)}); expected some spread")
     height, width = store.settings["height"], store.settings["width"]
     expected, found = model.latent_shape(height, width), tuple(store.latents(store.group_ids[0]).shape[1:])
     if found != expected:
@@ -255,7 +257,7 @@ def prepare(
         "rewards": fingerprint({group: values.tolist() for group, values in scores.items()}),
     }
     print(
-        f"{_label(place)}: {len(visits.rewards)} groups, {visits.excluded} left out (all rewards equal); "
+        f"{_label(place)}: {len(visits.rewards)} groups, {visits.excluded.total()} left out ({_reasons(visits)}); "
         f"{config.groups_per_step} groups x {config.k} images a step, "
         f"{sum(p.numel() for p in parameters.values())} parameters",
         file=sys.stderr,
@@ -328,6 +330,10 @@ def over(config: TrainConfig, round: Round, step: int, spent: int) -> str:
 
 def _quality(found: Mapping[str, float]) -> float:
     return found["corrected"] if "corrected" in found else found["reward"]
+
+
+def _reasons(visits: Visits) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in visits.excluded.most_common()) or "none"
 
 
 def _label(round: Round) -> str:

@@ -193,6 +193,11 @@ def _crispness(luma: np.ndarray, seen: Seen) -> float:
     return float(np.mean(scores)) if scores else 1.0
 
 
+def tiny_judge() -> "TinyJudge":
+    """The judge named "tiny"; it has no options."""
+    return TinyJudge()
+
+
 class TinyJudge:
     """Judge protocol over the functions above; needs prompts of the tiny world (a `scene` field)."""
 

@@ -1,5 +1,6 @@
 """What each training step looks at. Every draw is a function of (seed, step, slot): nothing is carried along."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,8 +37,9 @@ class Visit:
 class Visits:
     """The order of the groups and the images drawn from each.
 
-    Groups go by in epochs, each a new permutation. Groups whose rewards are all equal carry no ranking at any visit and
-    are left out; `excluded` counts them.
+    Groups go by in epochs, each a new permutation. Images without a score (NaN) are never drawn. Groups that teach
+    nothing are left out, and counted in `excluded` by reason: fewer than k images with a score, all scores equal, a
+    standard deviation below `min_spread`, a mean above `max_mean` (already solved).
 
     subset: "spread" cuts the group's reward ranking into k equal slices and takes one image at random from each,
     drawn again until the k rewards are not all equal; "random" takes any k; "extremes" the best k - k // 2 and
@@ -58,16 +60,26 @@ class Visits:
         seed: int,
         advantage: str | None = None,
         advantage_exponent: float = 0.0,
+        min_spread: float = 0.0,
+        max_mean: float | None = None,
         done: int = 0,
         once: bool = False,
     ) -> None:
-        self.rewards = {group: r.double() for group, r in rewards.items() if bool((r != r[0]).any())}
-        self.excluded = len(rewards) - len(self.rewards)
         self.k, self.subset, self.seed = k, subset, seed
         self.advantage, self.advantage_exponent, self.done = advantage, advantage_exponent, done
+        self.rewards: dict[str, Tensor] = {}  # of the images that have one
+        self._images: dict[str, Tensor] = {}  # their places in the group
+        self.excluded: Counter[str] = Counter()
         for group, r in rewards.items():
             if len(r) < k:
                 raise UserError(f"train.k: {k}, but group {group} has {len(r)} images; expected at most {len(r)}")
+            present = torch.nonzero(~r.isnan())[:, 0]
+            scores = r.double()[present]
+            reason = _useless(scores, k, min_spread, max_mean)
+            if reason:
+                self.excluded[reason] += 1
+            else:
+                self.rewards[group], self._images[group] = scores, present
         self._groups = list(self.rewards)
         self._per_step = min(groups_per_step, len(self._groups)) if once else groups_per_step
         self._epoch = lru_cache(maxsize=2)(self._permutation)
@@ -98,7 +110,7 @@ class Visits:
         r = self.rewards[group]
         images = self._draw(r, generator)
         images = images[order_by_reward(r[images], generator)]
-        return Visit(group, step, slot, images, r[images], values[images])
+        return Visit(group, step, slot, self._images[group][images], r[images], values[images])
 
     def _draw(self, r: Tensor, generator: torch.Generator) -> Tensor:
         if self.subset == "random":
@@ -113,6 +125,19 @@ class Visits:
             images = order[slices]
             if bool((r[images] != r[images[0]]).any()):
                 return images
+
+
+def _useless(scores: Tensor, k: int, min_spread: float, max_mean: float | None) -> str:
+    """Why a group with these scores (K,) teaches nothing; or nothing."""
+    if len(scores) < k:
+        return "too few scores"
+    if bool((scores == scores[0]).all()):
+        return "all rewards equal"
+    if float(scores.std(correction=0)) < min_spread:
+        return "spread below train.min_spread"
+    if max_mean is not None and float(scores.mean()) > max_mean:
+        return "mean above train.max_mean"
+    return ""
 
 
 class Groups(Protocol):

@@ -73,6 +73,10 @@ class TrainConfig(BaseModel):
     subset: Literal["spread", "random", "extremes"] = Field(
         "spread", description="The k of K: one from each of k slices of the reward ranking; any k; the best and worst."
     )
+    min_spread: float = Field(0.0, ge=0, description="Groups whose rewards' standard deviation is below: left out.")
+    max_mean: float | None = Field(
+        None, description="Groups whose mean reward is above are left out, as already solved; null: none."
+    )
     memory_gigabytes: float = Field(
         4.0, ge=0, description="Latents and text embeddings kept in memory; the rest is read at each visit."
     )

@@ -1,0 +1,167 @@
+"""Rewards that follow from the scores of others: transformed, standardised, weighted, added up.
+
+No image is looked at: each term's scores lie in a file of their own, so other weights score nothing anew. A term is
+transformed, then standardised, then weighted. A score that is missing in one term is missing in the sum.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gdro.errors import UserError, did_you_mean
+from gdro.files import fingerprint
+from gdro.prompts import Prompt
+from gdro.rewards.base import Reward
+from gdro.validation import show
+
+Transform = tuple[str, tuple[float, ...]]
+"""Its name and its numbers."""
+Groups = Mapping[str, np.ndarray]
+"""Group id -> (K,) float64 scores, NaN where missing."""
+
+
+def hp_edit(scores: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(5 - 2 s)): a judge's 0 to 5 spread out around 2.5 (HP-Edit, method.md)."""
+    return 1 / (1 + np.exp(5 - 2 * scores))
+
+
+def clip(scores: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.clip(scores, low, high)
+
+
+def rank(scores: np.ndarray) -> np.ndarray:
+    """Of one group: its different scores, equally spaced from 0 to 1; all equal are 1/2."""
+    present = np.isfinite(scores)
+    levels, place = np.unique(scores[present], return_inverse=True)
+    out = np.full(scores.shape, np.nan)
+    out[present] = place / (len(levels) - 1) if len(levels) > 1 else 0.5
+    return out
+
+
+def win_rate(scores: np.ndarray) -> np.ndarray:
+    """Of one group: the share of its other scores that each beats, ties half (Pref-GRPO); alone it is 1/2."""
+    present = np.isfinite(scores)
+    values = scores[present]
+    wins = (np.sign(values[:, None] - values[None, :]) + 1).sum(1) / 2 - 0.5  # it ties with itself
+    out = np.full(scores.shape, np.nan)
+    out[present] = wins / (len(values) - 1) if len(values) > 1 else 0.5
+    return out
+
+
+TRANSFORMS: dict[str, tuple[Callable[..., np.ndarray], int]] = {  # function, how many numbers it takes
+    "hp_edit": (hp_edit, 0),
+    "clip": (clip, 2),
+    "rank": (rank, 0),
+    "win_rate": (win_rate, 0),
+}
+RELATIVE = {"rank", "win_rate"}  # to the other images of the group
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward in a weighted sum."""
+
+    reward: Reward
+    weight: float
+    transforms: tuple[Transform, ...]
+    standardise: bool
+
+    def transformed(self, groups: Groups) -> dict[str, np.ndarray]:
+        out = {group: np.asarray(scores, np.float64) for group, scores in groups.items()}
+        for name, numbers in self.transforms:
+            out = {group: TRANSFORMS[name][0](scores, *numbers) for group, scores in out.items()}
+        return out
+
+
+@dataclass(frozen=True)
+class DerivedReward:
+    """Sum over the terms of weight x (s - mean) / std, or weight x s if a term is not standardised.
+
+    Mean and std are constants of the run: those of the images it was first trained on.
+    """
+
+    terms: tuple[Term, ...]
+
+    @property
+    def name(self) -> str:
+        parts = [".".join([term.reward.name, *(name for name, _ in term.transforms)]) for term in self.terms]
+        return "+".join(parts)
+
+    @property
+    def version(self) -> str:
+        return fingerprint([[t.reward.version, t.weight, t.transforms, t.standardise] for t in self.terms])
+
+    @property
+    def relative(self) -> bool:
+        return any(is_relative(t.reward) or RELATIVE & {name for name, _ in t.transforms} for t in self.terms)
+
+    @property
+    def standardises(self) -> bool:
+        return any(term.standardise for term in self.terms)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for term in self.terms:
+            term.reward.check(prompts)
+
+    def constants(self, scores: Sequence[Groups]) -> list[tuple[float, float]]:
+        """(mean, standard deviation) of each transformed term over all images; (0, 1) if it is not standardised."""
+        found = []
+        for term, groups in zip(self.terms, scores, strict=True):
+            values = np.concatenate(list(term.transformed(groups).values()))
+            values = values[np.isfinite(values)]
+            if not term.standardise:
+                found.append((0.0, 1.0))
+                continue
+            if not len(values) or values.std() == 0:
+                raise UserError(
+                    f'score.reward: "{term.reward.name}" gives all images the same score, or none; it cannot be '
+                    "standardised (standardise: false, or leave it out)"
+                )
+            found.append((float(values.mean()), float(values.std())))
+        return found
+
+    def combined(self, scores: Sequence[Groups], constants: Sequence[tuple[float, float]]) -> dict[str, np.ndarray]:
+        """Group id -> (K,) scores, from those of each term."""
+        total: dict[str, np.ndarray] = {}
+        for term, groups, (mean, std) in zip(self.terms, scores, constants, strict=True):
+            for group, values in term.transformed(groups).items():
+                part = term.weight * (values - mean) / std
+                total[group] = total[group] + part if group in total else part
+        return total
+
+
+Scorer = Reward | DerivedReward
+
+
+def is_relative(reward: Scorer) -> bool:
+    """Whether a score only compares an image with the others of its group, and so says nothing between models."""
+    return reward.relative if isinstance(reward, DerivedReward) else bool(getattr(reward, "grouped", False))
+
+
+def base_rewards(reward: Scorer) -> list[Reward]:
+    """The rewards that look at images."""
+    return [term.reward for term in reward.terms] if isinstance(reward, DerivedReward) else [reward]
+
+
+def parse_transforms(value: Any, field: str) -> tuple[Transform, ...]:
+    """A transform's name, {name: its numbers}, or a list of them, in their order; null is none."""
+    if value is None:
+        return ()
+    return tuple(_parsed(value if isinstance(value, list) else [value], field))
+
+
+def _parsed(values: Sequence[Any], field: str) -> Iterator[Transform]:
+    for value in values:
+        named = value if isinstance(value, dict) else {value: []}
+        name, numbers = next(iter(named.items()), (None, []))
+        if len(named) != 1 or not isinstance(name, str) or name not in TRANSFORMS:
+            raise UserError(f"{field} is {show(value)}{did_you_mean(str(name), TRANSFORMS)}")
+        count = TRANSFORMS[name][1]
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        if len(numbers) != count or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+            raise UserError(f"{field}.{name} has {show(numbers)}; expected a list of {count} numbers")
+        if name == "clip" and not numbers[0] < numbers[1]:
+            raise UserError(f"{field}.clip has {show(numbers)}; expected the lower bound first")
+        yield name, tuple(map(float, numbers))

@@ -1,0 +1,166 @@
+"""Preference win rate as reward (Pref-GRPO, 2508.20751): the share of its group's other images that an image beats.
+
+A comparator looks at pairs, in both orders, as judges favour a place. All pairs give the win rate itself; a budget of
+pairs gives the one that a Bradley-Terry model, fitted to the answers, expects against the whole group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+
+from gdro.errors import UserError
+from gdro.files import fingerprint
+from gdro.prompts import Prompt
+from gdro.rewards.base import Comparator, Reward, Scores
+from gdro.rng import numpy_rng
+
+PRIOR = 0.1  # imagined ties of each image with an average one: strengths stay finite where one image always wins
+
+
+def choose_pairs(count: int, budget: int | None, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of `count` images: all of them, or `budget`, which link every image with every other.
+
+    A random ring first, so that each image is compared and no two sets of images stay apart, then others at random.
+    """
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+    if budget is None or budget >= len(pairs):
+        return pairs
+    ring = rng.permutation(count).tolist()
+    chosen = {(min(a, b), max(a, b)) for a, b in zip(ring, [*ring[1:], ring[0]], strict=True)}
+    rest = [pair for pair in pairs if pair not in chosen]
+    picked = rng.permutation(len(rest))[: max(0, budget - len(chosen))]
+    return sorted(chosen | {rest[i] for i in picked})
+
+
+def shares(wins: np.ndarray) -> np.ndarray:
+    """Win rates (K,) of a table of all comparisons: wins[i, j] in [0, 1] is how far i beat j, NaN where unknown.
+
+    Over the opponents that i was compared with; NaN for an image without any.
+    """
+    known = np.isfinite(wins)
+    counts = known.sum(1)
+    total = np.where(known, wins, 0.0).sum(1)
+    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
+
+
+def bradley_terry(wins: np.ndarray, *, steps: int = 1000, tolerance: float = 1e-10) -> np.ndarray:
+    """Strengths p (K,), mean log 0, of the model P(i beats j) = p_i / (p_i + p_j), fitted to `wins` as in `shares`.
+
+    Maximum of the likelihood with PRIOR ties of each image with one of strength 1, by Hunter's (2004) minorisation:
+    p_i = W_i / sum_j n_ij / (p_i + p_j). Every image has a finite strength, compared or not.
+    """
+    known = np.isfinite(wins)
+    won = np.where(known, wins, 0.0).sum(1) + PRIOR / 2
+    strengths = np.ones(len(wins))
+    for _ in range(steps):
+        met = np.where(known, 1 / (strengths[:, None] + strengths[None, :]), 0.0).sum(1) + PRIOR / (strengths + 1)
+        new = won / met
+        change = np.abs(np.log(new / strengths)).max()
+        strengths = new
+        if change < tolerance:
+            break
+    return strengths / np.exp(np.log(strengths).mean())
+
+
+def expected_shares(wins: np.ndarray) -> np.ndarray:
+    """Win rates (K,) that the fitted model expects against all the others; NaN for an image never compared."""
+    strengths = bradley_terry(wins)
+    beats = strengths[:, None] / (strengths[:, None] + strengths[None, :])
+    rates = (beats.sum(1) - 0.5) / max(1, len(wins) - 1)  # without the tie with itself
+    return np.where(np.isfinite(wins).any(1), rates, np.nan)
+
+
+def win_rate(
+    *, comparator: str | dict[str, Any], pairs: int | None = None, both_orders: bool = True, seed: int = 0
+) -> "WinRate":
+    """The reward of these options.
+
+    comparator: a pairwise judge or any pointwise reward, by name or {name: ..., ...}. pairs: of each group, null: all.
+    both_orders: ask a judge about (a, b) and (b, a), which halves its taste for a place.
+    """
+    from gdro.rewards.registry import load_comparator
+
+    if pairs is not None and pairs < 2:
+        raise UserError(f"score.reward.pairs is {pairs}; expected at least 2, or null for all pairs")
+    return WinRate(load_comparator(comparator, "score.reward.comparator"), pairs, both_orders, seed)
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Called with the images of one group. Evidence: the opponents, and how far the image beat each (null: unknown)."""
+
+    comparator: Comparator
+    pairs: int | None
+    both_orders: bool
+    seed: int
+    parallel: ClassVar[bool] = False
+    grouped: ClassVar[Literal[True]] = True
+
+    @property
+    def name(self) -> str:
+        return f"win_rate.{self.comparator.name}"
+
+    @property
+    def version(self) -> str:
+        return fingerprint("win_rate 1", self.comparator.version, self.pairs, self.both_orders, self.seed)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self.comparator.check(prompts)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        count = len(images)
+        pairs = choose_pairs(count, self.pairs, numpy_rng(self.seed, "win_rate/pairs", prompts[0].id))
+        symmetric = isinstance(self.comparator, Pointwise)
+        turned = [] if symmetric or not self.both_orders else [(j, i) for i, j in pairs]
+        asked = [*pairs, *turned]
+        answers = self.comparator.compare([(images[i], images[j], prompts[i]) for i, j in asked])
+        found: dict[tuple[int, int], list[float]] = {}
+        for (i, j), answer in zip(asked, answers, strict=True):
+            if answer is not None:
+                found.setdefault((i, j) if i < j else (j, i), []).append(answer if i < j else 1 - answer)
+        wins = np.full((count, count), np.nan)
+        for (i, j), values in found.items():
+            wins[i, j] = np.mean(values)
+            wins[j, i] = 1 - wins[i, j]
+        whole = len(pairs) == count * (count - 1) // 2
+        rates = shares(wins) if whole else expected_shares(wins)
+        return Scores(rates, [_evidence(wins[i], i, pairs) for i in range(count)])
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A reward as comparator: the higher score wins, equal scores tie, a missing one gives no answer."""
+
+    reward: Reward
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    @property
+    def version(self) -> str:
+        return self.reward.version
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self.reward.check(prompts)
+
+    def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
+        places: dict[int, int] = {}  # each image is scored once
+        images, prompts = [], []
+        for first, second, prompt in pairs:
+            for image in (first, second):
+                if id(image) not in places:
+                    places[id(image)] = len(images)
+                    images.append(image)
+                    prompts.append(prompt)
+        scores = self.reward(images, prompts).values if images else np.zeros(0)
+        signs = [float(np.sign(scores[places[id(a)]] - scores[places[id(b)]])) for a, b, _ in pairs]
+        return [None if np.isnan(sign) else (sign + 1) / 2 for sign in signs]
+
+
+def _evidence(row: np.ndarray, place: int, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    opponents = [j if i == place else i for i, j in pairs if place in (i, j)]
+    return {"opponents": opponents, "wins": [None if np.isnan(row[j]) else float(row[j]) for j in opponents]}
