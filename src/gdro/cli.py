@@ -19,7 +19,7 @@ from gdro.errors import UserError, did_you_mean
 
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
-WITHOUT_FIELDS = ("prompts", "compare")  # commands that take no field of a run's configuration
+WITHOUT_FIELDS = ("prompts", "compare", "rewards", "benchmark")  # commands that take no field of a run's configuration
 
 STAGES = {
     "sample": "make groups of images of the prompts",
@@ -121,6 +121,33 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     compare.add_argument("--readme", type=Path, help="also put the table into this Markdown file, between its markers")
     compare.add_argument("--pictures", type=Path, help="also write the plots into this folder")
 
+    command("rewards", "what can be named as reward, judge or comparator, and what each needs", _rewards)
+
+    bench = command("benchmark", "measure a model, or images made elsewhere, on a public benchmark", _benchmark)
+    bench.add_argument("name", choices=["unigenbench"], help="unigenbench")
+    bench.add_argument("file", type=Path, help="UniGenBench's data/test_prompts_*.csv")
+    bench.add_argument("--out", required=True, type=Path, help="the benchmark's folder; it goes on there")
+    bench.add_argument("--model", help='"tiny", a folder, or a Hub id')
+    bench.add_argument("--adapter", type=Path, help="a run directory or an adapter's folder")
+    bench.add_argument("--images-from", type=Path, help="a folder of INDEX_I.png, instead of --model")
+    bench.add_argument("--judge-url", help="an OpenAI-compatible endpoint; without it the images are made only")
+    bench.add_argument("--judge-model", help="the model's name there")
+    bench.add_argument("--judge-prompt", type=Path, help="the published evaluation script, for its judge prompt")
+    bench.add_argument("--judge-api-key-env", help="environment variable that holds the key")
+    bench.add_argument("--judge-revision", help="noted in the results")
+    bench.add_argument("--judge-concurrency", type=int, default=8, help="requests at once (8)")
+    bench.add_argument("--judge-max-tokens", type=int, default=2048, help="of a reply (2048)")
+    bench.add_argument("--images", type=int, default=4, help="images a prompt (4)")
+    bench.add_argument("--steps", type=int, default=30, help="steps of the solver (30)")
+    bench.add_argument("--guidance", type=float, default=3.5, help="guidance scale (3.5)")
+    bench.add_argument("--height", type=int, default=1024, help="pixels (1024)")
+    bench.add_argument("--width", type=int, default=1024, help="pixels (1024)")
+    bench.add_argument("--max-sequence-length", type=int, default=512, help="text tokens (512)")
+    bench.add_argument("--batch-size", type=int, default=4, help="images generated at once (4)")
+    bench.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto")
+    bench.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="of the model's weights (no)")
+
     prompts = command("prompts", "write prompts of the tiny world", _prompts)
     prompts.add_argument("spec", nargs="?", help="tiny:TASK:SPLIT:COUNT[:SEED], or the options below")
     prompts.add_argument("--task", help="ocr or geneval")
@@ -211,6 +238,19 @@ def _compare(args: argparse.Namespace, _: list[Override]) -> int:
         )
     print(lines)
     return 0 if fine else 1
+
+
+def _rewards(args: argparse.Namespace, _: list[Override]) -> None:
+    from gdro.rewards.registry import listing
+
+    print(listing())
+
+
+def _benchmark(args: argparse.Namespace, _: list[Override]) -> None:
+    from gdro.unigenbench.benchmark import unigenbench
+
+    own = {name: value for name, value in vars(args).items() if name not in ("act", "name", "file", "out")}
+    print(unigenbench(args.file, args.out, **own))
 
 
 def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:

@@ -67,6 +67,20 @@ def load_reward(spec: Spec | list[Spec], field: str = "score.reward") -> Scorer:
     return _base_reward(spec, field)
 
 
+def listing() -> str:
+    """A table of every name, what it needs and its options, for people."""
+    lines = []
+    for kind, entries in (("reward", REWARDS), ("judge", JUDGES), ("comparator", COMPARATORS)):
+        for name, entry in entries.items():
+            module, _, function = entry.factory.partition(":")
+            options = signature(getattr(import_module(module), function)).parameters.values()
+            needs = [entry.hardware, *(f"field {field}" for field in entry.fields)]
+            needs += [f'pip install "gdro[{entry.extra}]"'] if entry.extra else []
+            shown = [p.name if p.default is p.empty else f"{p.name}={show(p.default)}" for p in options]
+            lines += [f"{name} ({kind}; {', '.join(needs)}): {entry.about}", f"    {', '.join(shown) or 'no options'}"]
+    return "\n".join(lines)
+
+
 def title(spec: Spec | list[Spec]) -> str:
     """A spec's name, or names, for people."""
     if isinstance(spec, list):
