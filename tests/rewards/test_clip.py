@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import clip_tokenizer
 from PIL import Image
+from pydantic import ValidationError, validate_call
 from tiny_clip import CONTEXT, EMBEDDING, SIDE, save_clip, save_head, save_open_clip
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -288,6 +289,13 @@ def test_missing_tensors_are_never_filled_with_random_ones(folder: Path, tmp_pat
 def test_cuda_that_is_not_there(folder: Path) -> None:
     with pytest.raises(UserError, match="cuda"):
         clipscore(model=str(folder), device="cuda").check(PROMPTS)
+
+
+def test_impossible_options_and_calls(folder: Path) -> None:
+    with pytest.raises(ValidationError, match="batch_size"):
+        validate_call(clipscore)(model=str(folder), batch_size=0)
+    with pytest.raises(ValueError, match="1 embeddings came with 4"):
+        clipscore(model=str(folder), device="cpu")(images(1), PROMPTS)
 
 
 def test_factories_read_nothing() -> None:

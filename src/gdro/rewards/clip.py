@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
 from gdro.errors import UserError
 from gdro.files import fingerprint
@@ -51,7 +52,9 @@ UNSAFE = (
 
 
 def cosine(a: "Tensor", b: "Tensor") -> "Tensor":
-    """Of rows (n, d) with the rows (n, d) beside them, both of length one: (n,) in [-1, 1]."""
+    """Of rows (n, d) with the rows (n, d) beside them or with one (d,), all of length one: (n,) in [-1, 1]."""
+    if b.ndim > 1 and len(a) != len(b):  # one row would be broadcast
+        raise ValueError(f"{len(a)} embeddings came with {len(b)}")
     return (a * b).sum(-1)
 
 
@@ -201,7 +204,7 @@ def pickscore(
     processor: str = CLIP_H,
     device: Device = "auto",
     dtype: DType = "float32",
-    batch_size: int = 16,
+    batch_size: PositiveInt = 16,
 ) -> ClipReward:
     """PickScore (Kirstain et al. 2023): its logit over 26; the processor is that of the CLIP it was tuned from."""
     encoder = ClipEncoder(model, revision, processor, device, dtype, batch_size)
@@ -215,7 +218,7 @@ def clipscore(
     processor: str | None = None,
     device: Device = "auto",
     dtype: DType = "float32",
-    batch_size: int = 16,
+    batch_size: PositiveInt = 16,
 ) -> ClipReward:
     """CLIP's own logit over 30 (Flow-GRPO)."""
     return ClipReward("clipscore", ClipEncoder(model, revision, processor, device, dtype, batch_size), CLIPSCORE_SCALE)
@@ -228,7 +231,7 @@ def hpsv2(
     processor: str = CLIP_H,
     device: Device = "auto",
     dtype: DType = "float32",
-    batch_size: int = 16,
+    batch_size: PositiveInt = 16,
 ) -> ClipReward:
     """Human Preference Score v2.1 (Wu et al. 2023): the cosine; images are fitted by their longer side, as there.
 
@@ -246,7 +249,7 @@ def aesthetic(
     head_revision: str | None = None,
     device: Device = "auto",
     dtype: DType = "float32",
-    batch_size: int = 16,
+    batch_size: PositiveInt = 16,
 ) -> AestheticReward:
     """LAION's improved aesthetic predictor (sac+logos+ava1-l14-linearMSE), `head` its layers in safetensors."""
     encoder = ClipEncoder(model, revision, None, device, dtype, batch_size)
@@ -263,8 +266,11 @@ def safety(
     unsafe: str | None = None,
     device: Device = "auto",
     dtype: DType = "float32",
-    batch_size: int = 16,
+    batch_size: PositiveInt = 16,
 ) -> SafetyReward:
-    """SafeDiffusion-R1's steering on HPS v2.1; `safe` and `unsafe` are text files of phrases, else SAFE and UNSAFE."""
+    """SafeDiffusion-R1's steering, with `hpsv2`'s model and preprocessing as in its code.
+
+    `safe` and `unsafe` are text files of phrases, one a line; without them SAFE and UNSAFE, which are not the authors'.
+    """
     encoder = ClipEncoder(model, revision, processor, device, dtype, batch_size, pad=True)
     return SafetyReward(encoder, strength, Path(safe) if safe else SAFE, Path(unsafe) if unsafe else UNSAFE)

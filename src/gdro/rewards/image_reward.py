@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
 from gdro.errors import UserError
 from gdro.files import fingerprint
@@ -189,7 +190,7 @@ def image_reward(
     revision: str | None = None,
     tokenizer: str = TOKENIZER,
     device: pretrained.Device = "auto",
-    batch_size: int = 16,
+    batch_size: PositiveInt = 16,
 ) -> ImageReward:
     """The authors publish a pickle. Elsewhere, where loading it is acceptable, it becomes a file for `model`:
     `save_file(torch.load("ImageReward.pt", weights_only=True), "image_reward/model.safetensors")`.

@@ -38,7 +38,9 @@ class JpegReward:
     @property
     def version(self) -> str:
         """Rule and encoder: another library writes other bytes."""
-        return fingerprint("rule 1", self.name, QUALITY, SCALE, features.version("jpg"))
+        return fingerprint(
+            "rule 1", self.name, QUALITY, SCALE, features.version("jpg"), features.version("libjpeg_turbo")
+        )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Any prompt will do."""
