@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_the_pauses_grow(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server, judge = serve(lambda asked: FAULTS["500"] if asked.number < 4 else Said("1"))
     judge.ask(questions(1), number)
     times = [asked.time for asked in server.asked]
-    for i, (before, after) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(times)):
         assert after - before >= 0.04 * 2**i  # half of it is left to chance
 
 
@@ -195,6 +196,15 @@ def test_check_asks_a_server_that_lists_no_models(serve: Any) -> None:
     assert server.asked[0].body["max_tokens"] == 1
     _, judge = serve(lambda asked: Said(status=404, raw=b'{"error": "no model judge"}'), None)
     with pytest.raises(UserError, match="HTTP 404: no model judge"):
+        judge.check()
+
+
+@pytest.mark.parametrize("failures", [2, 9])
+def test_check_goes_on_if_the_server_has_a_bad_moment(serve: Any, failures: int) -> None:
+    _, judge = serve(lambda asked: FAULTS["503"] if asked.number < failures else Said("1"), None)
+    if failures < judge.attempts:
+        return judge.check()
+    with pytest.raises(UserError, match=r"does not answer \(HTTP 503: loading\)"):
         judge.check()
 
 
@@ -304,7 +314,7 @@ def test_unusable_cache_is_named(serve: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"judge cache: .*bad.sqlite cannot be used \(file is not a database\)"):
         judge.ask(questions(1), number)
     _, judge = serve(lambda asked: Said("1"), cache=str(bad / "below a file.sqlite"))
-    with pytest.raises(UserError, match="judge cache: .*cannot be used"):
+    with pytest.raises(UserError, match=r"judge cache: .*cannot be used"):
         judge.ask(questions(1), number)
 
 
@@ -326,7 +336,8 @@ ASK = """
 import json, sys
 from gdro.rewards.endpoint import Endpoint, Question
 url, cache, count = sys.argv[1:]
-found = Endpoint(url, "judge", cache=cache, concurrency=4).ask([Question(f"What is {i}?") for i in range(int(count))], float)
+questions = [Question(f"What is {i}?") for i in range(int(count))]
+found = Endpoint(url, "judge", cache=cache, concurrency=4).ask(questions, float)
 print(json.dumps([value for value, _ in found]))
 """
 

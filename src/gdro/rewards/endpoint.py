@@ -68,9 +68,9 @@ class _Refused(UserError):
 class _Again(Exception):
     """The request failed, and may succeed if sent again after `wait` seconds (or our own back-off, if longer)."""
 
-    def __init__(self, reason: str, wait: float = 0.0, *, reached: bool = True) -> None:
+    def __init__(self, reason: str, wait: float = 0.0, *, reached: bool = True, status: int | None = None) -> None:
         super().__init__(reason)
-        self.wait, self.reached = wait, reached
+        self.wait, self.reached, self.status = wait, reached, status
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,9 @@ class Endpoint:
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {self._api_key()}"
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        tls = urlsplit(self.url).scheme == "https"  # certificates take .1 s to read
         # the time limit is on the whole request (`_send`); httpx has one on every read
-        return httpx.AsyncClient(headers=headers, limits=limits, timeout=None)
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=None, verify=tls)
 
     def _api_key(self) -> str:
         key = os.environ.get(self.api_key_env or "", "").strip()
@@ -237,7 +238,7 @@ class Endpoint:
             message = message.replace(self._api_key(), "***")
         said = f"HTTP {response.status_code}: {short(message) or 'no message'}"
         if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _Again(said, min(self.timeout, retry_after(response)))
+            raise _Again(said, min(self.timeout, retry_after(response)), status=response.status_code)
         hint = f"; the key is that of api_key_env {self.api_key_env}" if response.status_code in (401, 403) else ""
         raise _Refused(f"judge {self.url} refused the request ({said}){hint}", response.status_code)
 
@@ -255,15 +256,15 @@ class Endpoint:
                     await asyncio.sleep(BACKOFF)
 
     async def _check_model(self, client: "httpx.AsyncClient") -> None:
+        served: list[str] = []
         try:
             served = model_names(await self._send(client, "GET", "/models"))
-        except _Refused as error:
-            if error.status not in (404, 405):
+        except (_Refused, _Again) as error:
+            if error.status in (None, 401, 403):
                 raise
-            served = []
         if served and self.model not in served:
             raise UserError(f'judge model: {self.url} serves no "{self.model}"{did_you_mean(self.model, served)}')
-        if not served:  # not every server lists its models: the shortest question tells as well
+        if not served:  # not every server has a list of its models: the shortest question tells as well
             await self._send(client, "POST", "/chat/completions", self._body(Question("Hello"), 1))
 
 

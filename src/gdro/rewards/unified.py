@@ -22,7 +22,7 @@ from gdro.rewards.endpoint import Endpoint, Question
 
 AXES = ("alignment", "coherence", "style")
 SUM_TOLERANCE = 0.02  # of an axis's two relative scores, which "must sum to exactly 1.0"
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
 def parse_axes(reply: str) -> dict[str, float] | None:
