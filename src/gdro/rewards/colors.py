@@ -56,9 +56,9 @@ class ColorClassifier:
         for start in range(0, len(crops), self.batch_size):
             batch = list(crops[start : start + self.batch_size])
             pixels = self._processors[0](images=batch, return_tensors="pt")["pixel_values"]
-            vision = self._network.vision_model
             with torch.inference_mode():
-                seen = self._network.visual_projection(vision(pixel_values=pixels.to(vision.device)).pooler_output)
+                vision = self._network.vision_model(pixel_values=pixels.to(self._network.device))
+                seen = self._network.visual_projection(vision.pooler_output)
             for features, label in zip(seen, labels[start : start + self.batch_size], strict=True):
                 colors.append(COLORS[int((self._embeddings(label) @ features).argmax())])
         return colors
@@ -70,10 +70,9 @@ class ColorClassifier:
 
         if label not in self._cache:
             texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
-            text = self._network.text_model
-            tokens = self._processors[1](texts, padding=True, return_tensors="pt").to(text.device)
+            tokens = self._processors[1](texts, padding=True, return_tensors="pt").to(self._network.device)
             with torch.inference_mode():
-                embedded = self._network.text_projection(text(**tokens).pooler_output)
+                embedded = self._network.text_projection(self._network.text_model(**tokens).pooler_output)
             means = normalize(embedded, dim=-1).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1)
             self._cache[label] = normalize(means, dim=-1)
         return self._cache[label]

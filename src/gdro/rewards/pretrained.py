@@ -46,11 +46,17 @@ def image_processor(source: Source, *, field: str) -> Any:
 
 
 def network(kind: Any, source: Source, *, field: str, device: Device) -> Any:
-    """The model in float32, for inference, on the device."""
+    """The model in float32, for inference, on the device. UserError if the file lacks any of its weights."""
     import torch
 
-    options = {"use_safetensors": True, "dtype": torch.float32}
-    return load(kind, source, field=field, **options).eval().to(torch_device(device))
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    model, info = load(kind, source, field=field, **options)
+    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:  # transformers would go on with random ones
+        raise UserError(
+            f"{field}: {source.name} lacks {len(missing)} weights of its {type(model).__name__}: {missing[0]}"
+        )
+    return model.eval().to(torch_device(device))
 
 
 def torch_device(device: Device) -> str:
