@@ -123,6 +123,10 @@ def save_open_clip(folder: Path, seed: int = 0, prefix: str = "model.") -> OpenC
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = OpenClip().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():  # biases and norms too: one in another's place shows
+                if name != "logit_scale":
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
     folder.mkdir(parents=True, exist_ok=True)
     state = {prefix + name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state | {f"{prefix}attn_mask": torch.zeros(2, 2)}, folder / "model.safetensors")
