@@ -53,9 +53,8 @@ def network(kind: Any, source: Source, *, field: str, device: Device) -> Any:
     model, info = load(kind, source, field=field, **options)
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:  # transformers would go on with random ones
-        raise UserError(
-            f"{field}: {source.name} lacks {len(missing)} weights of its {type(model).__name__}: {missing[0]}"
-        )
+        of = f"weights of a {type(model).__name__} ({missing[0]}, ...)"
+        raise UserError(f"{field}: {source.name} lacks {len(missing)} {of}; expected a whole model.safetensors")
     return model.eval().to(torch_device(device))
 
 
