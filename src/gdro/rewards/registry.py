@@ -37,11 +37,31 @@ REWARDS = {
     "ocr": Entry("gdro.rewards.ocr:ocr", "text read against the prompt's quoted target (Flow-GRPO's rule)"),
     "ocr_strict": Entry("gdro.rewards.ocr:ocr_strict", "the same, junk around the target counted"),
     "geneval": Entry(
-        "gdro.rewards.geneval:geneval", "objects, counts, colours, places: share there", "gpu", ("tag", "include")
+        "gdro.rewards.geneval:geneval",
+        "objects, counts, colours, places: share there",
+        "gpu",
+        ("tag", "include"),
+        "geneval",
     ),
     "geneval_strict": Entry(
-        "gdro.rewards.geneval:geneval_strict", "the official GenEval verdict, 0 or 1", "gpu", ("tag", "include")
+        "gdro.rewards.geneval:geneval_strict",
+        "the official GenEval verdict, 0 or 1",
+        "gpu",
+        ("tag", "include"),
+        "geneval",
     ),
+    "pickscore": Entry("gdro.rewards.clip:pickscore", "human preference (PickScore v1), logit / 26", "gpu"),
+    "clipscore": Entry("gdro.rewards.clip:clipscore", "agreement with the prompt (CLIP ViT-L/14), logit / 30", "gpu"),
+    "hpsv2": Entry("gdro.rewards.clip:hpsv2", "human preference (HPS v2.1), cosine", "gpu"),
+    "image_reward": Entry(
+        "gdro.rewards.image_reward:image_reward", "human preference (ImageReward), standardised", "gpu"
+    ),
+    "aesthetic": Entry(
+        "gdro.rewards.clip:aesthetic", "LAION's aesthetic predictor v2, rating / 10; prompt unused", "gpu"
+    ),
+    "safety": Entry("gdro.rewards.clip:safety", "agreement with the prompt made safer (SafeDiffusion-R1)", "gpu"),
+    "jpeg_compressibility": Entry("gdro.rewards.jpeg:jpeg_compressibility", "size as JPEG, -kB / 500"),
+    "jpeg_incompressibility": Entry("gdro.rewards.jpeg:jpeg_incompressibility", "size as JPEG, kB"),
     "win_rate": Entry("gdro.rewards.winrate:win_rate", "share of its group that an image beats (Pref-GRPO)"),
 }
 JUDGES = {

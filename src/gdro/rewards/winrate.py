@@ -149,7 +149,8 @@ class Pointwise:
 
     def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
         places: dict[int, int] = {}  # each image is scored once
-        images, prompts = [], []
+        images: list[Image.Image] = []
+        prompts: list[Prompt] = []
         for first, second, prompt in pairs:
             for image in (first, second):
                 if id(image) not in places:
