@@ -351,6 +351,8 @@ def test_undo_goes_back_to_the_pair_before(study: tuple[Client, Votes, Path]) ->
         ({"Host": ""}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Host": "[::1"}, 400),
+        ({"Origin": "http://["}, 400),
         ({"Origin": "http://localhost:1", "Host": "localhost:8765"}, 403),
         ({"Origin": "http://localhost:8765", "Host": "localhost:8765"}, 200),
         ({"Host": "[::1]:8765"}, 200),

@@ -92,14 +92,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_source(self) -> None:
         """Refuse pages of other sites: those that send here, and those whose name was pointed here (DNS rebinding)."""
-        host = self.headers.get("Host", "")
-        name = (urlsplit(f"//{host}").hostname or "").lower()
-        if name not in self.server.names and not (
-            _is_address(name) if self.server.open_to_network else _is_loopback(name)
-        ):
+        host = self.headers.get("Host", "").lower()
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            origin = urlsplit(self.headers.get("Origin", f"http://{host}")).netloc.lower()
+        except ValueError:
+            raise Refused(HTTPStatus.BAD_REQUEST, "expected a Host and an Origin that can be read") from None
+        allowed = _is_address if self.server.open_to_network else _is_loopback
+        if name not in self.server.names and not allowed(name):
             raise Refused(HTTPStatus.FORBIDDEN, "expected the address that gdro arena printed")
-        origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin != host:
             raise Refused(HTTPStatus.FORBIDDEN, "expected a request from the study's own page")
 
     def _get(self) -> None:
