@@ -19,7 +19,14 @@ from gdro.errors import UserError, did_you_mean
 
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
-WITHOUT_FIELDS = ("prompts", "compare", "rewards", "benchmark")  # commands that take no field of a run's configuration
+WITHOUT_FIELDS = (
+    "prompts",
+    "compare",
+    "rewards",
+    "benchmark",
+    "geneval",
+    "arena",
+)  # commands that take no field of a run's configuration
 
 STAGES = {
     "sample": "make groups of images of the prompts",
@@ -148,6 +155,20 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto")
     bench.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="of the model's weights (no)")
 
+    verdicts = command("geneval", "GenEval's table of stored verdicts, without looking at an image", _geneval)
+    verdicts.add_argument("results", type=Path, help="the official evaluator's .jsonl, or a run's rewards .parquet")
+    verdicts.add_argument("--groups", type=Path, help="the groups of a .parquet without records")
+
+    study = command("arena", "a blind human study of finished runs: a page on loopback, and its table", _arena)
+    study.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one: base against tuned; several: the tuned")
+    study.add_argument("--out", type=Path, help="the study's folder; a study begun there goes on")
+    study.add_argument("--table", action="store_true", help="print the table of the study's folder RUN, serve nothing")
+    study.add_argument("--host", default="127.0.0.1", help="the address to serve at (127.0.0.1)")
+    study.add_argument("--port", type=int, default=8765, help="0 takes any free one (8765)")
+    study.add_argument("--rater", help="the only rater; without it the page asks for a name")
+    study.add_argument("--seed", type=int, help="of pairs, order and sides (0)")
+    study.add_argument("--pairs", type=int, help="pairs of images (every prompt once for every two models)")
+
     prompts = command("prompts", "write prompts of the tiny world", _prompts)
     prompts.add_argument("spec", nargs="?", help="tiny:TASK:SPLIT:COUNT[:SEED], or the options below")
     prompts.add_argument("--task", help="ocr or geneval")
@@ -251,6 +272,24 @@ def _benchmark(args: argparse.Namespace, _: list[Override]) -> None:
 
     own = {name: value for name, value in vars(args).items() if name not in ("act", "name", "file", "out")}
     print(unigenbench(args.file, args.out, **own))
+
+
+def _geneval(args: argparse.Namespace, _: list[Override]) -> None:
+    from gdro.rewards.geneval_results import results_table
+
+    print(results_table(args.results, args.groups))
+
+
+def _arena(args: argparse.Namespace, _: list[Override]) -> None:
+    if args.table == (args.out is not None) or (args.table and len(args.runs) != 1):
+        raise UserError("gdro arena: expected RUN [RUN ...] --out DIR, or DIR --table")
+    from gdro.arena.server import arena, arena_table
+
+    if args.table:
+        print(arena_table(args.runs[0]))
+        return
+    options = {name: getattr(args, name) for name in ("host", "port", "rater", "seed", "pairs")}
+    print(arena(args.runs, args.out, **options))
 
 
 def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
