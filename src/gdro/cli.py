@@ -19,7 +19,8 @@ from gdro.errors import UserError, did_you_mean
 
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
-WITHOUT_FIELDS = (
+# Commands that take no field of a run's configuration.
+WITHOUT_FIELDS = ("prompts", "compare", "rewards", "benchmark", "geneval", "arena", "calibrate")
     "prompts",
     "compare",
     "rewards",
