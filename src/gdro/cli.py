@@ -21,13 +21,6 @@ Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
 # Commands that take no field of a run's configuration.
 WITHOUT_FIELDS = ("prompts", "compare", "rewards", "benchmark", "geneval", "arena", "calibrate")
-    "prompts",
-    "compare",
-    "rewards",
-    "benchmark",
-    "geneval",
-    "arena",
-)  # commands that take no field of a run's configuration
 
 STAGES = {
     "sample": "make groups of images of the prompts",
