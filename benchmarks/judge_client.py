@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rewards"))
 from fake_endpoint import Asked, FakeEndpoint, Said
 
 from gdro.prompts import Prompt
-from gdro.rewards.unified import unified_reward
+from gdro.rewards.unified import POINTWISE, unified_reward
 
 BATCH = 500  # images a call
 
@@ -51,16 +52,18 @@ class Judge:
 
     def __init__(self, failing: float, slow: float) -> None:
         self.failing, self.slow = failing, slow
-        self.answers: Counter[int] = Counter()  # image -> times its scores were sent
+        self.asked: list[int] = []  # images, as they came
+        self.answered: set[int] = set()
         self.faults: Counter[str] = Counter()
 
     def __call__(self, asked: Asked) -> Said:
         red, green, blue = asked.images[0].getpixel((0, 0))
         index = red << 16 | green << 8 | blue
         asked.body["messages"].clear()  # 10,000 of them need not stay in memory
+        self.asked.append(index)
         chance = random.Random(asked.number)
         if chance.random() >= self.failing:
-            self.answers[index] += 1
+            self.answered.add(index)
             return Said(reply(index))
         faults = {
             "500": Said(status=500, raw=b"{}"),
@@ -94,23 +97,33 @@ def start_client(folder: Path, url: str, *settings: float) -> subprocess.Popen[b
     return subprocess.Popen([sys.executable, __file__, "client", *where, *map(str, settings)])
 
 
-def killed(folder: Path, *, requests: int, kills: int, concurrency: int, timeout: float = 2.0) -> dict[str, Any]:
+def kept(folder: Path, requests: int) -> set[int]:
+    """The images whose replies are in the client's file of replies."""
+    endpoint = unified_reward(url="http://localhost", model="judge").endpoint
+    with sqlite3.connect(folder / "judge.sqlite") as file:
+        keys = {key for (key,) in file.execute("SELECT key FROM replies")}
+    ask = POINTWISE["2.0"].question
+    return {i for i in range(requests) if endpoint._key(ask(Prompt(str(i), "a picture"), picture(i, 8))) in keys}
+
+
+def killed(folder: Path, *, requests: int, kills: int, concurrency: int, timeout: float = 5.0) -> dict[str, Any]:
     """Score `requests` images; the client is killed when certain numbers of them were answered, and begun again."""
     judge = Judge(failing=0.2, slow=2 * timeout)
     moments = sorted(random.Random(0).sample(range(requests // 20, requests * 19 // 20), kills))
+    kept_then: list[tuple[int, set[int]]] = []  # at each kill: requests so far, images whose reply was kept
     start = time.perf_counter()
     with FakeEndpoint(judge) as server:
         for moment in moments:
             process = start_client(folder, server.url, requests, concurrency, timeout, 8)
-            while len(judge.answers) < moment:
+            while len(judge.answered) < moment:
                 if process.poll() is not None:
                     raise RuntimeError(f"the client ended by itself, with {process.returncode}")
                 time.sleep(0.005)
             process.kill()
             process.wait()
+            kept_then.append((len(judge.asked), kept(folder, requests)))
         if start_client(folder, server.url, requests, concurrency, timeout, 8).wait() != 0:
             raise RuntimeError("the client failed")
-        asked, most = len(server.asked), server.most_in_flight
     rows = json.loads((folder / "scores.json").read_text())["rows"]
     if [index for index, _ in rows] != list(range(requests)):
         raise RuntimeError("not one row an image")
@@ -121,11 +134,13 @@ def killed(folder: Path, *, requests: int, kills: int, concurrency: int, timeout
         "scored": len(scored),
         "missing": requests - len(scored),
         "wrong": sum(abs(score - sum(axes(index)) / 3) > 1e-9 for index, score in scored),
-        "requests": asked,
+        "requests": len(judge.asked),
         "faults": dict(judge.faults),
-        "answered_twice": sum(judge.answers.values()) - len(judge.answers),
+        "kept_at_kills": [len(images) for _, images in kept_then],
+        "asked_again_though_kept": sum(
+            index in images for requests_then, images in kept_then for index in judge.asked[requests_then:]
+        ),
         "concurrency": concurrency,
-        "most_in_flight": most,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -154,7 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results["killed"] = killed(Path(folder), requests=args.requests, kills=args.kills, concurrency=args.concurrency)
     results["rate"] = []
-    for side, count in ((64, 2000), (512, 500), (1024, 100)):
+    for side, count in ((64, 2000), (512, 300), (1024, 64)):
         with tempfile.TemporaryDirectory() as folder:
             results["rate"].append(rate(Path(folder), requests=count, concurrency=args.concurrency, side=side))
     args.out.write_text(json.dumps(results, indent=2) + "\n")
