@@ -131,16 +131,20 @@ def measure(
     axes = {axis: np.full((len(prompts), config.images_per_prompt), np.nan) for axis in AXES}
     signs: dict[str, list[np.ndarray]] = {}
     boxed = all("lines" in found for found in evidence.values())
+    at_once = max(1, score_batch_size // config.images_per_prompt)  # prompts, so that a judge far away is kept busy
     with Progress(f"{label}: judge", len(prompts), "prompt") as progress:
-        for place, prompt in enumerate(prompts):
-            images = store.images(prompt.id)
+        for start in range(0, len(prompts), at_once):
+            some = prompts[start : start + at_once]
+            images = [store.images(prompt.id) for prompt in some]
             if judge is not None:
-                for axis, grades in _judged(judge, images, prompt).items():
-                    axes[axis][place] = grades
-            boxes = [[box for *_, box in evidence[i]["lines"]] for i in store.image_ids(prompt.id)] if boxed else None
-            for name, values in image_signs(images, boxes).items():
-                signs.setdefault(name, []).append(values)
-            progress.advance()
+                for axis, grades in _judged(judge, images, some).items():
+                    axes[axis][start : start + len(some)] = grades
+            for prompt, own in zip(some, images, strict=True):
+                ids = store.image_ids(prompt.id)
+                boxes = [[box for *_, box in evidence[i]["lines"]] for i in ids] if boxed else None
+                for name, values in image_signs(own, boxes).items():
+                    signs.setdefault(name, []).append(values)
+            progress.advance(len(some))
     return Measured(
         prompt_ids=[prompt.id for prompt in prompts],
         reward=np.stack([scores[prompt.id].numpy() for prompt in prompts]),
@@ -173,12 +177,15 @@ def read_evidence(path: Path) -> dict[str, dict[str, Any]]:
     return evidence
 
 
-def _judged(judge: Judge, images: Sequence[Image.Image], prompt: Prompt) -> dict[str, np.ndarray]:
-    """The judge's axes (n,) of one prompt's images; UserError naming the image it failed on."""
+def _judged(judge: Judge, images: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """The judge's axes (P, n) of P prompts' n images each; UserError naming the image it failed on."""
+    count = len(images[0])
     try:
-        return judge(images, [prompt] * len(images))
+        found = judge([image for own in images for image in own], [p for p in prompts for _ in range(count)])
     except ImageFailure as failure:
-        raise UserError(f'judge "{judge.name}": image "{prompt.id}/{failure.index}": {failure.reason}') from None
+        place, index = divmod(failure.index, count)
+        raise UserError(f'judge "{judge.name}": image "{prompts[place].id}/{index}": {failure.reason}') from None
+    return {axis: np.asarray(grades).reshape(len(prompts), count) for axis, grades in found.items()}
 
 
 def _discard_other_weights(folder: Path, model: FlowModel) -> None:
