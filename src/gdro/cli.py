@@ -149,6 +149,14 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto")
     bench.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="of the model's weights (no)")
 
+    engines = command("calibrate", "compare the engines behind a reward on the same images", _calibrate)
+    engines.add_argument("what", choices=["ocr"], help="ocr")
+    engines.add_argument("images", type=Path, help="a folder with metadata.jsonl (file_name, text), a run, or groups")
+    engines.add_argument("--out", type=Path, default=Path("calibration.json"), help="all figures (calibration.json)")
+    engines.add_argument("--engine", action="append", default=[], help="this one; may be repeated (all)")
+    engines.add_argument("--lang", help="PaddleOCR's language")
+    engines.add_argument("--limit", type=int, help="this many images at most")
+
     verdicts = command("geneval", "GenEval's table of stored verdicts, without looking at an image", _geneval)
     verdicts.add_argument("results", type=Path, help="the official evaluator's .jsonl, or a run's rewards .parquet")
     verdicts.add_argument("--groups", type=Path, help="the groups of a .parquet without records")
@@ -266,6 +274,12 @@ def _benchmark(args: argparse.Namespace, _: list[Override]) -> None:
 
     own = {name: value for name, value in vars(args).items() if name not in ("act", "name", "file", "out")}
     print(unigenbench(args.file, args.out, **own))
+
+
+def _calibrate(args: argparse.Namespace, _: list[Override]) -> None:
+    from gdro.rewards.calibrate import calibrate_ocr
+
+    print(calibrate_ocr(args.images, args.out, engines=args.engine, lang=args.lang, limit=args.limit))
 
 
 def _geneval(args: argparse.Namespace, _: list[Override]) -> None:

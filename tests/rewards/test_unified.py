@@ -283,7 +283,7 @@ def test_pairs_in_their_order(tmp_path: Path, form: Any) -> None:
 
     with FakeEndpoint(behave) as server:
         pairs = unified_pairs(url=server.url, model="judge", form=form, cache=str(tmp_path / "judge.sqlite"))
-        pairs.check()
+        pairs.check([])
         one, two = picture(1), picture(2)
         asked = [(two, one, PROMPTS[0]), (one, two, PROMPTS[0]), (one, one, PROMPTS[1])]
         assert pairs.compare(asked) == [1.0, 0.0, None]

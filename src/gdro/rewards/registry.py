@@ -62,12 +62,16 @@ REWARDS = {
     "safety": Entry("gdro.rewards.clip:safety", "agreement with the prompt made safer (SafeDiffusion-R1)", "gpu"),
     "jpeg_compressibility": Entry("gdro.rewards.jpeg:jpeg_compressibility", "size as JPEG, -kB / 500"),
     "jpeg_incompressibility": Entry("gdro.rewards.jpeg:jpeg_incompressibility", "size as JPEG, kB"),
+    "unified_reward": Entry("gdro.rewards.unified:unified_reward", "UnifiedReward's grade, 1 to 5", "endpoint"),
     "win_rate": Entry("gdro.rewards.winrate:win_rate", "share of its group that an image beats (Pref-GRPO)"),
 }
 JUDGES = {
+    "unified_judge": Entry("gdro.rewards.unified:unified_judge", "UnifiedReward's three axes", "endpoint"),
     "tiny": Entry("gdro.tiny.judge:tiny_judge", "the tiny world's pictures against what it knows of them"),
 }
-COMPARATORS: dict[str, Entry] = {}
+COMPARATORS = {
+    "unified_pairs": Entry("gdro.rewards.unified:unified_pairs", "UnifiedReward on pairs of images", "endpoint"),
+}
 
 
 def load_reward(spec: Spec | list[Spec], field: str = "score.reward") -> Scorer:

@@ -180,7 +180,7 @@ class UnifiedPairs:
     def version(self) -> str:
         return fingerprint(self.name, RULE, PAIRWISE[self.form].text, self.endpoint.version)
 
-    def check(self) -> None:
+    def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError if the endpoint does not answer."""
         self.endpoint.check()
 
