@@ -1,6 +1,5 @@
 """UnifiedReward: replies as the published models give them, and the reward, judge and pairs over a real HTTP server."""
 
-import hashlib
 import json
 import math
 import pickle
@@ -192,21 +191,25 @@ def test_flex(reply: str, preference: float | None) -> None:
     assert parse_winner(reply) == preference
 
 
-PUBLISHED = {  # digests of the texts in github.com/CodeGoat24/UnifiedReward, read there, "{prompt}" for the caption
-    "point 2.0": "75d52d3ae771f89b",
-    "point 1.x": "f56f919ce3bc6aab",
-    "point 1.x_words": "88d1d1c5f0fba9dc",
-    "pair think": "a8a0d80818246406",
-    "pair 2.0": "828e9ab2f81c3b6d",
-    "pair flex": "bd0c2d5635a7b6b3",
-}
+def test_every_question_names_the_caption_once() -> None:
+    for form in (*POINTWISE.values(), *PAIRWISE.values()):
+        assert form.text.count("{prompt}") == 1
+        question = form.question(Prompt("p", "a {braced} caption"))
+        assert "a {braced} caption" in question.text
+        assert "{prompt}" not in question.text
 
 
-def test_questions_are_the_published_ones() -> None:
-    """To the letter: the models were trained on them, and a space at the end of a line is easily lost."""
-    texts = {f"point {name}": form.text for name, form in POINTWISE.items()}
-    texts |= {f"pair {name}": form.text for name, form in PAIRWISE.items()}
-    assert {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()} == PUBLISHED
+def test_the_words_may_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("As it was trained: {prompt}?")
+    options: dict[str, Any] = {"url": "http://127.0.0.1:9", "model": "m"}
+    own, given = unified_reward(**options), unified_reward(**options, template=str(path))
+    assert own.version != given.version
+    path.write_text("no caption")
+    with pytest.raises(UserError, match=r"words.txt has \{prompt\} 0 times; expected once"):
+        given.check([])
+    with pytest.raises(UserError, match=r"template: nowhere.txt cannot be read"):
+        unified_reward(**options, template="nowhere.txt").check([])
 
 
 def picture(shade: int) -> Image.Image:
@@ -240,7 +243,7 @@ def test_reward_is_the_weighted_mean_of_the_axes(tmp_path: Path) -> None:
         assert "nan" in scores.evidence[1]["missing"]
         assert json.loads(json.dumps(scores.evidence, allow_nan=False)) == scores.evidence
         asked = {shade(a): a.text for a in server.asked}
-        assert asked[2].endswith('Text Caption: [a {prompt} of "OPEN" {0}]')
+        assert asked[2].endswith('Caption: [a {prompt} of "OPEN" {0}]')
         weighted = unified_reward(**settings, alignment=0.7, coherence=0.0, style=0.3)
         before = len(server.asked)
         assert weighted(PICTURES[:1], PROMPTS[:1]).values == pytest.approx(0.7 * 2 + 0.3 * 1.5)

@@ -1,6 +1,6 @@
 """UnifiedReward (Wang et al. 2025) behind an endpoint: scores of an image (reward and judge) and of a pair of images.
 
-Forms of question and reply are those of the published models; a reply that is not of its form, or has a value out of
+Forms of reply are those of the published models; a reply that is not of its form, or has a value out of
 its range, is missing. The parsers are pure functions from a reply to what it says, None if it does not say it.
 """
 
@@ -123,20 +123,22 @@ class UnifiedReward:
     endpoint: Endpoint
     form: str
     weights: Mapping[str, float]
+    template: str | None = None
     name: ClassVar[str] = "unified_reward"
     parallel: ClassVar[bool] = False  # many requests are under way at once as it is
 
     @property
     def version(self) -> str:
-        return fingerprint(self.name, RULE, POINTWISE[self.form].text, dict(self.weights), self.endpoint.version)
+        return fingerprint(self.name, RULE, _form(POINTWISE, self).text, dict(self.weights), self.endpoint.version)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError if the endpoint does not answer; any prompt will do."""
+        """Raise UserError if the endpoint does not answer or the template cannot be read; any prompt will do."""
+        _form(POINTWISE, self)
         self.endpoint.check()
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         values, evidence = [], []
-        for scores, answer in _point(self.endpoint, self.form, images, prompts):
+        for scores, answer in _point(self, images, prompts):
             if scores is None:
                 values.append(math.nan)
                 evidence.append({"missing": answer.reason})
@@ -153,18 +155,20 @@ class UnifiedJudge:
 
     endpoint: Endpoint
     form: str
+    template: str | None = None
     name: ClassVar[str] = "unified_judge"
 
     @property
     def version(self) -> str:
-        return fingerprint(self.name, RULE, POINTWISE[self.form].text, self.endpoint.version)
+        return fingerprint(self.name, RULE, _form(POINTWISE, self).text, self.endpoint.version)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError if the endpoint does not answer; any prompt will do."""
+        """Raise UserError if the endpoint does not answer or the template cannot be read; any prompt will do."""
+        _form(POINTWISE, self)
         self.endpoint.check()
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        found = [scores or {} for scores, _ in _point(self.endpoint, self.form, images, prompts)]
+        found = [scores or {} for scores, _ in _point(self, images, prompts)]
         return {axis: np.array([scores.get(axis, math.nan) for scores in found], np.float64) for axis in AXES}
 
 
@@ -174,14 +178,16 @@ class UnifiedPairs:
 
     endpoint: Endpoint
     form: str
+    template: str | None = None
     name: ClassVar[str] = "unified_pairs"
 
     @property
     def version(self) -> str:
-        return fingerprint(self.name, RULE, PAIRWISE[self.form].text, self.endpoint.version)
+        return fingerprint(self.name, RULE, _form(PAIRWISE, self).text, self.endpoint.version)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError if the endpoint does not answer."""
+        """Raise UserError if the endpoint does not answer or the template cannot be read."""
+        _form(PAIRWISE, self)
         self.endpoint.check()
 
     def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
@@ -189,14 +195,19 @@ class UnifiedPairs:
 
         In the order given only: judges favour a place, so ask for both orders.
         """
-        form = PAIRWISE[self.form]
+        form = _form(PAIRWISE, self)
         questions = [form.question(prompt, first, second) for first, second, prompt in pairs]
         return [preference for preference, _ in self.endpoint.ask(questions, form.parse)]
 
 
-def _point(endpoint: Endpoint, name: str, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Any]:
-    form = POINTWISE[name]
-    return endpoint.ask([form.question(p, image) for image, p in zip(images, prompts, strict=True)], form.parse)
+def _form(forms: Mapping[str, _Form], asker: UnifiedReward | UnifiedJudge | UnifiedPairs) -> _Form:
+    own = forms[asker.form]
+    return _Form(texts.template_text(own.text, asker.template), own.parse)
+
+
+def _point(asker: UnifiedReward | UnifiedJudge, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Any]:
+    form = _form(POINTWISE, asker)
+    return asker.endpoint.ask([form.question(p, image) for image, p in zip(images, prompts, strict=True)], form.parse)
 
 
 def unified_reward(
@@ -207,6 +218,7 @@ def unified_reward(
     alignment: float = 1.0,
     coherence: float = 1.0,
     style: float = 1.0,
+    template: str | None = None,
     api_key_env: str | None = None,
     revision: str | None = None,
     concurrency: int = 8,
@@ -217,7 +229,8 @@ def unified_reward(
 ) -> UnifiedReward:
     """Weighted mean of the axes, or the final score of "1.x"; the replies of "1.x_words" have a list of words first.
 
-    `alignment`, `coherence`, `style` are the axes' weights; see `gdro.rewards.endpoint.Endpoint` for the rest.
+    `alignment`, `coherence`, `style` are the axes' weights; `template`: a file with the words to ask in; see
+    `gdro.rewards.endpoint.Endpoint` for the rest.
     """
     weights = {"alignment": alignment, "coherence": coherence, "style": style}
     if version == "1.x":
@@ -229,7 +242,7 @@ def unified_reward(
     endpoint = Endpoint(
         url, model, api_key_env, revision, concurrency, timeout, attempts, max_tokens, temperature=0.0, cache=cache
     )
-    return UnifiedReward(endpoint, version, weights)
+    return UnifiedReward(endpoint, version, weights, template)
 
 
 def unified_judge(
@@ -237,6 +250,7 @@ def unified_judge(
     url: str,
     model: str,
     version: Literal["2.0", "1.x_words"] = "2.0",
+    template: str | None = None,
     api_key_env: str | None = None,
     revision: str | None = None,
     concurrency: int = 8,
@@ -249,7 +263,7 @@ def unified_judge(
     endpoint = Endpoint(
         url, model, api_key_env, revision, concurrency, timeout, attempts, max_tokens, temperature=0.0, cache=cache
     )
-    return UnifiedJudge(endpoint, version)
+    return UnifiedJudge(endpoint, version, template)
 
 
 def unified_pairs(
@@ -257,6 +271,7 @@ def unified_pairs(
     url: str,
     model: str,
     form: Literal["think", "2.0", "flex"] = "think",
+    template: str | None = None,
     api_key_env: str | None = None,
     revision: str | None = None,
     concurrency: int = 8,
@@ -269,4 +284,4 @@ def unified_pairs(
     endpoint = Endpoint(
         url, model, api_key_env, revision, concurrency, timeout, attempts, max_tokens, temperature=0.0, cache=cache
     )
-    return UnifiedPairs(endpoint, form)
+    return UnifiedPairs(endpoint, form, template)
