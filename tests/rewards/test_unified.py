@@ -290,7 +290,8 @@ def test_pairs_in_their_order(tmp_path: Path, form: Any) -> None:
         one, two = picture(1), picture(2)
         asked = [(two, one, PROMPTS[0]), (one, two, PROMPTS[0]), (one, one, PROMPTS[1])]
         assert pairs.compare(asked) == [1.0, 0.0, None]
-        assert PROMPTS[0].text in server.asked[0].text
+        # requests overlap: they come to the server in any order
+        assert sum(PROMPTS[0].text in request.text for request in server.asked) == 2
 
 
 def test_version_changes_with_what_may_change_a_score() -> None:
