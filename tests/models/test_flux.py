@@ -239,7 +239,7 @@ def test_missing_models_are_refused_in_one_line(flux_folder: Path, tmp_path: Pat
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    assert "is a StableDiffusionPipeline; expected a FluxPipeline" in refusal(other)
+    assert "is a StableDiffusionPipeline; expected one of FluxPipeline, " in refusal(other)
     (other / "model_index.json").write_text("{")
     assert "is not JSON" in refusal(other)
 

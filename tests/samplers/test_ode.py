@@ -74,11 +74,12 @@ def test_schedule_is_shifted_by_the_number_of_tokens(flux: FluxModel):
     config = dict(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config)
     assert resolution_shift(config, 256) == pytest.approx(0.5)
     assert resolution_shift(config, 4096) == pytest.approx(1.15)
-    scheduler = flow_scheduler("FlowMatchEulerDiscreteScheduler", config, 4, 4096, torch.device("cpu"))
+    how = {"sigmas": [1, 0.75, 0.5, 0.25], "mu": resolution_shift(config, 4096), "device": torch.device("cpu")}
+    scheduler = flow_scheduler("FlowMatchEulerDiscreteScheduler", config, 4, **how)
     shift = float(np.exp(1.15))
     expected = [shift / (shift + 1 / s - 1) for s in (1, 0.75, 0.5, 0.25)] + [0]
     assert scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-6)
-    multistep = flow_scheduler("UniPCMultistepScheduler", config, 4, 4096, torch.device("cpu"))
+    multistep = flow_scheduler("UniPCMultistepScheduler", config, 4, **how)
     assert multistep.config.flow_shift == pytest.approx(shift)
 
 

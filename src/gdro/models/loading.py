@@ -1,6 +1,7 @@
 """From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -9,6 +10,10 @@ from gdro.errors import UserError
 from gdro.hub import digest, locate
 from gdro.models.base import FlowModel
 
+FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
+    "FluxPipeline": ("gdro.models.flux", "FluxModel"),
+    "StableDiffusion3Pipeline": ("gdro.models.sd3", "StableDiffusion3Model"),
+}
 EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-forest-labs/FLUX.1-dev'
 
 
@@ -26,9 +31,8 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowMo
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    from gdro.models.flux import FluxModel
-
-    return FluxModel(name, source, commit, device=device, dtype=dtype)
+    module, kind = FAMILIES[pipeline_class(name)]
+    return getattr(import_module(module), kind)(name, source, commit, device=device, dtype=dtype)
 
 
 def check_model(name: str) -> tuple[str, str | None]:
@@ -38,9 +42,15 @@ def check_model(name: str) -> tuple[str, str | None]:
     """
     source, commit, index = _find(name)
     kind = index.get("_class_name")
-    if kind != "FluxPipeline":
-        raise UserError(f"model: {name} is a {kind}; expected a FluxPipeline")
+    if kind not in FAMILIES:
+        raise UserError(f"model: {name} is a {kind}; expected one of {', '.join(FAMILIES)}")
     return source, commit
+
+
+def pipeline_class(name: str) -> str:
+    """The name of diffusers' class of the model called `name`, e.g. FluxPipeline."""
+    check_model(name)
+    return str(_find(name)[2]["_class_name"])
 
 
 def model_revision(name: str) -> str:

@@ -1,7 +1,7 @@
 """diffusers' deterministic flow solvers, each told the model's own time schedule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,12 +17,18 @@ SchedulerName = Literal[
 
 
 def flow_scheduler(
-    name: str, config: Mapping[str, Any], num_inference_steps: int, tokens: int, device: torch.device
+    name: str,
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    sigmas: Sequence[float] | None,
+    mu: float,
+    device: torch.device,
 ) -> Any:
-    """Scheduler `name` for a model whose own scheduler has `config`, with its timesteps set for `tokens` tokens.
+    """Scheduler `name` for a model whose own scheduler has `config`, with its timesteps set.
 
-    Euler gets sigmas 1, 1 - 1/n, ..., 1/n and the shift mu as FluxPipeline does. The others know a constant shift only
-    and get the equal one, e^mu: e^mu / (e^mu + 1/s - 1) = shift s / (1 + (shift - 1) s).
+    Euler gets the family's `sigmas` (None: those it sets itself) and, if its shift is dynamic, `mu`. The others know a
+    constant shift only and get the equal one, e^mu: e^mu / (e^mu + 1/s - 1) = shift s / (1 + (shift - 1) s).
     """
     if name not in get_args(SchedulerName):
         hint = did_you_mean(name, get_args(SchedulerName))
@@ -30,11 +36,10 @@ def flow_scheduler(
     import diffusers  # its schedulers take a second to import: not for reading a configuration
 
     kind = getattr(diffusers, name)
-    mu = resolution_shift(config, tokens)
     if name == "FlowMatchEulerDiscreteScheduler":
         scheduler = kind.from_config(config)
-        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+        given = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": list(sigmas)}
+        scheduler.set_timesteps(**given, mu=mu, device=device)
     else:
         shift = config.get("shift", 1.0)
         if config.get("use_dynamic_shifting"):

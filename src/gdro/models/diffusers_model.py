@@ -1,0 +1,285 @@
+"""What every family shares: diffusers' components frozen, a LoRA on the transformer, text and images in and out.
+
+A family (one file each) says how its pipeline encodes text, calls its transformer, schedules time and, where they are
+not FLUX.1's, how its latents are packed and scaled.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gdro.errors import UserError
+from gdro.models import lora
+from gdro.models.base import Text
+from gdro.models.loading import revision_of
+from gdro.samplers.schedulers import flow_scheduler, resolution_shift
+
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+def with_negative(text: Text) -> Text:
+    """2n rows for classifier-free guidance: the prompts' tensors, then those called `negative_...`."""
+    return {
+        name: torch.cat([value, text[f"negative_{name}"]])
+        for name, value in text.items()
+        if not name.startswith("negative_")
+    }
+
+
+class DiffusersModel(ABC):
+    """FlowModel on diffusers' real classes. Base weights are frozen in `dtype`; the LoRA is float32.
+
+    In bfloat16 the transformer runs under autocast, so that the LoRA's products are bfloat16 too. The velocity is
+    always returned in float32.
+    """
+
+    pipeline: ClassVar[Any]  # diffusers' pipeline: its own functions encode text and pack latents
+    transformer_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
+    text_parts: ClassVar[Mapping[str, Any]]  # tokenizers and text encoders by component name
+    lora_presets: ClassVar[Mapping[str, str]]  # name: regular expression of layer names
+
+    def __init__(self, name: str, source: str, commit: str | None, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.name, self.device, self.dtype = name, device, dtype
+        self._source, self._commit = source, commit
+        self.transformer = self._load(self.transformer_class, "transformer")
+        self._vae_config: dict[str, Any] = self._config(self.vae_class, "vae")
+        self._scheduler_config: dict[str, Any] = self._config(diffusers.FlowMatchEulerDiscreteScheduler, "scheduler")
+        self._adapter: dict[str, nn.Parameter] = {}
+        self._lora_layers: list[BaseTunerLayer] = []
+        self.evaluations = 0
+
+    @cached_property
+    def revision(self) -> str:
+        """The Hub commit, or the digest of the transformer's weights."""
+        return revision_of(self._source, self._commit)
+
+    @property
+    def weights(self) -> str:
+        """`revision`, and the digest of the adapter if it is in use: what `velocity` computes at this moment."""
+        if not any(not layer.disable_adapters for layer in self._lora_layers):
+            return self.revision
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self._adapter.items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return f"{self.revision}+{digest.hexdigest()[:16]}"
+
+    # ---- what a family says
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
+        """Named tensors of n rows in the model's dtype, whose shapes depend on `max_sequence_length` only."""
+
+    @abstractmethod
+    def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
+        """The transformer's velocity (n, tokens, channels), guidance applied; called under autocast in bfloat16."""
+
+    def _guides(self, guidance_scale: float) -> bool:
+        """Whether that scale means classifier-free guidance: a second pass without the prompt."""
+        return False
+
+    def _sigmas(self, num_inference_steps: int) -> list[float] | None:
+        """Noise levels before the shift; None: the scheduler's own."""
+        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
+
+    def _shift(self, tokens: int, num_inference_steps: int) -> float:
+        """mu of a schedule with dynamic shift."""
+        return resolution_shift(self._scheduler_config, tokens)
+
+    @property
+    def _scale(self) -> int:
+        """Pixels a side of one VAE latent."""
+        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
+
+    @property
+    def _channels(self) -> int:
+        """Channels of a packed token."""
+        return int(self.transformer.config.in_channels)
+
+    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Pixels (n, 3, height, width) of packed latents (n, tokens, channels)."""
+        unpacked = self._unpack(latents, height, width)
+        unpacked = unpacked / self._vae_config["scaling_factor"] + self._vae_config["shift_factor"]
+        return self._vae.decode(unpacked.to(self.dtype), return_dict=False)[0]
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Packed latents of pixels (n, 3, height, width): the mode of the VAE's posterior."""
+        mode = self._vae.encode(pixels).latent_dist.mode().float()
+        return self._pack((mode - self._vae_config["shift_factor"]) * self._vae_config["scaling_factor"])
+
+    def _pack(self, latents: Tensor) -> Tensor:
+        """(n, channels, rows, columns) of VAE latents -> (n, tokens, 4 channels)."""
+        return diffusers.FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def _unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `_pack`."""
+        return diffusers.FluxPipeline._unpack_latents(latents, height, width, self._scale)
+
+    # ---- velocity
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(tokens, channels) of one image; a token is a square of 2 x 2 VAE latents."""
+        side = 2 * self._scale
+        for field, value in (("height", height), ("width", width)):
+            if value <= 0 or value % side:
+                raise UserError(f"{field}: {value} does not fit the model's grid; expected a multiple of {side}")
+        return (height // side) * (width // side), self._channels
+
+    def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
+        """v_theta(x_t, t, c): x_t (n, tokens, channels), t (n,) in (0, 1), text of n rows; float32 out."""
+        self.evaluations += len(x_t) * (1 + self._guides(guidance_scale)) * (3 if torch.is_grad_enabled() else 1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            velocity = self._predict(
+                x_t.to(self.device, self.dtype),
+                t.to(self.device),
+                {name: value.to(self.device) for name, value in text.items()},
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+            )
+        return velocity.float()
+
+    def scheduler(self, name: str, num_inference_steps: int, height: int, width: int) -> Any:
+        """A deterministic flow scheduler with its timesteps set as the pipeline sets them."""
+        tokens, _ = self.latent_shape(height, width)
+        return flow_scheduler(
+            name,
+            self._scheduler_config,
+            num_inference_steps,
+            sigmas=self._sigmas(num_inference_steps),
+            mu=self._shift(tokens, num_inference_steps),
+            device=self.device,
+        )
+
+    # ---- text and images
+
+    @cached_property
+    def _text_pipeline(self) -> Any:
+        """The pipeline with its text encoders alone."""
+        parts = {name: self._load(kind, name) for name, kind in self.text_parts.items()}
+        return self.pipeline(scheduler=None, vae=None, transformer=None, **parts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """Images of packed latents (n, tokens, channels)."""
+        pixels = self._decode(latents.to(self.device), height, width)
+        return self._image_processor.postprocess(pixels, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Packed latents (n, tokens, channels), float32, of images of one size; the mode of the VAE's posterior.
+
+        Raises UserError for images of different sizes or off the model's grid.
+        """
+        width, height = images[0].size
+        for image in images:
+            if image.size != (width, height):
+                raise UserError(
+                    f"image: {image.size[0]}x{image.size[1]} pixels; expected {width}x{height} like the first"
+                )
+        self.latent_shape(height, width)
+        pixels = self._image_processor.preprocess([image.convert("RGB") for image in images], height, width)
+        return self._encode(pixels.to(self.device, self.dtype)).float()
+
+    @cached_property
+    def _vae(self) -> Any:
+        return self._load(self.vae_class, "vae")
+
+    @cached_property
+    def _image_processor(self) -> Any:
+        return VaeImageProcessor(vae_scale_factor=2 * self._scale)
+
+    # ---- adapter
+
+    def check_targets(self, targets: str | Sequence[str]) -> None:
+        """Raise UserError if `targets` do not name layers of this model."""
+        lora.resolve_targets(self.transformer, targets, self.lora_presets)
+
+    def add_adapter(self, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
+        """Add a LoRA that leaves the model as it is (B = 0), in place of any other; drawn from `seed` alone."""
+        self._drop_adapter()
+        resolved = lora.resolve_targets(self.transformer, targets, self.lora_presets)
+        lora.add_lora(self.transformer, rank=rank, alpha=alpha, targets=resolved, seed=seed)
+        self._own_adapter()
+
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The LoRA's parameters by name (float32, trainable); empty without an adapter."""
+        return dict(self._adapter)
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the adapter in place; names and shapes must be the adapter's own."""
+        strange = set(state) ^ set(self._adapter)
+        if strange:
+            raise UserError(f"adapter: layer {min(strange)} is in only one of the state and the model's adapter")
+        with torch.no_grad():
+            for name, parameter in self._adapter.items():
+                if state[name].shape != parameter.shape:
+                    raise UserError(
+                        f"adapter: {name} has shape {tuple(state[name].shape)}; expected {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(state[name])
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Inside it the model is the reference. Nesting is allowed; the adapter is back after any exception."""
+        layers = [layer for layer in self._lora_layers if not layer.disable_adapters]
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Add the adapter in `folder`, in place of any other."""
+        self._drop_adapter()
+        lora.read_lora(self.pipeline, self.transformer, folder)
+        self._own_adapter()
+
+    def _own_adapter(self) -> None:
+        self._adapter = lora.own_in_float32(self.transformer)
+        self._lora_layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
+
+    def _drop_adapter(self) -> None:
+        if self._adapter:
+            self.transformer.unload_lora()
+        self._adapter, self._lora_layers = {}, []
+
+    # ---- files
+
+    def _load(self, kind: Any, part: str) -> Any:
+        """Component `part`, frozen and complete (a missing tensor would otherwise be drawn at random)."""
+        options: dict[str, Any] = {"subfolder": part, "revision": self._commit}
+        if not issubclass(kind, nn.Module):
+            return self._try(part, lambda: kind.from_pretrained(self._source, **options))
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        key = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
+        model, info = self._try(part, lambda: kind.from_pretrained(self._source, **options, **{key: self.dtype}))
+        missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
+        if missing:
+            raise UserError(f"model: {self.name}: {part} lacks {len(missing)} weights ({min(missing)}, ...)")
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _config(self, kind: Any, part: str) -> Any:
+        return self._try(part, lambda: kind.load_config(self._source, subfolder=part, revision=self._commit))
+
+    def _try(self, part: str, load: Any) -> Any:
+        try:
+            return load()
+        except _LOAD_ERRORS as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"model: {self.name}: {part} cannot be loaded ({cause})") from None
