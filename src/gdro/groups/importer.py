@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from gdro.errors import UserError
-from gdro.files import fingerprint, write_json
+from gdro.files import fingerprint, sweep, write_json
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
@@ -69,6 +69,7 @@ def import_folder(
     _begin(groups, begun)
 
     ids = list(members)
+    sweep(groups)
     writer = GroupWriter(groups)
     shards = [ids[start : start + GROUPS_PER_SHARD] for start in range(0, len(ids), GROUPS_PER_SHARD)]
     left = [i for i in range(len(shards)) if not writer.has_shard(i)]

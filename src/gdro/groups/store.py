@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gdro.errors import UserError
-from gdro.files import atomic_path, sweep, write_bytes
+from gdro.files import atomic_path, write_bytes
 from gdro.groups.shard import SCHEMA, Shard, is_stochastic, read_images, read_rows, read_shard
 from gdro.models.base import Text
 from gdro.prompts import Prompt
@@ -71,11 +71,10 @@ class ImageRow:
 
 
 class GroupWriter:
-    """Writes a store file by file; each appears whole or not at all. Sweeps up what a killed writer left."""
+    """Writes a store file by file; each appears whole or not at all. Several may write different files of one store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        sweep(folder)
 
     def has_shard(self, i: int) -> bool:
         """Whether file i is there and whole; UserError if it is there but damaged."""

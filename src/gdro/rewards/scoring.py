@@ -7,7 +7,7 @@ A derived reward is made of the files of its terms.
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from gdro.files import write_json
 from gdro.groups.shard import Shard, pieces
 from gdro.groups.store import GroupStore
 from gdro.progress import Progress
-from gdro.rewards.base import Scores
+from gdro.rewards.base import Reward, Scores
 from gdro.rewards.derived import DerivedReward, Scorer
 from gdro.rewards.store import Header, read_header, read_rewards, read_scored, rewards_table, write_rewards
 from gdro.rewards.workers import score_all
@@ -66,22 +66,17 @@ def score_groups(
         for place, (name, content) in enumerate(before.contents.items()):
             if header.contents.get(name) == content:
                 old_places[name] = place
-    left = [s for s in store.shards if s.path.name not in old_places and not _is_done(parts, header, s)]
+    left = [s for s in store.shards if s.path.name not in old_places and not _is_done(parts, reward, s)]
     total = sum(store.size(group) for group in store.group_ids)
     done = total - sum(sum(shard.groups.values()) for shard in left)
-    jobs = [job for shard in left for job in pieces(shard, batch_size)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or (min(cores, total // PER_PROCESS) if reward.parallel else 1)
-
-    unfinished: dict[str, dict[str, tuple[float, dict]]] = {shard.path.name: {} for shard in left}
-    shards = {shard.path.name: shard for shard in left}
     with Progress(f"score {reward.name}", total, "img", done) as progress:
-        for job, ids, scores in score_all(reward, jobs, batch_size, max(1, min(workers, len(jobs)))):
-            name = job.shard.name
-            unfinished[name] |= zip(ids, zip(scores.values.tolist(), scores.evidence, strict=True), strict=True)
-            progress.advance(len(ids), **_mean(scores.values))
-            if len(unfinished[name]) == sum(shards[name].groups.values()):
-                _write_part(parts, header, shards[name], unfinished.pop(name))
+
+        def scored(values: np.ndarray) -> None:
+            progress.advance(len(values), **_mean(values))
+
+        score_files(reward, left, parts, scored, workers=workers, batch_size=batch_size)
 
     def tables() -> Iterator[pa.Table]:
         for shard in store.shards:
@@ -92,6 +87,30 @@ def score_groups(
     shutil.rmtree(parts, ignore_errors=True)
     _tell_missing(path, store)
     return path
+
+
+def score_files(
+    reward: Reward,
+    shards: Sequence[Shard],
+    parts: Path,
+    scored: Callable[[np.ndarray], None],
+    *,
+    workers: int,
+    batch_size: int,
+) -> None:
+    """Score files of groups; each leaves its part in the folder `parts`, whole or not at all, once it is done.
+
+    `scored` is given scores as they come, in any order.
+    """
+    jobs = [job for shard in shards for job in pieces(shard, batch_size)]
+    unfinished: dict[str, dict[str, tuple[float, dict]]] = {shard.path.name: {} for shard in shards}
+    by_name = {shard.path.name: shard for shard in shards}
+    for job, ids, scores in score_all(reward, jobs, batch_size, max(1, min(workers, len(jobs)))):
+        name = job.shard.name
+        unfinished[name] |= zip(ids, zip(scores.values.tolist(), scores.evidence, strict=True), strict=True)
+        scored(scores.values)
+        if len(unfinished[name]) == sum(by_name[name].groups.values()):
+            _write_part(parts, reward, by_name[name], unfinished.pop(name))
 
 
 def _derive(
@@ -114,7 +133,7 @@ def _derive(
                 for group, i in places
             ]
             values = np.array([combined[group][i] for group, i in places])
-            yield rewards_table(_part_header(header, shard), ids, Scores(values, evidence))
+            yield rewards_table(_part_header(reward, shard), ids, Scores(values, evidence))
 
     path = out / f"{reward.name}.parquet"
     write_rewards(path, header, tables())
@@ -150,17 +169,17 @@ def _tell_missing(path: Path, store: GroupStore) -> None:
         print(f"score: {missing} of {len(scores)} images have no score (evidence in {path})", file=sys.stderr)
 
 
-def _is_done(parts: Path, header: Header, shard: Shard) -> bool:
+def _is_done(parts: Path, reward: Reward, shard: Shard) -> bool:
     part = parts / shard.path.name
-    return part.exists() and read_header(part) == _part_header(header, shard)
+    return part.exists() and read_header(part) == _part_header(reward, shard)
 
 
-def _part_header(header: Header, shard: Shard) -> Header:
-    return Header(header.name, header.version, {shard.path.name: shard.content})
+def _part_header(reward: Scorer, shard: Shard) -> Header:
+    return Header(reward.name, reward.version, {shard.path.name: shard.content})
 
 
-def _write_part(parts: Path, header: Header, shard: Shard, found: dict[str, tuple[float, dict]]) -> None:
+def _write_part(parts: Path, reward: Reward, shard: Shard, found: dict[str, tuple[float, dict]]) -> None:
     ids = [f"{group}/{i}" for group, size in shard.groups.items() for i in range(size)]
     scores = Scores(np.array([found[i][0] for i in ids]), [found[i][1] for i in ids])
-    one = _part_header(header, shard)
+    one = _part_header(reward, shard)
     write_rewards(parts / shard.path.name, one, [rewards_table(one, ids, scores)])

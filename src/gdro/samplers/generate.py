@@ -1,7 +1,7 @@
 """Groups of images of prompts, written shard by shard into a store; shared by sampling and evaluation."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from gdro.errors import UserError
-from gdro.files import fingerprint, write_json
+from gdro.files import fingerprint, sweep, write_json
 from gdro.groups.store import GroupWriter, ImageRow, Trajectory
 from gdro.models.base import FlowModel, Text
 from gdro.progress import Progress
@@ -53,46 +53,74 @@ def sample_groups(
     begun |= {"model": model.name, "weights": model.weights, "seed": seed, "purpose": purpose, "round": round}
     shards = _plan(begun, prompts, settings.prompts_per_shard, folder, label)
 
+    sweep(folder)
     writer = GroupWriter(folder)
-    left = [i for i in range(len(shards)) if not writer.has_shard(i)]
+    jobs = [
+        ShardJob(folder, i, tuple(shard), settings, begun["weights"], seed, purpose, round)
+        for i, shard in enumerate(shards)
+        if not writer.has_shard(i)
+    ]
     images = settings.images_per_prompt
-    done = len(prompts) - sum(len(shards[i]) for i in left)
+    done = len(prompts) - sum(len(job.prompts) for job in jobs)
     with Progress(label, len(prompts) * images, "img", done * images) as progress:
-        for i in left:
-            groups = [group_id(prompt, round) for prompt in shards[i]]
-            text = model.encode_text([prompt.text for prompt in shards[i]], settings.max_sequence_length)
-            rows: list[ImageRow] = []
-            paths: dict[str, list[Trajectory]] = {}
-            for made in _images(settings, model, groups, text, seed, purpose, round):
-                row = ImageRow(
-                    group_id=groups[made.place],
-                    index=made.index,
-                    prompt=shards[i][made.place],
-                    image=made.image,
-                    latent=made.latent,
-                    seed=seed,
-                    scheduler=settings.scheduler,
-                    num_inference_steps=settings.num_inference_steps,
-                    guidance_scale=settings.guidance_scale,
-                    max_sequence_length=settings.max_sequence_length,
-                    height=settings.height,
-                    width=settings.width,
-                    generator=model.name,
-                    revision=begun["weights"],
-                    round=round,
-                    sampler=settings.sampler,
-                )
-                rows.append(row)
-                if made.path is not None:
-                    paths.setdefault(row.group_id, []).append(made.path)
-                progress.advance()
-            texts = {name: value.cpu() for name, value in text.items()}
-            writer.write_shard(
-                i,
-                rows,
-                {group: _rows(texts, [place]) for place, group in enumerate(groups)},
-                {group: _joined(of_images) for group, of_images in paths.items()} if paths else None,
-            )
+        for job in jobs:
+            make_shard(job, model, progress.advance)
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """File `number` of the store in `folder`, and all that decides its bits but the model itself; picklable."""
+
+    folder: Path
+    number: int
+    prompts: tuple[Prompt, ...]
+    settings: Generation
+    weights: str  # `FlowModel.weights` of the model it is to be made by
+    seed: int
+    purpose: str
+    round: int
+
+
+def make_shard(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> None:
+    """Make the images of a file of groups and write it, whole or not at all; `made()` is called after each image.
+
+    The same job gives the same bits on any machine of the same kind, whatever else is being made there.
+    """
+    settings = job.settings
+    groups = [group_id(prompt, job.round) for prompt in job.prompts]
+    text = model.encode_text([prompt.text for prompt in job.prompts], settings.max_sequence_length)
+    rows: list[ImageRow] = []
+    paths: dict[str, list[Trajectory]] = {}
+    for one in _images(settings, model, groups, text, job.seed, job.purpose, job.round):
+        row = ImageRow(
+            group_id=groups[one.place],
+            index=one.index,
+            prompt=job.prompts[one.place],
+            image=one.image,
+            latent=one.latent,
+            seed=job.seed,
+            scheduler=settings.scheduler,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            max_sequence_length=settings.max_sequence_length,
+            height=settings.height,
+            width=settings.width,
+            generator=model.name,
+            revision=job.weights,
+            round=job.round,
+            sampler=settings.sampler,
+        )
+        rows.append(row)
+        if one.path is not None:
+            paths.setdefault(row.group_id, []).append(one.path)
+        made()
+    texts = {name: value.cpu() for name, value in text.items()}
+    GroupWriter(job.folder).write_shard(
+        job.number,
+        rows,
+        {group: _rows(texts, [place]) for place, group in enumerate(groups)},
+        {group: _joined(of_images) for group, of_images in paths.items()} if paths else None,
+    )
 
 
 @dataclass(frozen=True)
