@@ -29,40 +29,51 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        projection_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=48,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def t5_encoder(tokenizer: T5TokenizerFast, width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    )
+
+
+def small_vae() -> AutoencoderKL:
+    """4 x 4 pixels are one latent of 16 channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=16,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def small_flux() -> FluxPipeline:
     """64x32 pixels are 32 tokens of 64 channels; guidance-embedded and shifted by resolution like FLUX.1-dev."""
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, max_image_seq_len=4096),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 8),
-            norm_num_groups=4,
-            latent_channels=16,
-            scaling_factor=0.5,
-            shift_factor=0.25,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=32,
-                intermediate_size=32,
-                projection_dim=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=48,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        ),
+        vae=small_vae(),
+        text_encoder=CLIPTextModel(clip_config(clip)),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=len(t5), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-        ),
+        text_encoder_2=t5_encoder(t5),
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
             in_channels=64,

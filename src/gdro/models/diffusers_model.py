@@ -87,6 +87,11 @@ class DiffusersModel(ABC):
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         """The transformer's velocity (n, tokens, channels), guidance applied; called under autocast in bfloat16."""
 
+    @classmethod
+    def call_arguments(cls, guidance_scale: float) -> dict[str, Any]:
+        """What a call of the pipeline takes for the guidance that `velocity` applies at that scale."""
+        return {"guidance_scale": guidance_scale}
+
     def _guides(self, guidance_scale: float) -> bool:
         """Whether that scale means classifier-free guidance: a second pass without the prompt."""
         return False

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +83,20 @@ def read_lora(pipeline_class: Any, transformer: Any, folder: Path) -> None:
     path = folder / LORA_WEIGHT_NAME_SAFE
     if not path.is_file():
         raise UserError(f"adapter: {path} not found; expected a folder holding {LORA_WEIGHT_NAME_SAFE}")
+    # FLUX.1's reader hands the alphas of other trainers' files over apart; the others put them into the weights.
+    apart = "return_alphas" in signature(pipeline_class.lora_state_dict).parameters
     try:
         with safe_open(path, "pt") as file:
             dora = [key for key in file.keys() if "dora_scale" in key]  # noqa: SIM118 (no mapping)
         if dora:  # diffusers would drop them and give other images than the trainer's
             raise UserError(f"adapter: {path} holds {dora[0]}; expected LoRA, not DoRA")
-        state, alphas, metadata = pipeline_class.lora_state_dict(
+        state, *alphas, metadata = pipeline_class.lora_state_dict(
             str(folder),
             weight_name=LORA_WEIGHT_NAME_SAFE,
             use_safetensors=True,
             local_files_only=True,
-            return_alphas=True,
             return_lora_metadata=True,
+            **({"return_alphas": True} if apart else {}),
         )
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"adapter: {path} is damaged ({_first_line(error)}); expected a safetensors file") from None
@@ -104,7 +107,11 @@ def read_lora(pipeline_class: Any, transformer: Any, folder: Path) -> None:
     names = {key.removeprefix("transformer.") for key in state}
     try:
         pipeline_class.load_lora_into_transformer(
-            state, network_alphas=alphas, transformer=transformer, adapter_name=ADAPTER, metadata=metadata
+            state,
+            transformer=transformer,
+            adapter_name=ADAPTER,
+            metadata=metadata,
+            **({"network_alphas": alphas[0]} if apart else {}),
         )
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"adapter: {path} does not fit the model ({_first_line(error)})") from None

@@ -12,6 +12,7 @@ import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
+from gdro.errors import UserError
 from gdro.models.base import Text
 from gdro.models.diffusers_model import DiffusersModel, with_negative
 
@@ -54,6 +55,15 @@ class StableDiffusion3Model(DiffusersModel):
             "negative_prompt_embeds": negative,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        """As every model's; the network's table of positions also bounds the size."""
+        shape = super().latent_shape(height, width)
+        most = self.transformer.config.pos_embed_max_size * self.transformer.config.patch_size * self._scale
+        for field, value in (("height", height), ("width", width)):
+            if value > most:
+                raise UserError(f"{field}: {value} is beyond the model's positions; expected at most {most}")
+        return shape
 
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         x = self._unpack(x_t, height, width)
