@@ -304,7 +304,8 @@ def _table(rows: Sequence[ImageRow], text: str, digest: Any) -> pa.Table:
                 f"image {row.group_id}/{row.index} is {row.image.size}, its row says {row.width, row.height}"
             )
         png = io.BytesIO()
-        row.image.convert("RGB").save(png, "PNG")
+        # level 6, the default, takes twice the time, on the GPU's clock, for a tenth fewer bytes
+        row.image.convert("RGB").save(png, "PNG", compress_level=1)
         latent = row.latent.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
         image_id = f"{row.group_id}/{row.index}"
         for part in (image_id.encode(), png.getvalue(), latent.tobytes()):
