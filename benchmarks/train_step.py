@@ -91,7 +91,7 @@ def wait(device: torch.device) -> None:
 def floor_seconds(learner: Learner, step: int) -> float:
     """The passes alone, batch by batch, on inputs made beforehand."""
     visits, model, objective, total = learner.visits.at(step), learner.model, learner.objective, 0.0
-    size = learner.config.micro_batch_groups or len(visits)
+    size = learner.portion.groups
     for first in range(0, len(visits), size):
         if objective.kind == "trajectory":
             inputs = [(one.x, one.t, one.text) for one in learner.transitions.of(visits[first : first + size])[1]]

@@ -88,6 +88,11 @@ def test_an_override_sets_any_field(small: Path, name: str, text: str, value: ob
             'train.advantage is group, which objective "gdro" does not have; expected one of beta',
         ),
         ("train.target_modules", "3", "train.target_modules is 3; expected a text or a list"),
+        (
+            "train.images_per_pass",
+            "2",
+            'train.images_per_pass is 2, but train.group_gradient is "auto"; expected null, or',
+        ),
         ("train.micro_batch_groups", "x", 'train.micro_batch_groups is "x"; expected an integer'),
         ("train", "4", "train is 4; expected a section of fields"),
         ("train.kk", "4", 'unknown field "train.kk"; did you mean "train.k"?'),

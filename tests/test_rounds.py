@@ -22,7 +22,7 @@ from gdro.objectives.registry import OBJECTIVES
 from gdro.pipeline import Run, run
 from gdro.stages import train as stage
 from gdro.stages.train import Round, prepare
-from gdro.training.step import transition
+from gdro.training.step import Portion, backward, transition
 
 LOOP = pipeline.ROUND
 TRAJECTORY = {"flow_grpo": "flow_grpo", "grpo_guard": "flow_grpo", "dance_grpo": "dance_grpo", "ddpo": "flow_cps"}
@@ -169,6 +169,18 @@ def test_stored_log_probabilities_are_the_samplers_own(base: dict[str, Any], tmp
         torch.testing.assert_close(seen.log_prob, seen.old_log_prob, rtol=0, atol=1e-5)
         fresh = transition(learner, learner.objective, batch, fresh=True)  # type: ignore[arg-type]
         assert torch.equal(fresh.log_prob, fresh.old_log_prob)
+
+    def gradient(images: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        learner.portion = Portion(2, images)
+        learner.optimizer.zero_grad()
+        figures = backward(learner, visits, 2)
+        return torch.cat([p.grad.flatten() for p in learner.parameters.values() if p.grad is not None]), figures
+
+    whole, figures = gradient(None)
+    alone, same_figures = gradient(1)  # no image's loss depends on another's velocity
+    assert (alone - whole).norm() < 1e-4 * whole.norm()
+    for name, value in figures.items():
+        torch.testing.assert_close(same_figures[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_kept_rounds_are_trained_on_too(base: dict[str, Any], tmp_path: Path) -> None:

@@ -132,6 +132,11 @@ def _check_across(config: RunConfig) -> None:
             f"train.target_reward is {train.target_reward}, but there is no validation that could reach it; expected "
             "train.validation_prompts and train.validation_steps too",
         ),
+        (
+            train.images_per_pass is not None and train.group_gradient != "two_pass",
+            f"train.images_per_pass is {train.images_per_pass}, but train.group_gradient is "
+            f'"{train.group_gradient}"; expected null, or two_pass',
+        ),
     ]
     if rounds.train_steps is None:
         moving = config.sample.window in ("random", "sliding")

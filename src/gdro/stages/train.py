@@ -9,7 +9,7 @@ Limits: one device; one prompt length and image size a store; the learning rate 
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from gdro.training.checkpoint import (
 from gdro.training.config import MAY_CHANGE, TrainConfig
 from gdro.training.ema import Ema, carrying
 from gdro.training.log import DriftAlarm, MetricsLog, require_trackers
+from gdro.training.passes import choose_portion, given_portion
 from gdro.training.step import Learner, check_reference, train_step
 from gdro.training.transitions import Transitions
 
@@ -90,6 +91,7 @@ def train(
         _check_same(checkpoint, settings, place)
         _restore(learner, checkpoint)
         start, memory = checkpoint.step, checkpoint.memory
+    learner.portion = choose_portion(learner, memory.get("portion"))
     if place.done:
         learner.generator = generator_weights(folder, place)
         _check_sampler(model, learner.generator, GroupStore(groups))
@@ -149,6 +151,7 @@ def train(
                         "best": best,
                         "alarm": {"window": list(alarm.window), "on": alarm.on},
                         "evaluations": spent,
+                        "portion": asdict(learner.portion),
                     },
                 )
                 needed = {best["step"] if best else None, place.done}
@@ -245,6 +248,7 @@ def prepare(
         ema=Ema(parameters),
         sampler=sampling.get("sampler", "ode"),
         noise_level=sampling.get("noise_level") or 0.0,
+        portion=given_portion(config),
         done=place.done,
     )
     settings = {f"train.{name}": value for name, value in config.model_dump(mode="json").items()}

@@ -178,6 +178,10 @@ class Batch:
     advantages: Tensor  # (g, k) float32
     ranked: Tensor  # (g,) 1.0, or 0.0 where all rewards are equal
 
+    def noised(self) -> tuple[Tensor, Tensor, Text]:
+        """(x_t, t, text) of all g k images: x_t (g k, tokens, channels), t (g k,)."""
+        return ((1 - self.t) * self.x0 + self.t * self.eps).flatten(0, 1), self.t.flatten(), self.text
+
 
 class Batches:
     """Turns visits into batches; keeps groups in memory up to `memory_bytes`, reads the others at each visit.

@@ -50,6 +50,12 @@ class TrainConfig(BaseModel):
     micro_batch_groups: int | None = Field(
         None, ge=1, description="Groups a forward pass; null: all. Fewer need less memory for the same gradient."
     )
+    group_gradient: Literal["auto", "one_pass", "two_pass"] = Field(
+        "auto",
+        description="two_pass: the same gradient a few images at a time, in memory that does not grow with k, for one "
+        "forward pass an image more; auto: where a forward pass's groups do not fit in memory.",
+    )
+    images_per_pass: int | None = Field(None, ge=1, description="Images at a time in two_pass; null: one.")
     timestep_fraction: float = Field(
         1.0,
         gt=0,
@@ -130,7 +136,7 @@ class TrainConfig(BaseModel):
 # Hyperparameters of objectives, by the names the objectives share.
 HYPERPARAMETERS = sorted({field.name for kind in OBJECTIVES.values() for field in fields(kind)})
 
-# Fields that change how a run is recorded or how long it goes on, never the weights at a given step.
+# Fields that change how a run is recorded, how long it goes on, or by what computation of the same gradient.
 MAY_CHANGE = frozenset(
     f"train.{name}"
     for name in (
@@ -138,6 +144,8 @@ MAY_CHANGE = frozenset(
         "max_evaluations",
         "target_reward",
         "memory_gigabytes",
+        "group_gradient",
+        "images_per_pass",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "resume_from_checkpoint",

@@ -19,6 +19,17 @@ from gdro.training.ema import Ema, carrying, ema_decay
 from gdro.training.transitions import TransitionBatch, Transitions
 
 
+@dataclass(frozen=True)
+class Portion:
+    """How much of a step goes through the model at once. It decides on memory and speed, not on the gradient."""
+
+    groups: int
+    images: int | None = None  # of these groups at once, each going back in a second pass; None: all, in one pass
+
+    def images_of(self, k: int) -> int:
+        return self.images or self.groups * k
+
+
 @dataclass
 class Learner:
     """Everything a step reads and changes."""
@@ -33,6 +44,7 @@ class Learner:
     transitions: Transitions
     optimizer: torch.optim.Optimizer
     ema: Ema
+    portion: Portion
     sampler: str  # how the groups were sampled; a trajectory objective repeats its steps
     noise_level: float
     done: int = 0  # steps before the round: at the next one the policy is still the one that sampled
@@ -41,9 +53,17 @@ class Learner:
     def velocity(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
         return self.model.velocity(x_t, t, text, **self.geometry)
 
+    def passes(self, images: int) -> list[slice]:
+        """Which of so many images go through the model together."""
+        size = self.portion.images or images
+        return [slice(first, first + size) for first in range(0, images, size)]
+
     @contextmanager
     def carrying(self, reference: str) -> Iterator[None]:
-        """Inside it the model is the reference: the frozen base, the round's sampler, or the moving average."""
+        """Inside it the model is the frozen base, the round's sampler, the moving average, or the policy as it is."""
+        if reference == "policy":
+            yield
+            return
         if reference == "base" or (reference == "round" and self.generator is None):
             with self.model.adapter_disabled():
                 yield
@@ -61,7 +81,7 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
     config = learner.config
     visits = learner.visits.at(step)
     ranked = sum(visit.ranked for visit in visits)
-    size = config.micro_batch_groups or len(visits)
+    size = learner.portion.groups
     totals: dict[str, Tensor] = {}
     for first in range(0, len(visits), size) if ranked else ():
         figures = backward(learner, visits[first : first + size], ranked)
@@ -105,7 +125,11 @@ def _backward_noised(
     seen = noised(learner, batch, base=objective.uses_base, reference=reference)
     loss, figures = objective.loss(seen)
     share = batch.ranked / ranked
-    (loss * share).sum().backward()
+    total = (loss * share).sum()
+    if learner.portion.images is None:
+        total.backward()
+    else:
+        _second_pass(learner, batch, *torch.autograd.grad(total, seen.policy))
     figures = {"loss": loss.detach(), **figures}
     if seen.reference is not None:
         drift = (seen.d - seen.d_ref).detach()
@@ -113,16 +137,31 @@ def _backward_noised(
     return {name: (value * share).sum() for name, value in figures.items()}
 
 
+def _second_pass(learner: Learner, batch: Batch, gradient: Tensor) -> None:
+    """Take the loss's gradient (g, k, tokens, channels) with respect to the policy's velocities on to its weights.
+
+    A group's loss joins its images through their velocities alone, so once its gradient with respect to those is known
+    each image can go back by itself: the gradient of one pass over all, in the memory of a few.
+    """
+    x_t, t, text, gradient = *batch.noised(), gradient.flatten(0, 1)
+    for part in learner.passes(len(t)):
+        velocity = learner.velocity(x_t[part], t[part], {name: value[part] for name, value in text.items()})
+        velocity.backward(gradient[part])
+
+
 def _backward_along(
     learner: Learner, objective: TrajectoryObjective, visits: Sequence[Visit], ranked: int
 ) -> dict[str, Tensor]:
-    """Each stochastic step is a batch of its own, so memory does not grow with their number."""
+    """Each stochastic step is a batch of its own, so memory does not grow with their number.
+
+    Nor with that of the images, if they do not fit: an image's loss depends on no other image's velocity.
+    """
     count, batches = learner.transitions.of(visits)
     fresh = visits[0].step == learner.done + 1
     totals: dict[str, Tensor] = {}
-    for batch in batches:
-        share = batch.ranked / (ranked * count * learner.config.k)
-        loss, figures = objective.loss(transition(learner, objective, batch, fresh=fresh))
+    for some in (batch[part] for batch in batches for part in learner.passes(len(batch.t))):
+        share = some.ranked / (ranked * count * learner.config.k)
+        loss, figures = objective.loss(transition(learner, objective, some, fresh=fresh))
         (loss * share).sum().backward()
         for name, value in {"loss": loss.detach(), **figures}.items():
             totals[name] = totals.get(name, torch.zeros((), device=share.device)) + (value * share).sum()
@@ -132,27 +171,37 @@ def _backward_along(
 def noised(learner: Learner, batch: Batch, *, base: bool, reference: str | None) -> Noised:
     """The velocities of policy, reference and base on the same x_t; only the policy's with gradient.
 
-    reference: whose weights (`Learner.carrying`), "policy" for the policy's own velocities, None for none.
+    reference: whose weights (`Learner.carrying`), "policy" for the policy's own velocities, None for none. If the
+    images do not go through the model at once, the policy's velocities are a leaf of the graph (`_second_pass`).
     """
     shape = batch.x0.shape
-    x_t = (1 - batch.t) * batch.x0 + batch.t * batch.eps
-    flat, t = x_t.flatten(0, 1), batch.t.flatten()
+    x_t, t, text = batch.noised()
 
     def velocity(kind: str) -> Tensor:
-        with torch.no_grad(), learner.carrying(kind):
-            return learner.velocity(flat, t, batch.text).view(shape)
+        with learner.carrying(kind):
+            parts = [
+                learner.velocity(x_t[part], t[part], {name: value[part] for name, value in text.items()})
+                for part in learner.passes(len(t))
+            ]
+        return torch.cat(parts).view(shape)
 
-    given = None if reference in (None, "policy") else velocity(reference)
-    of_base = velocity("base") if base else None
-    policy = learner.velocity(flat, t, batch.text).view(shape)
+    with torch.no_grad():
+        other = None if reference in (None, "policy") else velocity(reference)
+        of_base = velocity("base") if base else None
+    if learner.portion.images is None:
+        policy = velocity("policy")
+    else:
+        with torch.no_grad():
+            policy = velocity("policy")
+        policy.requires_grad_()
     return Noised(
         rewards=batch.rewards,
         advantages=batch.advantages,
         t=t.view(shape[:2]),
-        x_t=x_t,
+        x_t=x_t.view(shape),
         v=batch.eps - batch.x0,
         policy=policy,
-        reference=policy.detach() if reference == "policy" else given,
+        reference=policy.detach() if reference == "policy" else other,
         base=of_base,
     )
 

@@ -1,7 +1,7 @@
 """Stored trajectories as batches: for each visit, the stochastic steps it is trained on, one after another."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class TransitionBatch:
     advantages: Tensor  # (n,) float32
     ranked: Tensor  # (n,) 1.0, or 0.0 where all rewards of the visit are equal
     text: Text  # first axis n
+
+    def __getitem__(self, images: slice) -> "TransitionBatch":
+        rows = {field.name: getattr(self, field.name)[images] for field in fields(self) if field.name != "text"}
+        return TransitionBatch(**rows, text={name: value[images] for name, value in self.text.items()})
 
 
 class Transitions:

@@ -1,0 +1,82 @@
+"""How much goes through the model at once: a whole step if it fits in memory, else fewer groups, else fewer images.
+
+What autograd keeps of a forward pass outweighs all else: gigabytes an image on a large model.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from gdro.training.config import TrainConfig
+from gdro.training.step import Learner, Portion
+
+MARGIN = 0.8  # of the free memory; the rest is for what lives inside a layer only, and for fragmentation
+
+
+def given_portion(config: TrainConfig) -> Portion:
+    """What the configuration alone says."""
+    two_pass = config.group_gradient == "two_pass"
+    images = config.images_per_pass or 1 if two_pass else None
+    return Portion(config.micro_batch_groups or config.groups_per_step, images)
+
+
+def choose_portion(learner: Learner, before: Mapping[str, Any] | None = None) -> Portion:
+    """What the configuration says, or for group_gradient "auto" what a measurement does; says what and why.
+
+    `before`: the choice of the run that is gone on with, kept if it still fits, so that both end bit for bit the same.
+    """
+    config, visits = learner.config, learner.visits.at(learner.done + 1)
+    if config.group_gradient != "auto" or not visits:
+        return given_portion(config)
+    batch = learner.batches.of(visits[:1])
+    text = {name: value[:1] for name, value in batch.text.items()}
+    weights = {weight.untyped_storage().data_ptr() for weight in learner.model.transformer.parameters()}
+    each = saved_bytes(lambda: learner.velocity(batch.x0[0, :1], batch.t[0, :1, 0, 0], text), besides=weights)
+    trained = sum(4 * weight.numel() for weight in learner.parameters.values())
+    free = free_bytes(learner.model.device) - 3 * trained  # a gradient and AdamW's two moments
+    fit = int(MARGIN * free / max(each, 1))
+    portion = largest_portion(fit, groups=config.micro_batch_groups or config.groups_per_step, k=config.k)
+    if before is not None and Portion(**before).images_of(config.k) <= fit:
+        portion = Portion(**before)
+    how = "one_pass" if portion.images is None else "two_pass"
+    said = f"{how}, {portion.images_of(config.k)} images at a time"
+    said += f" ({each / 1e9:.3g} GB each, {free / 1e9:.3g} GB free)" + "; even one may not fit" * (fit < 1)
+    print(f"train.group_gradient: {said}", file=sys.stderr)
+    return portion
+
+
+def largest_portion(fit: int, *, groups: int, k: int) -> Portion:
+    """The largest portion of a step of `groups` groups whose images are at most `fit`, but at least one image."""
+    return Portion(min(groups, fit // k), None) if fit >= k else Portion(1, max(1, fit))
+
+
+def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:
+    """Bytes that autograd keeps of `forward()` for a backward pass, each storage once.
+
+    `besides`: addresses of storages that are there anyway, the weights.
+    """
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in besides:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()  # held until counted, or another tensor could take a freed one's address
+    del kept
+    return sum(found.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still have on the device; of a CPU, what is available without swapping."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return int(psutil.virtual_memory().available)
