@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import small_flux
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from small_pipelines import small_sd3
+from small_pipelines import small_qwen_image, small_sd3
 from torch import Tensor
 
 from gdro.errors import UserError
@@ -20,6 +21,8 @@ from gdro.models import load_model
 from gdro.models.diffusers_model import DiffusersModel
 from gdro.models.lora import write_lora
 from gdro.samplers.ode import generate
+from gdro.stages.export import model_card
+from gdro.training.config import RoundsConfig, TrainConfig
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red wall", "two dots"]
@@ -48,6 +51,7 @@ class Family:
 FAMILIES = {
     "flux": Family(small_flux, {1.0: 1, 3.5: 1}),
     "sd3": Family(small_sd3, {1.0: 1, 4.5: 2}, patches),
+    "qwen-image": Family(small_qwen_image, {1.0: 1, 4.0: 2}),
 }
 SCALES = [(name, scale) for name, family in FAMILIES.items() for scale in family.guidance]
 
@@ -206,7 +210,9 @@ def test_gradients_reach_the_adapter_under_guidance(folders: Callable[[str], Pat
     assert len(still) < len(model.adapter()) / 3
     last = max(int(layer.split(".")[1]) for layer in model.adapter() if layer.startswith("transformer_blocks."))
     unread = f"transformer_blocks.{last}."
-    assert all(layer.startswith(unread) and ("add_" in layer or "_context" in layer) for layer in still)
+    assert all(
+        layer.startswith(unread) and any(name in layer for name in ("add_", "_context", "txt_")) for layer in still
+    )
 
 
 @torch.no_grad()
@@ -230,3 +236,49 @@ def test_sd3_has_positions_up_to_a_size(folders: Callable[[str], Path]):
     assert model.latent_shape(128, 128) == (256, 64)
     with pytest.raises(UserError, match="height: 136 is beyond the model's positions; expected at most 128"):
         model.latent_shape(136, 32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_use_a_model_card_tells_runs(folders: Callable[[str], Path], name: str, tmp_path: Path):
+    model = load(folders(name))
+    model.add_adapter(rank=4, alpha=10, targets="attention", seed=0)
+    write_lora(tmp_path, model.adapter(), {"r": 4, "lora_alpha": 10}, {})
+    scale = max(FAMILIES[name].guidance)
+    config = {
+        "model": model.name,
+        "sample": {"guidance_scale": scale, "max_sequence_length": TEXT_LENGTH, "height": 32, "width": 64},
+        "score": {"reward": "ocr"},
+        "train": TrainConfig().model_dump(),
+        "rounds": RoundsConfig().model_dump(),
+        "evaluate": {"num_inference_steps": 2},
+    }
+    card = model_card(config, 100, None, [])
+    assert name in yaml.safe_load(card.split("---")[1])["tags"]
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["image"].size == (64, 32)
+    assert all(f"{argument}={value!r}," in code for argument, value in model.call_arguments(scale).items())
+
+
+@torch.no_grad()
+def test_qwen_image_reads_no_padding(folders: Callable[[str], Path]):
+    """A prompt's velocity depends neither on the length its text is padded to nor on the prompts beside it."""
+    model = load(folders("qwen-image"))
+    text = model.encode_text(PROMPTS, TEXT_LENGTH)
+    assert text["prompt_embeds"].shape[:2] == text["prompt_embeds_mask"].shape == (2, TEXT_LENGTH)
+    assert text["prompt_embeds_mask"].sum(1).tolist() == [len(prompt) + 5 for prompt in PROMPTS]  # the template's end
+    x, t, how = noise(model, 32, 64), torch.tensor([0.3, 0.9]), {"guidance_scale": 4.0, "height": 32, "width": 64}
+    both = model.velocity(x, t, text, **how)
+    longer = model.velocity(x, t, model.encode_text(PROMPTS, 2 * TEXT_LENGTH), **how)
+    alone = [model.velocity(x[i : i + 1], t[i : i + 1], model.encode_text([PROMPTS[i]], 17), **how) for i in (0, 1)]
+    assert torch.allclose(longer, both, atol=1e-5)
+    assert torch.allclose(torch.cat(alone), both, atol=1e-5)
+
+
+@torch.no_grad()
+def test_qwen_images_guidance_keeps_the_velocitys_length(folders: Callable[[str], Path]):
+    model = load(folders("qwen-image"))
+    x, t, text = noise(model, 32, 64), torch.tensor([0.3, 0.9]), model.encode_text(PROMPTS, TEXT_LENGTH)
+    plainly, guided = (model.velocity(x, t, text, guidance_scale=s, height=32, width=64) for s in (1.0, 4.0))
+    assert torch.allclose(guided.norm(dim=-1), plainly.norm(dim=-1), rtol=1e-4)

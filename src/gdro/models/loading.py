@@ -3,6 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from gdro.models.base import FlowModel
 FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
     "FluxPipeline": ("gdro.models.flux", "FluxModel"),
     "StableDiffusion3Pipeline": ("gdro.models.sd3", "StableDiffusion3Model"),
+    "QwenImagePipeline": ("gdro.models.qwen_image", "QwenImageModel"),
 }
 EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-forest-labs/FLUX.1-dev'
 
@@ -31,8 +33,7 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowMo
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    module, kind = FAMILIES[pipeline_class(name)]
-    return getattr(import_module(module), kind)(name, source, commit, device=device, dtype=dtype)
+    return family(name)(name, source, commit, device=device, dtype=dtype)
 
 
 def check_model(name: str) -> tuple[str, str | None]:
@@ -51,6 +52,12 @@ def pipeline_class(name: str) -> str:
     """The name of diffusers' class of the model called `name`, e.g. FluxPipeline."""
     check_model(name)
     return str(_find(name)[2]["_class_name"])
+
+
+def family(name: str) -> Any:
+    """gdro's class for the model called `name`, e.g. FluxModel."""
+    module, kind = FAMILIES[pipeline_class(name)]
+    return getattr(import_module(module), kind)
 
 
 def model_revision(name: str) -> str:

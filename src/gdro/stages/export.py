@@ -11,6 +11,7 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.files import atomic_path, write_bytes
 from gdro.groups.store import GroupStore
+from gdro.models.loading import family as family_of
 from gdro.models.lora import write_lora
 from gdro.progress import interval
 from gdro.strict_yaml import dump_yaml, read_yaml
@@ -79,14 +80,14 @@ def model_card(
     config: Mapping[str, Any], step: int, summary: Mapping[str, Any] | None, gallery: Sequence[tuple[str, str]]
 ) -> str:
     """README.md of the adapter in the Hub's form: front matter, figures if evaluated, gallery, usage."""
-    model, train = config["model"], config["train"]
+    model, train, family = config["model"], config["train"], family_of(config["model"])
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
     head: dict[str, Any] = {"base_model": model} if on_hub else {}
     head |= {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "license": LICENCES.get(model, "other"),
-        "tags": ["text-to-image", "diffusers", "lora", "flux", "gdro"],
+        "tags": ["text-to-image", "diffusers", "lora", _tag(family), "gdro"],
     }
     names = ("k", *HYPERPARAMETERS, "learning_rate", "rank")
     settings = ", ".join(f"{name} {train[name]}" for name in names if train[name] is not None)
@@ -108,7 +109,7 @@ def model_card(
     if gallery:
         lines = [f"![{_plain(prompt)}](images/{name})\n\n*{_plain(prompt)}*" for prompt, name in gallery]
         parts += ["## Base (left) and tuned (right), same noise", "\n\n".join(lines)]
-    parts += ["## Use", _usage(config)]
+    parts += ["## Use", _usage(config, family)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,21 +129,26 @@ def _figures(summary: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _usage(config: Mapping[str, Any]) -> str:
+def _tag(family: type) -> str:
+    """The family's name as the Hub's tags spell it, e.g. qwen-image: its module's."""
+    return family.__module__.rpartition(".")[2].replace("_", "-")
+
+
+def _usage(config: Mapping[str, Any], family: Any) -> str:
     model, sample = config["model"], config["sample"]
+    guidance = [f"    {name}={value!r},\n" for name, value in family.call_arguments(sample["guidance_scale"]).items()]
     source = "str(gdro.tiny.MODEL_FOLDER)" if model == "tiny" else repr(model)
     imports = "import gdro.tiny\nimport torch" if model == "tiny" else "import torch"
     return f"""```python
 {imports}
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
-pipe = FluxPipeline.from_pretrained({source}, torch_dtype=torch.{"float32" if model == "tiny" else "bfloat16"})
+pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.{"float32" if model == "tiny" else "bfloat16"})
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
 image = pipe(
     "your prompt",
     num_inference_steps={config["evaluate"]["num_inference_steps"]},
-    guidance_scale={sample["guidance_scale"]},
-    max_sequence_length={sample["max_sequence_length"]},
+{"".join(guidance)}    max_sequence_length={sample["max_sequence_length"]},
     height={sample["height"]},
     width={sample["width"]},
 ).images[0]
