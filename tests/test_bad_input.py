@@ -12,6 +12,7 @@ from small_run import REWARDS, small_run, start
 
 from gdro.cli import main
 from gdro.files import discard
+from gdro.models.loading import FAMILIES
 
 
 class Workplace:
@@ -78,10 +79,21 @@ def work(
         (["--evaluate.judge", "tiny"], "scene"),
         (["--sample.scheduler", "DDIM"], 'sample.scheduler is "DDIM"; expected'),
         (["--train.resume_from_checkpoint", "none"], "train.resume_from_checkpoint"),
+        (["--train.target_modules", "[to_q, to_x]"], "train.target_modules: 'to_x' matches no linear layer"),
+        (["--train.target_modules", "atention"], "train.target_modules: 'atention' is not a preset; did you mean"),
     ],
 )
 def test_one_line_before_any_work(work: Workplace, arguments: list[str], message: str) -> None:
     assert message in work.refuses_at_once(*arguments)
+
+
+@pytest.mark.parametrize("kind", ['"StableDiffusionPipeline"', '["FluxPipeline"]'])
+def test_a_model_of_an_unknown_class(work: Workplace, kind: str) -> None:
+    (work.folder / "other").mkdir()
+    (work.folder / "other" / "model_index.json").write_text(f'{{"_class_name": {kind}}}')
+    line = work.refuses_at_once("--model", "other")
+    assert "model: other is a" in line
+    assert all(family in line for family in FAMILIES)
 
 
 def test_unknown_key_in_the_file(work: Workplace) -> None:

@@ -1,5 +1,6 @@
 """Every family computes what its own pipeline in diffusers computes, and its adapter loads there."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ import yaml
 from conftest import small_flux
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from small_pipelines import small_qwen_image, small_sd3
+from small_pipelines import small_flux2, small_flux2_klein, small_qwen_image, small_sd3, small_z_image
 from torch import Tensor
 
 from gdro.errors import UserError
 from gdro.models import load_model
 from gdro.models.diffusers_model import DiffusersModel
-from gdro.models.lora import write_lora
+from gdro.models.lora import resolve_targets, write_lora
 from gdro.samplers.ode import generate
 from gdro.stages.export import model_card
 from gdro.training.config import RoundsConfig, TrainConfig
@@ -39,19 +40,33 @@ def patches(latents: Tensor, height: int, width: int) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(n, channels // 4, 2 * rows, 2 * tokens // rows)
 
 
+def grid(latents: Tensor, height: int, width: int) -> Tensor:
+    """(n, tokens, channels) -> (n, channels, rows, columns), tokens in the order of rows."""
+    rows = round((latents.shape[1] * height / width) ** 0.5)
+    return latents.unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
+
+
+def packed(latents: Tensor, height: int, width: int) -> Tensor:
+    return latents
+
+
 @dataclass(frozen=True)
 class Family:
     """A row a family: how its pipeline is built, and how it differs from FLUX.1's."""
 
     make: Callable[[], DiffusionPipeline]
     guidance: Mapping[float, int]  # passes through the network an image takes at some scales
-    layout: Callable[[Tensor, int, int], Tensor] = lambda latents, height, width: latents  # as the pipeline takes them
+    layout: Callable[[Tensor, int, int], Tensor] = packed  # of its latents
+    start: Callable[[Tensor, int, int], Tensor] | None = None  # of the noise it takes, if another
 
 
 FAMILIES = {
     "flux": Family(small_flux, {1.0: 1, 3.5: 1}),
     "sd3": Family(small_sd3, {1.0: 1, 4.5: 2}, patches),
     "qwen-image": Family(small_qwen_image, {1.0: 1, 4.0: 2}),
+    "z-image": Family(small_z_image, {0.0: 1, 4.0: 2}, patches),
+    "flux2": Family(small_flux2, {1.0: 1, 2.5: 1}, start=grid),
+    "flux2-klein": Family(small_flux2_klein, {1.0: 1, 4.0: 2}, start=grid),
 }
 SCALES = [(name, scale) for name, family in FAMILIES.items() for scale in family.guidance]
 
@@ -92,28 +107,38 @@ def ours(model: DiffusersModel, scale: float, height: int, width: int, steps: in
     return generate(model, x, text, scheduler, guidance_scale=scale, height=height, width=width)
 
 
-def theirs(pipe: DiffusionPipeline, model: DiffusersModel, x: Tensor, scale: float, **how: Any) -> Any:
-    """What the pipeline makes of the same noise."""
+def theirs(
+    name: str, pipe: DiffusionPipeline, model: DiffusersModel, scale: float, height: int, width: int, **how: Any
+) -> tuple[Tensor, Any]:
+    """Latents in the pipeline's layout, and images, that it makes of the same noise."""
+    family = FAMILIES[name]
+    start = (family.start or family.layout)(noise(model, height, width), height, width)
+    seen: dict[str, Tensor] = {}
+
+    def keep(pipe: DiffusionPipeline, step: int, timestep: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.update(state)
+        return {}
+
     given = {"num_inference_steps": 3, "max_sequence_length": TEXT_LENGTH, **model.call_arguments(scale), **how}
     if "negative_prompt" in given:
         given["negative_prompt"] = [given["negative_prompt"]] * len(PROMPTS)
-    return pipe(PROMPTS, latents=x, **given).images
+    given |= {"height": height, "width": width, "latents": start, "callback_on_step_end": keep}
+    images = pipe(prompt=list(PROMPTS), **given).images  # a list of its own: Z-Image overwrites what it is given
+    return seen["latents"], images
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_images_are_the_pipelines_own(folders: Callable[[str], Path], name: str, scale: float, height: int, width: int):
-    layout, model, pipe = FAMILIES[name].layout, load(folders(name)), plain(folders(name))
-    x = layout(noise(model, height, width), height, width)
+    layout, model = FAMILIES[name].layout, load(folders(name))
     latents = ours(model, scale, height, width)
-    size = {"height": height, "width": width}
-    expected = theirs(pipe, model, x, scale, output_type="latent", **size)
+    expected, pictures = theirs(name, plain(folders(name)), model, scale, height, width)
     assert torch.allclose(layout(latents, height, width), expected, atol=1e-4)
-    assert not torch.allclose(expected, x, atol=1e-2)
+    assert (latents - noise(model, height, width)).abs().max() > 1e-2
     images = [np.asarray(image, np.int16) for image in model.decode(latents, height, width)]
     assert {image.shape for image in images} == {(height, width, 3)}
-    assert np.abs(np.stack(images) - np.stack(theirs(pipe, model, x, scale, **size))).max() <= 1
+    assert np.abs(np.stack(images) - np.stack(pictures)).max() <= 1
 
 
 @torch.no_grad()
@@ -134,6 +159,18 @@ def test_guidance_and_text_matter_and_each_pass_is_counted(folders: Callable[[st
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_velocity_does_not_depend_on_its_batch(folders: Callable[[str], Path], name: str):
+    """Captions of other lengths, other times and noises beside it change nothing."""
+    model, how = load(folders(name)), {"guidance_scale": max(FAMILIES[name].guidance), "height": 24, "width": 40}
+    x, t, text = noise(model, 24, 40), torch.tensor([0.3, 0.9]), model.encode_text(PROMPTS, TEXT_LENGTH)
+    together = model.velocity(x, t, text, **how)
+    for i, prompt in enumerate(PROMPTS):
+        alone = model.velocity(x[i : i + 1], t[i : i + 1], model.encode_text([prompt], TEXT_LENGTH), **how)
+        assert torch.allclose(alone[0], together[i], atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_schedule_is_the_pipelines_own(folders: Callable[[str], Path], name: str, dynamic: bool, tmp_path: Path):
@@ -143,8 +180,7 @@ def test_schedule_is_the_pipelines_own(folders: Callable[[str], Path], name: str
     )
     model, pipe = load(tmp_path / name), plain(tmp_path / name)
     for steps, height, width in ((1, 32, 32), (5, 32, 64)):
-        x = FAMILIES[name].layout(noise(model, height, width), height, width)
-        theirs(pipe, model, x, 1.0, output_type="latent", height=height, width=width, num_inference_steps=steps)
+        theirs(name, pipe, model, 1.0, height, width, num_inference_steps=steps)
         scheduler = model.scheduler(EULER, steps, height, width)
         assert torch.equal(scheduler.timesteps, pipe.scheduler.timesteps)
         assert torch.equal(scheduler.sigmas, pipe.scheduler.sigmas)
@@ -185,14 +221,34 @@ def test_the_adapter_loads_in_plain_diffusers_and_back(
 
     write_lora(tmp_path, model.adapter(), {"r": 4, "lora_alpha": 10}, {})
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-    x = layout(noise(model, height, width), height, width)
-    expected = theirs(pipe, model, x, scale, output_type="latent", height=height, width=width)
+    expected, _ = theirs(name, pipe, model, scale, height, width)
     assert torch.allclose(layout(tuned, height, width), expected, atol=1e-4)
 
     again = load(folders(name))
     again.load_adapter(tmp_path)
     assert again.weights == model.weights
     assert torch.equal(ours(again, scale, height, width), tuned)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_presets_are_the_layers_of_every_block(folders: Callable[[str], Path], name: str):
+    """All but what modulates by time."""
+    model = load(folders(name))
+    modules = dict(model.transformer.named_modules())
+    blocks = tuple(f"{n}." for n, m in modules.items() if type(m).__name__ in model.transformer._no_split_modules)
+    inside = {n for n, m in modules.items() if isinstance(m, torch.nn.Linear) and n.startswith(blocks)}
+    expected = {n for n in inside if not re.search(r"norm|_mod\.|modulation", n)}
+    layers = {}
+    for preset in ("attention", "attention+ff"):
+        model.add_adapter(rank=1, alpha=1, targets=preset, seed=0)
+        layers[preset] = {key.split(".lora_")[0] for key in model.adapter()}
+    assert layers["attention+ff"] == expected
+    assert layers["attention"] == {n for n in expected if re.search(r"\.attn2?\.|\.attention\.", n)} < expected
+
+
+def test_a_preset_that_matches_nothing_is_refused(folders: Callable[[str], Path]):
+    with pytest.raises(UserError, match="target_modules: 'attention' matches no linear layer of the transformer"):
+        resolve_targets(load(folders("sd3")).transformer, "attention", load(folders("z-image")).lora_presets)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -208,8 +264,7 @@ def test_gradients_reach_the_adapter_under_guidance(folders: Callable[[str], Pat
     model.velocity(noise(model, 32, 64), torch.tensor([0.3, 0.9]), text, **how).square().sum().backward()
     still = {layer for layer, p in model.adapter().items() if p.grad is None or not p.grad.any()}
     assert len(still) < len(model.adapter()) / 3
-    last = max(int(layer.split(".")[1]) for layer in model.adapter() if layer.startswith("transformer_blocks."))
-    unread = f"transformer_blocks.{last}."
+    unread = f"transformer_blocks.{len(getattr(model.transformer, 'transformer_blocks', [])) - 1}."
     assert all(
         layer.startswith(unread) and any(name in layer for name in ("add_", "_context", "txt_")) for layer in still
     )
@@ -253,7 +308,7 @@ def test_the_use_a_model_card_tells_runs(folders: Callable[[str], Path], name: s
         "evaluate": {"num_inference_steps": 2},
     }
     card = model_card(config, 100, None, [])
-    assert name in yaml.safe_load(card.split("---")[1])["tags"]
+    assert name.removesuffix("-klein") in yaml.safe_load(card.split("---")[1])["tags"]
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path))
     scope: dict[str, Any] = {}
     exec(code, scope)
@@ -262,18 +317,16 @@ def test_the_use_a_model_card_tells_runs(folders: Callable[[str], Path], name: s
 
 
 @torch.no_grad()
-def test_qwen_image_reads_no_padding(folders: Callable[[str], Path]):
-    """A prompt's velocity depends neither on the length its text is padded to nor on the prompts beside it."""
-    model = load(folders("qwen-image"))
-    text = model.encode_text(PROMPTS, TEXT_LENGTH)
+@pytest.mark.parametrize("name", ["qwen-image", "z-image"])
+def test_padding_is_not_read(folders: Callable[[str], Path], name: str):
+    """A prompt's velocity does not depend on the length its text is padded to."""
+    model = load(folders(name))
+    text, longer = (model.encode_text(PROMPTS, length) for length in (TEXT_LENGTH, 2 * TEXT_LENGTH))
     assert text["prompt_embeds"].shape[:2] == text["prompt_embeds_mask"].shape == (2, TEXT_LENGTH)
-    assert text["prompt_embeds_mask"].sum(1).tolist() == [len(prompt) + 5 for prompt in PROMPTS]  # the template's end
+    first, second = text["prompt_embeds_mask"].sum(1).tolist()
+    assert first - second == len(PROMPTS[0]) - len(PROMPTS[1]) > 0
     x, t, how = noise(model, 32, 64), torch.tensor([0.3, 0.9]), {"guidance_scale": 4.0, "height": 32, "width": 64}
-    both = model.velocity(x, t, text, **how)
-    longer = model.velocity(x, t, model.encode_text(PROMPTS, 2 * TEXT_LENGTH), **how)
-    alone = [model.velocity(x[i : i + 1], t[i : i + 1], model.encode_text([PROMPTS[i]], 17), **how) for i in (0, 1)]
-    assert torch.allclose(longer, both, atol=1e-5)
-    assert torch.allclose(torch.cat(alone), both, atol=1e-5)
+    assert torch.allclose(model.velocity(x, t, longer, **how), model.velocity(x, t, text, **how), atol=1e-5)
 
 
 @torch.no_grad()
@@ -282,3 +335,15 @@ def test_qwen_images_guidance_keeps_the_velocitys_length(folders: Callable[[str]
     x, t, text = noise(model, 32, 64), torch.tensor([0.3, 0.9]), model.encode_text(PROMPTS, TEXT_LENGTH)
     plainly, guided = (model.velocity(x, t, text, guidance_scale=s, height=32, width=64) for s in (1.0, 4.0))
     assert torch.allclose(guided.norm(dim=-1), plainly.norm(dim=-1), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_distilled_model_is_not_guided(tmp_path: Path):
+    """Its pipeline ignores the scale, so one pass serves any, and nothing is encoded for a second."""
+    with torch.random.fork_rng():
+        small_flux2_klein(is_distilled=True).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert set(model.encode_text(PROMPTS, TEXT_LENGTH)) == {"prompt_embeds"}
+    expected, _ = theirs("flux2-klein", plain(tmp_path), model, 4.0, 32, 64)
+    assert torch.allclose(ours(model, 4.0, 32, 64), expected, atol=1e-4)
+    assert model.evaluations == 3 * len(PROMPTS)

@@ -15,6 +15,9 @@ FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
     "FluxPipeline": ("gdro.models.flux", "FluxModel"),
     "StableDiffusion3Pipeline": ("gdro.models.sd3", "StableDiffusion3Model"),
     "QwenImagePipeline": ("gdro.models.qwen_image", "QwenImageModel"),
+    "ZImagePipeline": ("gdro.models.z_image", "ZImageModel"),
+    "Flux2Pipeline": ("gdro.models.flux2", "Flux2Model"),
+    "Flux2KleinPipeline": ("gdro.models.flux2", "Flux2KleinModel"),
 }
 EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-forest-labs/FLUX.1-dev'
 
@@ -42,7 +45,7 @@ def check_model(name: str) -> tuple[str, str | None]:
     Raises UserError otherwise.
     """
     source, commit, index = _find(name)
-    kind = index.get("_class_name")
+    kind = str(index.get("_class_name"))
     if kind not in FAMILIES:
         raise UserError(f"model: {name} is a {kind}; expected one of {', '.join(FAMILIES)}")
     return source, commit

@@ -31,7 +31,7 @@ def resolve_targets(
 ) -> str | list[str]:
     """peft's `target_modules` for a preset's name, "all-linear" or a list of name endings.
 
-    Raises UserError for an unknown preset and for an ending that no linear layer has.
+    Raises UserError for an unknown preset, for one that names no layer, and for an ending that no linear layer has.
     """
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if targets == "all-linear":
@@ -40,6 +40,8 @@ def resolve_targets(
         if targets not in presets:
             hint = did_you_mean(targets, [*presets, "all-linear"])
             raise UserError(f"train.target_modules: {targets!r} is not a preset{hint}")
+        if not any(re.fullmatch(presets[targets], name) for name in linears):
+            raise UserError(f"train.target_modules: {targets!r} matches no linear layer of the transformer")
         return presets[targets]
     if not targets:
         raise UserError("train.target_modules: the list is empty; expected at least one layer name")

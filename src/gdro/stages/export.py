@@ -146,7 +146,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.{"float32" if model == "tiny" else "bfloat16"})
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
 image = pipe(
-    "your prompt",
+    prompt="your prompt",
     num_inference_steps={config["evaluate"]["num_inference_steps"]},
 {"".join(guidance)}    max_sequence_length={sample["max_sequence_length"]},
     height={sample["height"]},
