@@ -29,6 +29,10 @@ def short(images, prompts):
     return [0.5] * (len(images) - 1)
 
 
+def broken(images, prompts):
+    return [image.redness for image in images]
+
+
 def calm(images, prompts):
     grades = [1 + 4 * float(np.asarray(image)[..., 1].mean()) / 255 for image in images]
     return {"alignment": grades, "coherence": grades, "style": grades}

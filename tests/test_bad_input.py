@@ -75,6 +75,21 @@ def work(
             'reward "my_rewards:missing" returned nan; expected a finite number',
         ),
         (["--score.reward", "my_rewards:short"], 'reward "my_rewards:short" returned 1 values for 2 images'),
+        (
+            [
+                "--score.reward",
+                "{name: win_rate, comparator: my_rewards:short}",
+                "--evaluate.reward",
+                "jpeg_compressibility",
+            ],
+            'reward "my_rewards:short" returned 1 values for 2 images',
+        ),
+        (
+            ["--score.reward", "my_rewards:broken"],
+            "raised AttributeError: 'Image' object has no attribute 'redness' (my_rewards.py, line 22)",
+        ),
+        (["--score.reward", "{nam: ocr}"], "score.reward has no name; expected a name, or a section such as"),
+        (["--score.reward", "{name: ocr, standardize: false}"], 'no such option; did you mean "standardise"?'),
         (["--evaluate.judge", "my_rewards:redness"], 'judge "my_rewards:redness" returned list; expected a dictionary'),
         (["--evaluate.judge", "tiny"], "scene"),
         (["--sample.scheduler", "DDIM"], 'sample.scheduler is "DDIM"; expected'),

@@ -20,6 +20,7 @@ from gdro.prompts import read_prompts, write_prompts
 from gdro.rewards.derived import DerivedReward, base_rewards, is_relative
 from gdro.rewards.store import read_header, read_rewards
 from gdro.rewards.user import UserJudge, UserReward
+from gdro.rewards.winrate import Pointwise, WinRate
 from gdro.rng import numpy_rng
 from gdro.stages.train import check_sampling
 from gdro.training.checkpoint import find_checkpoint, steps_saved
@@ -126,6 +127,8 @@ def _try_functions(job: Run) -> None:
     images = [Image.fromarray(pixels) for pixels in noise]
     prompts = (job.prompts["test"] * 2)[:2]
     for reward in {id(r): r for scorer in (job.reward, job.measure) for r in base_rewards(scorer)}.values():
+        if isinstance(reward, WinRate) and isinstance(reward.comparator, Pointwise):
+            reward = reward.comparator.reward
         if isinstance(reward, UserReward):
             reward(images, prompts)
     if isinstance(job.judge, UserJudge):

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        print(f"gdro: {' '.join(str(error).split())}", file=sys.stderr)
+        print("gdro:", *str(error).split(), *(f"({note})" for note in getattr(error, "__notes__", ())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped", file=sys.stderr)

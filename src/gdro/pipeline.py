@@ -166,7 +166,7 @@ class Run:
     def report(self) -> None:
         from gdro.stages.report import report
 
-        report(self.out)
+        report(self.out, self._scores(0))
 
     # ---- what the stages share
 

@@ -127,7 +127,7 @@ def test_transforms() -> None:
         ([{"name": "ocr", "weight": 0}], r"score.reward.0.weight is 0; expected a number other than 0"),
         (["ocr", "ocr"], r"score.reward names a reward twice"),
         ({"name": "ocr", "wieght": 1}, r'score.reward.wieght: reward "ocr" has no such option'),
-        ({"weight": 1}, r"score.reward has the name null; expected a name"),
+        ({"weight": 1}, r"score.reward has no name; expected a name"),
         (
             {"name": "ocr", "standardise": "no", "weight": 1},
             r'score.reward.standardise is "no"; expected true or false',

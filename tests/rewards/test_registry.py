@@ -106,7 +106,7 @@ def test_bad_results_are_refused(module: Write, values: str, message: str) -> No
     ("function", "message"),
     [
         ("brightnes", r'nothing named "brightnes"; did you mean "brightness"\?'),
-        ("constant", r'a int named "constant"'),
+        ("constant", r'something of type int named "constant"'),
         ("", "is not module:function"),
         ("a:b", "is not module:function"),
     ],
@@ -130,10 +130,25 @@ def test_builtin_has_no_source_to_version() -> None:
         load_reward("math:hypot")
 
 
-def test_what_the_function_raises_passes_through(module: Write) -> None:
-    name = module("def f(images, prompts):\n    raise ZeroDivisionError('mine')\n")
-    with pytest.raises(ZeroDivisionError, match="mine"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "def f(images, prompts):\n    return [1 / 0 for _ in images]\n",
+            r"ZeroDivisionError: division by zero.*line 2",
+        ),
+        ("def f(images, prompts):\n    yield 1\n    yield int('x')\n", r"ValueError: invalid literal.*line 3"),
+        ("def f(images, prompts):\n    return [round('1') for _ in images]\n", r"TypeError: type str .*line 2"),
+        ("def f(images):\n    return 1\n", r"TypeError: f\(\) takes 1 positional argument but 2 were given$"),
+    ],
+)
+def test_what_the_function_raises_is_told_with_its_line(module: Write, text: str, told: str) -> None:
+    name = module(text)
+    with pytest.raises(UserError, match=rf'reward "{name}:f" raised {told}') as error:
         load_reward(f"{name}:f")(IMAGES, PROMPTS)
+    assert isinstance(error.value.__cause__, ZeroDivisionError | ValueError | TypeError)
+    with pytest.raises(UserError, match=rf'judge "{name}:f" raised'):
+        load_judge(f"{name}:f")(IMAGES, PROMPTS)
 
 
 def test_own_judge(module: Write) -> None:

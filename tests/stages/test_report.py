@@ -137,7 +137,7 @@ class Page(HTMLParser):
 
 
 def page_of(run: Path) -> tuple[Page, str]:
-    path = report(run)
+    path = report(run, run / "rewards" / "ocr.parquet")
     assert path == run / "report.html"
     text = path.read_text(encoding="utf-8")
     page = Page(text)
@@ -236,6 +236,49 @@ def test_no_judge_and_one_prompt_read_as_dashes(run_dir: Path) -> None:
     assert page.tags.count("svg") == 7 + 2
 
 
+def test_missing_scores_are_paired_out_and_told(run_dir: Path) -> None:
+    """The first prompt has no pair of images with a score in both, the second has one."""
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    rewards = {side: np.array(evaluation[side]["reward"]) for side in ("base", "tuned")}
+    rewards["base"][0, 0] = rewards["tuned"][0, 1] = rewards["tuned"][1, 0] = np.nan
+    sides = measured(rewards["base"], 0), measured(rewards["tuned"], 0.01)
+    evaluation |= compare_measured(*sides, samples=100, seed=0)
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    shown = " ".join(page_of(run_dir)[0].shown[0].split())
+    gains = [t - b for b, t in zip(rewards["base"][2:].mean(1), rewards["tuned"][2:].mean(1), strict=True)]
+    gains.append(rewards["tuned"][1, 1] - rewards["base"][1, 1])
+    rose = sum(gain > 0 for gain in gains)
+    assert f"Prompts where the reward rose {rose} of 7 {7 - rose} fell, 0 unchanged" in shown
+    assert "The reward gave no score for 1 base and 2 tuned images" in shown
+    assert "nan" not in shown.lower()
+
+
+class Mixed(FakeOcr):
+    """What the run was trained on; the first image of every group has no score."""
+
+    name = "ocr+mine"
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        values = np.where(np.arange(len(images)) % 6, np.arange(len(images)) / 10 + 7, np.nan)
+        return Scores(values, [{"text": "MIXED"} for _ in images])
+
+
+def test_training_groups_show_the_reward_trained_on_and_the_round(run_dir: Path) -> None:
+    path = score_groups(Mixed(), run_dir / "groups", run_dir / "rewards", batch_size=6)
+    (run_dir / "rounds" / "0001").mkdir(parents=True)
+    shown = Page(report(run_dir, path).read_text()).shown
+    before, after = "".join(shown).split("What it learned from")
+    assert "MIXED" not in before
+    assert "30 steps in 2 rounds, 40 images/s" in before
+    assert "Three groups of the first round drawn" in after
+    assert after.count("MIXED") == 3 * 6
+    assert after.count("6 images, reward 7.10 to 7.50") == 3
+    assert (
+        re.findall(r"(?:7\.\d0|–)(?=MIXED)", after.replace("\n", ""))
+        == ["7.50", "7.40", "7.30", "7.20", "7.10", "–"] * 3
+    )
+
+
 def test_geneval_has_a_table_by_tag(run_dir: Path) -> None:
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert "color_attr" not in page_of(run_dir)[0].shown[0]
@@ -270,9 +313,9 @@ def test_large_images_are_embedded_small(tmp_path: Path) -> None:
 def test_damaged_files_are_named(run_dir: Path, name: str, content: str, match: str) -> None:
     (run_dir / name).write_text(content)
     with pytest.raises(UserError, match=match):
-        report(run_dir)
+        report(run_dir, run_dir / "rewards" / "ocr.parquet")
 
 
 def test_a_missing_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere is not a folder"):
-        report(tmp_path / "nowhere")
+        report(tmp_path / "nowhere", tmp_path / "ocr.parquet")

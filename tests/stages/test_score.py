@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,9 +182,9 @@ def test_failures_name_the_image_and_keep_what_is_finished(
 
 def test_what_the_function_raises_names_the_images(groups: Path, tmp_path: Path, own: Callable[[str], str]) -> None:
     name = own("def f(images, prompts):\n    raise ZeroDivisionError('mine')\n")
-    with pytest.raises(ZeroDivisionError, match="mine") as error:
+    with pytest.raises(UserError, match="raised ZeroDivisionError: mine") as error:
         score(ScoreConfig(workers=2, batch_size=2), load_reward(f"{name}:f"), groups, tmp_path / "rewards")
-    assert any(f'reward "{name}.f" was scoring the images ' in note for note in error.value.__notes__)
+    assert re.fullmatch(r'while "(\w)/0" to "\1/1" were scored', *error.value.__notes__)
 
 
 def test_prompt_without_target_is_refused_before_scoring(groups: Path, tmp_path: Path) -> None:

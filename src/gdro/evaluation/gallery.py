@@ -32,7 +32,7 @@ def choose_prompts(base: np.ndarray, tuned: np.ndarray, *, seed: int) -> list[tu
 
 def choose_groups(rewards: dict[str, np.ndarray], *, seed: int, count: int = 3) -> list[str]:
     """`count` group ids at random among those whose rewards differ."""
-    spread = sorted(group for group, values in rewards.items() if np.ptp(values) > 0)
+    spread = sorted(group for group, values in rewards.items() if len(np.unique(values[np.isfinite(values)])) > 1)
     return [spread[i] for i in numpy_rng(seed, "report groups").permutation(len(spread))[:count]]
 
 
@@ -67,7 +67,7 @@ def is_pixel_art(image: Image.Image) -> bool:
 
 
 def mark_ends(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures by falling reward, the first marked as best and the last as worst."""
-    ordered = sorted(figures, key=lambda f: -f["reward"])
+    """The figures by falling reward, the first marked as best, the last as worst; those without one at the end."""
+    ordered = sorted((f for f in figures if f["reward"] is not None), key=lambda f: -f["reward"])
     ordered[0]["mark"], ordered[-1]["mark"] = "mark", "low"
-    return ordered
+    return [*ordered, *(f for f in figures if f["reward"] is None)]

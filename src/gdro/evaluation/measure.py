@@ -132,7 +132,7 @@ def measure(
     signs: dict[str, list[np.ndarray]] = {}
     boxed = all("lines" in found for found in evidence.values())
     at_once = max(1, score_batch_size // config.images_per_prompt)  # prompts, so that a judge far away is kept busy
-    with Progress(f"{label}: judge", len(prompts), "prompt") as progress:
+    with Progress(f"{label}: {'image statistics' if judge is None else 'judge'}", len(prompts), "prompt") as progress:
         for start in range(0, len(prompts), at_once):
             some = prompts[start : start + at_once]
             images = [store.images(prompt.id) for prompt in some]

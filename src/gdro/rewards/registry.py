@@ -19,6 +19,7 @@ from gdro.rewards.user import UserJudge, UserReward
 from gdro.validation import expected, show
 
 Spec = str | dict[str, Any]
+OF_TERMS = {"weight", "transform", "standardise"}  # options that every reward has, beside its own
 IN_UNIT = ("ocr", "ocr_strict", "geneval", "geneval_strict")  # rewards that lie in [0, 1]
 
 
@@ -86,7 +87,7 @@ def load_reward(spec: Spec | list[Spec], field: str = "score.reward") -> Scorer:
         if len({term.reward.name for term in terms}) < len(terms):
             raise UserError(f"{field} names a reward twice; expected each once, with the sum of the weights")
         return DerivedReward(tuple(terms))
-    if isinstance(spec, dict) and {"transform", "weight", "standardise"} & set(spec):
+    if isinstance(spec, dict) and OF_TERMS & set(spec):
         return DerivedReward((_term(spec, field, several=False),))
     return _base_reward(spec, field)
 
@@ -158,7 +159,9 @@ def _base_reward(spec: Spec, field: str) -> Reward:
 
 def _named(spec: Spec, field: str) -> tuple[str, dict[str, Any]]:
     options = dict(spec) if isinstance(spec, dict) else {"name": spec}
-    name = options.pop("name", None)
+    if "name" not in options:
+        raise UserError(f'{field} has no name; expected a name, or a section such as {{name: "ocr"}}')
+    name = options.pop("name")
     if not isinstance(name, str) or not name:
         raise UserError(f'{field} has the name {show(name)}; expected a name, or a section such as {{name: "ocr"}}')
     return name, options
@@ -177,9 +180,9 @@ def _make(entries: Mapping[str, Entry], kind: str, name: str, options: Mapping[s
     known = list(signature(factory).parameters)
     for option in options:
         if option not in known:
-            raise UserError(
-                f'{field}.{option}: {kind} "{name}" has no such option{did_you_mean(option, known) if known else ""}'
-            )
+            valid = [*known, *(OF_TERMS if kind == "reward" else ())]
+            hint = did_you_mean(option, valid) if valid else ""
+            raise UserError(f'{field}.{option}: {kind} "{name}" has no such option{hint}')
     try:
         return validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))(factory)(**options)
     except ValidationError as error:

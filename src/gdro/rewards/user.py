@@ -8,7 +8,8 @@ import numbers
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,9 +28,9 @@ class _UserFunction:
 
     def __init__(self, spec: str, field: str) -> None:
         self.spec, self.field = spec, field
-        self._function, digest = _load(spec, field)
+        self._function, self._source = _load(spec, field)
         self.name = re.sub(r"[^\w.-]", ".", spec)
-        self.version = digest
+        self.version = hashlib.sha256(Path(self._source).read_bytes()).hexdigest()[:12]
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.spec, self.field)
@@ -37,18 +38,31 @@ class _UserFunction:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Nothing is known of what the function needs."""
 
+    def _result(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], who: str) -> Any:
+        """What the function returns; what it raises becomes a UserError that names its line."""
+        try:
+            result = self._function(list(images), list(prompts))
+            return list(result) if isinstance(result, Iterator) else result  # a generator raises as it is read
+        except UserError:
+            raise
+        except Exception as error:
+            own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self._source]
+            place = f" ({os.path.relpath(self._source)}, line {own[-1].lineno})" if own else ""
+            raise UserError(f"{who} raised {type(error).__name__}: {error}{place}") from error
+
 
 class UserReward(_UserFunction):
     """`function(images, prompts) -> one float an image`; images are PIL, prompts `gdro.prompts.Prompt`.
 
-    Raises UserError if the result has another length and ImageFailure for a value that is no finite number. What the
-    function itself raises passes through.
+    Raises UserError if the function raises or the result has another length, ImageFailure for a value that is no
+    finite number.
     """
 
     parallel: ClassVar[bool] = False
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        values = _floats(self._function(list(images), list(prompts)), len(images), f'reward "{self.spec}"')
+        who = f'reward "{self.spec}"'
+        values = _floats(self._result(images, prompts, who), len(images), who)
         return Scores(values, [{} for _ in images])
 
 
@@ -59,8 +73,8 @@ class UserJudge(_UserFunction):
     """
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        result = self._function(list(images), list(prompts))
         who = f'judge "{self.spec}"'
+        result = self._result(images, prompts, who)
         if not isinstance(result, Mapping) or set(result) != set(AXES):
             found = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
             raise UserError(f"{who} returned {found}; expected a dictionary with the keys {', '.join(AXES)}")
@@ -72,7 +86,7 @@ class UserJudge(_UserFunction):
 
 
 def _load(spec: str, field: str) -> tuple[Callable[..., Any], str]:
-    """(function, digest of its source file). The current directory is searched too."""
+    """(function, its source file). The current directory is searched too."""
     module_name, _, function_name = spec.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")) or not function_name.isidentifier():
         raise UserError(f'{field}: "{spec}" is not module:function; expected e.g. my_rewards:brightness')
@@ -88,7 +102,7 @@ def _load(spec: str, field: str) -> tuple[Callable[..., Any], str]:
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        what = "nothing" if function is None else f"a {type(function).__name__}"
+        what = "nothing" if function is None else f"something of type {type(function).__name__}"
         hint = did_you_mean(function_name, functions) if functions else "; expected a function"
         raise UserError(f'{field}: "{module_name}" has {what} named "{function_name}"{hint}')
     try:
@@ -97,7 +111,7 @@ def _load(spec: str, field: str) -> tuple[Callable[..., Any], str]:
         source = inspect.getsourcefile(type(function)) if type(function).__module__ != "builtins" else None
     if source is None:
         raise UserError(f'{field}: "{spec}" has no Python source; expected a function written in Python')
-    return function, hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]
+    return function, source
 
 
 def _floats(result: Any, count: int, who: str, *, missing: bool = False) -> np.ndarray:

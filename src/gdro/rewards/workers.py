@@ -41,7 +41,7 @@ def score_images(reward: Reward, loaded: Loaded, batch_size: int) -> tuple[list[
         except ImageFailure as failure:
             raise ImageFailure(failure.index, f'"{ids[start + failure.index]}": {failure.reason}') from failure
         except Exception as error:
-            error.add_note(f'reward "{reward.name}" was scoring the images {", ".join(ids[part])}')
+            error.add_note(f'while "{ids[part][0]}" to "{ids[part][-1]}" were scored')
             raise
         values.append(scores.values)
         evidence += scores.evidence

@@ -16,7 +16,7 @@ from gdro.evaluation import plots
 from gdro.evaluation.gallery import choose_groups, choose_prompts, figure, is_pixel_art, mark_ends
 from gdro.evaluation.measure import read_evidence
 from gdro.evaluation.signs import THRESHOLDS
-from gdro.evaluation.statistics import AXES
+from gdro.evaluation.statistics import AXES, pair_means
 from gdro.files import write_bytes
 from gdro.groups.store import GroupStore
 from gdro.progress import duration
@@ -43,8 +43,8 @@ VALIDATION_CURVES: dict[str, dict[str, str]] = {
 }
 
 
-def report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html and return its path.
+def report(run_dir: Path, rewards: Path) -> Path:
+    """Write `run_dir`/report.html and return its path. `rewards` is the file of those that its first groups got.
 
     Parts whose files are missing become a note; files that are there and damaged raise UserError.
     """
@@ -53,15 +53,17 @@ def report(run_dir: Path) -> Path:
     evaluation = _read_json(run_dir / "evaluation.json")
     config = _text(run_dir / "config.yaml")
     seconds = _read_json(run_dir / "seconds.json")
+    rounds = 1 + len(list((run_dir / "rounds").glob("[0-9]*")))
     page: dict[str, Any] = {
         "evaluation": evaluation,
         "config": config,
         "cost": _cost(seconds) if seconds else None,
-        "groups": _training_groups(run_dir, evaluation),
+        "groups": _training_groups(run_dir / "groups", rewards, 0 if evaluation is None else evaluation["seed"]),
+        "rounds": rounds,
         "sign_words": {name: threshold[0] for name, threshold in THRESHOLDS.items()},
         "axes": AXES,
         **_title(run_dir, evaluation),
-        **_training(run_dir / "metrics.jsonl"),
+        **_training(run_dir / "metrics.jsonl", rounds),
         **(_compared(run_dir, evaluation) if evaluation else {}),
     }
     page["sections"] = [
@@ -107,7 +109,7 @@ def _cost(seconds: Mapping[str, float]) -> dict[str, Any]:
     return {"total": duration(sum(stages.values())), "parts": parts}
 
 
-def _training(path: Path) -> dict[str, Any]:
+def _training(path: Path, rounds: int) -> dict[str, Any]:
     rows: dict[int, dict[str, Any]] = {}
     validations: dict[int, dict[str, Any]] = {}
     lines = (_text(path) or "").split("\n")[:-1]  # what follows the last newline was cut short by a kill
@@ -123,10 +125,10 @@ def _training(path: Path) -> dict[str, Any]:
             rows[step] = row  # a resumed run repeats the steps after its checkpoint
     svgs = [plots.curves(name, list(rows.values()), fields) for name, fields in CURVES.items()]
     svgs += [plots.curves(name, list(validations.values()), fields) for name, fields in VALIDATION_CURVES.items()]
-    note = f"{len(rows)} steps."
+    note = f"{len(rows)} steps{f' in {rounds} rounds' if rounds > 1 else ''}"
     if rows and "images_per_second" in (last := rows[max(rows)]):
-        note = f"{len(rows)} steps, {last['images_per_second']:.3g} images/s at the last one."
-    return {"curves": [Markup(svg) for svg in svgs if svg is not None], "training_note": note}
+        note += f", {last['images_per_second']:.3g} images/s at the last one"
+    return {"curves": [Markup(svg) for svg in svgs if svg is not None], "training_note": f"{note}."}
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,12 @@ class _Side:
 def _compared(run_dir: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     arrays = {side: {k: np.array(v, dtype=np.float64) for k, v in evaluation[side].items()} for side in SIDES}
     base, tuned = (arrays[side]["reward"] for side in SIDES)
-    means = base.mean(axis=1), tuned.mean(axis=1)
+    paired = np.isfinite(base) & np.isfinite(tuned)
+    means = pair_means(base, tuned)
     axes = evaluation["corrected_axes"]
     quality = {side: np.mean([arrays[side][axis] for axis in axes], axis=0) for side in SIDES}
     quality_plot = plots.reward_against_quality(
-        {side: (arrays[side]["reward"].ravel(), quality[side].ravel()) for side in SIDES}
+        {side: (arrays[side]["reward"][paired], quality[side][paired]) for side in SIDES}
     )
     sides = []
     for name in SIDES:
@@ -155,11 +158,12 @@ def _compared(run_dir: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
             sides.append(_Side(name, GroupStore(folder), evidence))
     galleries: list[dict[str, Any]] = []
     for title, places in choose_prompts(*means, seed=evaluation["seed"]) if len(sides) == 2 else []:
-        prompts = [_prompt_card(sides, evaluation["prompt_ids"][i], evaluation["reward"], arrays, i) for i in places]
+        prompts = [_prompt_card(sides, evaluation, arrays, means, i) for i in places]
         if prompts:
             galleries.append({"title": title, "prompts": prompts})
     figures = [f for g in galleries for p in g["prompts"] for s in p["sides"] for f in s["images"]]
     return {
+        "compared": int(paired.any(axis=1).sum()),
         "better": int(np.sum(means[1] > means[0])),
         "worse": int(np.sum(means[1] < means[0])),
         "reward_plots": [Markup(plots.reward_histogram(base, tuned)), Markup(plots.prompt_scatter(*means))],
@@ -173,38 +177,43 @@ def _compared(run_dir: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _prompt_card(sides: list[_Side], group: str, reward: str, arrays: Mapping[str, Any], place: int) -> dict[str, Any]:
+def _prompt_card(
+    sides: list[_Side],
+    evaluation: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    means: tuple[np.ndarray, np.ndarray],
+    place: int,
+) -> dict[str, Any]:
+    group = evaluation["prompt_ids"][place]
     prompt = sides[0].store.prompt(group)
     shown = []
-    for side in sides:
+    for side, mean in zip(sides, means, strict=True):
         rewards = arrays[side.name]["reward"][place]
         figures = []
         for image_id, image, value in zip(side.store.image_ids(group), side.store.images(group), rewards, strict=True):
             evidence = side.evidence.get(image_id, {})
             figures.append(figure(image, value, evidence, f"{side.name}: {prompt.text}"))
-        shown.append({"name": side.name, "reward": float(rewards.mean()), "images": figures})
-    target = target_text(prompt.text) if reward in OCR else None
+        reward = float(mean[place]) if np.isfinite(mean[place]) else None
+        shown.append({"name": side.name, "reward": reward, "images": figures})
+    target = target_text(prompt.text) if evaluation["reward"] in OCR else None
     return {"text": prompt.text, "target": target, "sides": shown}
 
 
-def _training_groups(run_dir: Path, evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Cards of a few training groups, images by falling reward; empty until a reward is scored."""
-    scored = sorted((run_dir / "rewards").glob("*.parquet"))
-    if evaluation is not None:
-        scored = [path for path in scored if path.stem == evaluation["reward"]] or scored
-    if not scored or not (run_dir / "groups").is_dir():
+def _training_groups(groups: Path, scores: Path, seed: int) -> list[dict[str, Any]]:
+    """Cards of a few training groups, images by falling reward; empty until they are scored."""
+    if not scores.exists() or not groups.is_dir():
         return []
-    store = GroupStore(run_dir / "groups")
-    rewards = {group: values.numpy() for group, values in read_rewards(scored[0], store).items()}
-    evidence = read_evidence(scored[0])
+    store = GroupStore(groups)
+    rewards = {group: values.numpy() for group, values in read_rewards(scores, store).items()}
+    evidence = read_evidence(scores)
     cards = []
-    for group in choose_groups(rewards, seed=0 if evaluation is None else evaluation["seed"]):
+    for group in choose_groups(rewards, seed=seed):
         prompt, images = store.prompt(group), store.images(group)
         figures = [
             figure(image, reward, evidence.get(image_id, {}), prompt.text)
             for image_id, image, reward in zip(store.image_ids(group), images, rewards[group], strict=True)
         ]
-        low, high = float(rewards[group].min()), float(rewards[group].max())
+        low, high = float(np.nanmin(rewards[group])), float(np.nanmax(rewards[group]))
         pixels = is_pixel_art(images[0])
         cards.append({"text": prompt.text, "low": low, "high": high, "pixels": pixels, "images": mark_ends(figures)})
     return cards
