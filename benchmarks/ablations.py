@@ -4,7 +4,11 @@
 
 Groups and rewards of an existing run are shared; each variant trains from them and is measured on validation prompts
 (never the test prompts) with its last weights, not its best ones, so that a collapse shows. Results are kept a run at
-a time in benchmarks/results/ablations.jsonl, so a stopped call goes on where it was.
+a time in benchmarks/results/ablations.jsonl, so a stopped call goes on where it was. What a fixed pool of draws costs:
+
+    gdro sample configs/demo.yaml --out runs/draws && gdro score configs/demo.yaml --out runs/draws
+    python benchmarks/ablations.py --groups runs/draws --only default draws=2 draws=8 draws=32 \\
+        --results benchmarks/results/reference_draws.jsonl
 """
 
 import argparse
@@ -14,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "beta*2": {"beta": 2.0},
     "tau=.025": {"tau": 0.025},
     "tau=.5": {"tau": 0.5},
+    "draws=2": {"reference_draws": 2},
+    "draws=8": {"reference_draws": 8},
+    "draws=32": {"reference_draws": 32},
 }
 IMAGES_A_STEP = 48  # the same for every k
 
@@ -94,43 +102,54 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
         )
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         last = [row for row in rows if "loss" in row][-20:]
+        evaluations = [row["validation"]["evaluations"]["train"] for row in rows if "validation" in row][-1]
     figures = {n: float(np.mean([r[n] for r in last])) for n in ("drift_best", "drift_worst", "entropy_p", "spread_s")}
     scores = {
         f"{axis}_{when}": found[step][axis]
         for axis in ("reward", "corrected", "alignment", "coherence", "style")
         for when, step in (("base", 0), ("tuned", steps))
     }
-    row = {"variant": name, "seed": seed, "steps": steps, **scores, **figures}
+    row = {"variant": name, "seed": seed, "steps": steps, "evaluations": evaluations, **scores, **figures}
     with open(results, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def table(results: Path) -> str:
-    """A Markdown table: mean over seeds, with the half-width of a 95 % t-interval over them."""
+    """A Markdown table: mean over seeds, with the half-width of a 95 % t-interval over them.
+
+    Differences from the default are by seed: the same groups, order of visits and validation images.
+    """
     rows = defaultdict(list)
     for line in results.read_text().splitlines():
         row = json.loads(line)
         rows[row["variant"]].append(row)
     lines = [
-        "| variant | seeds | reward gain | corrected gain | judge mean | drift best | drift worst |",
-        "|---|" + "---|" * 6,
+        "| variant | seeds | reward gain | corrected gain | reward - default | corrected - default | judge mean "
+        "| drift best | drift worst |",
+        "|---|" + "---|" * 8,
     ]
+    defaults = {row["seed"]: row for row in rows["default"]}
     for name in VARIANTS:
         if name not in rows:
             continue
         found = rows[name]
-
-        def gain(axis: str, found: list[dict[str, float]] = found) -> str:
-            values = np.array([r[f"{axis}_tuned"] - r[f"{axis}_base"] for r in found])
-            t = {1: np.nan, 2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
-            half = t * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-            return f"{values.mean():+.3f} ± {half:.3f}"
-
-        judge = np.mean([[r[f"{a}_tuned"] for a in ("alignment", "coherence", "style")] for r in found])
-        best, worst = (np.mean([r[n] for r in found]) for n in ("drift_best", "drift_worst"))
-        gains = f"{gain('reward')} | {gain('corrected')}"
-        lines.append(f"| {name} | {len(found)} | {gains} | {judge:.2f} | {best:+.4f} | {worst:+.4f} |")
+        pairs = [(row, defaults[row["seed"]]) for row in found if row["seed"] in defaults]
+        cells = [
+            *(interval([r[f"{a}_tuned"] - r[f"{a}_base"] for r in found]) for a in ("reward", "corrected")),
+            *(interval([r[f"{a}_tuned"] - d[f"{a}_tuned"] for r, d in pairs]) for a in ("reward", "corrected")),
+            f"{np.mean([[r[f'{a}_tuned'] for a in ('alignment', 'coherence', 'style')] for r in found]):.2f}",
+            *(f"{np.mean([r[n] for r in found]):+.4f}" for n in ("drift_best", "drift_worst")),
+        ]
+        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half-width of its 95 % t-interval."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f}" if values else "-"
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return f"{np.mean(values):+.3f} ± {t * np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 
 def main() -> None:

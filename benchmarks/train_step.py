@@ -100,7 +100,7 @@ def floor_seconds(learner: Learner, step: int) -> float:
             batch = learner.batches.of(visits[first : first + size])
             x_t = ((1 - batch.t) * batch.x0 + batch.t * batch.eps).flatten(0, 1)
             inputs = [(x_t, batch.t.flatten(), batch.text)]
-            others = objective.uses_reference + objective.uses_base
+            others = bool(objective.uses_reference) + objective.uses_base
         for x, t, text in inputs:
             wait(model.device)
             start = time.perf_counter()

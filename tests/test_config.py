@@ -171,3 +171,18 @@ def test_the_seed_is_fixed_by_any_stage(tmp_path: Path) -> None:
     other = validate(parse_yaml(SMALL, "small") | {"seed": 1})
     with pytest.raises(UserError, match=r"seed is 1 but .* has 0"):
         check_unchanged(other, tmp_path, {"sample"})
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"objective": "nft"}, 'expected null for objective "nft", which sees its reference\'s velocities'),
+        ({"objective": "sft"}, 'expected null for objective "sft", which has no reference'),
+        ({"reference": "ema"}, 'and train.reference "ema", which moves; expected null, or "base"'),
+        ({"objective": "flow_grpo"}, 'expected null for objective "flow_grpo"'),
+    ],
+)
+def test_a_pool_of_draws_needs_a_frozen_reference_and_its_errors_alone(train: dict, message: str) -> None:
+    sample = {"sampler": "flow_grpo" if train.get("objective") == "flow_grpo" else "ode"}
+    with pytest.raises(UserError, match=r"^train\.reference_draws is 8(;|) " + message):
+        config(sample=sample, train={"reference_draws": 8} | train)

@@ -165,7 +165,7 @@ def _check_across(config: RunConfig) -> None:
                 f"rounds.keep is {rounds.keep}; expected 1 for {name}, which learns from its own steps",
             ),
         ]
-        for field in ("timestep", "logit_mean", "logit_std", "timestep_scope", "noise_scope"):
+        for field in ("timestep", "logit_mean", "logit_std", "timestep_scope", "noise_scope", "reference_draws"):
             value, default = getattr(train, field), type(train).model_fields[field].default
             refused.append((value != default, f"train.{field} is {show(value)}; expected {show(default)} for {name}"))
     else:
@@ -175,6 +175,19 @@ def _check_across(config: RunConfig) -> None:
                 value, default = getattr(train, field), type(train).model_fields[field].default
                 what = f'train.{field} is {show(value)}, but train.timestep is "uniform"'
                 refused.append((value != default, f"{what}; expected logit_normal, or {show(default)}"))
+        if train.reference_draws is not None:
+            what = f"train.reference_draws is {train.reference_draws}"
+            refused += [
+                (
+                    objective.uses_reference != "error",
+                    f"{what}; expected null for {name}, which "
+                    + ("has no reference" if objective.uses_reference is None else "sees its reference's velocities"),
+                ),
+                (
+                    train.reference not in (None, "base"),
+                    f'{what} and train.reference "{train.reference}", which moves; expected null, or "base"',
+                ),
+            ]
         refused += [
             (fixed is not None and train.k != fixed, f"train.k is {train.k}; expected {fixed} for {name}"),
             (

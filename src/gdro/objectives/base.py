@@ -13,6 +13,7 @@ from torch import Tensor
 
 Advantage = Literal["group", "batch", "slas", "win_rate"]
 Reference = Literal["base", "round", "ema"]  # frozen base; the policy that began the round; the EMA of the weights
+Use = Literal["error", "velocity"] | None  # what an objective sees of its reference: the scalars d_ref alone, or more
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # per group or per image, with gradient; detached figures of the same shape
 
@@ -29,6 +30,7 @@ class Noised:
     policy: Tensor  # (g, k, tokens, channels): v_theta, with gradient
     reference: Tensor | None = None  # (g, k, tokens, channels): velocity of the objective's `reference`
     base: Tensor | None = None  # (g, k, tokens, channels): velocity of the frozen base, only if `uses_base`
+    reference_error: Tensor | None = None  # (g, k): d_ref in place of `reference`, where it was computed before
 
     @cached_property
     def d(self) -> Tensor:
@@ -38,6 +40,8 @@ class Noised:
     @cached_property
     def d_ref(self) -> Tensor:
         """Velocity errors (g, k) of the reference."""
+        if self.reference_error is not None:
+            return self.reference_error
         return velocity_error(self.v, given(self.reference))
 
     @cached_property
@@ -65,7 +69,7 @@ class ForwardObjective(Protocol):
 
     name: ClassVar[str]
     kind: ClassVar[Literal["forward"]]
-    uses_reference: ClassVar[bool]  # then it has the field `reference`
+    uses_reference: ClassVar[Use]  # unless None it has the field `reference`
     fixed_k: ClassVar[int | None]
 
     @property

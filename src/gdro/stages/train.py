@@ -42,6 +42,7 @@ from gdro.training.config import MAY_CHANGE, TrainConfig
 from gdro.training.ema import Ema, carrying
 from gdro.training.log import DriftAlarm, MetricsLog, require_trackers
 from gdro.training.passes import choose_portion, given_portion
+from gdro.training.reference import ReferenceErrors
 from gdro.training.step import Learner, check_reference, train_step
 from gdro.training.transitions import Transitions
 
@@ -219,11 +220,12 @@ def prepare(
         model.add_adapter(rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=seed)
     parameters = model.adapter()
     joined = Joined(stores)
+    geometry = {"guidance_scale": store.settings["guidance_scale"], "height": height, "width": width}
     learner = Learner(
         config=config,
         objective=objective,
         model=model,
-        geometry={"guidance_scale": store.settings["guidance_scale"], "height": height, "width": width},
+        geometry=geometry,
         parameters=parameters,
         visits=visits,
         batches=Batches(
@@ -236,6 +238,7 @@ def prepare(
             memory_bytes=config.memory_gigabytes * 1e9,
             device=model.device,
             seed=seed,
+            draws=config.reference_draws,
         ),
         transitions=Transitions(joined, fraction=config.timestep_fraction, device=model.device, seed=seed),
         optimizer=torch.optim.AdamW(
@@ -249,6 +252,7 @@ def prepare(
         sampler=sampling.get("sampler", "ode"),
         noise_level=sampling.get("noise_level") or 0.0,
         portion=given_portion(config),
+        reference_errors=_reference_errors(config, stores, geometry, seed=seed, model=model),
         done=place.done,
     )
     settings = {f"train.{name}": value for name, value in config.model_dump(mode="json").items()}
@@ -267,6 +271,23 @@ def prepare(
         file=sys.stderr,
     )
     return learner, settings
+
+
+def _reference_errors(
+    config: TrainConfig, stores: Sequence[GroupStore], geometry: Mapping[str, Any], *, seed: int, model: FlowModel
+) -> ReferenceErrors | None:
+    if config.reference_draws is None:
+        return None
+    pool = {"timestep", "logit_mean", "logit_std", "timestep_scope", "noise_scope"}
+    made_with = {
+        **geometry,
+        **config.model_dump(include=pool),
+        "weights": model.revision,
+        "precision": str(next(model.transformer.parameters()).dtype),
+        "max_sequence_length": stores[0].settings["max_sequence_length"],
+        "seed": seed,
+    }
+    return ReferenceErrors(stores, draws=config.reference_draws, made_with=made_with)
 
 
 def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What each training step looks at. Every draw is a function of (seed, step, slot): nothing is carried along."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -188,6 +188,9 @@ class Batches:
 
     timestep: "logit_normal" is sigmoid(N(logit_mean, logit_std^2)), "uniform" is U(0, 1). Scope "group" shares one
     draw among the k images of a visit, "image" draws for each.
+
+    draws: None for new t and eps at each visit; else each group (or image, by scope) has a pool of so many, and a visit
+    takes one of them.
     """
 
     def __init__(
@@ -202,8 +205,9 @@ class Batches:
         memory_bytes: float,
         device: torch.device,
         seed: int,
+        draws: int | None = None,
     ) -> None:
-        self.groups, self.device, self.seed = groups, device, seed
+        self.groups, self.device, self.seed, self.draws = groups, device, seed, draws
         self.timestep, self.timestep_scope, self.noise_scope = timestep, timestep_scope, noise_scope
         self.logit_mean, self.logit_std = logit_mean, logit_std
         self._memory: dict[str, tuple[Tensor, Text]] = {}
@@ -228,16 +232,33 @@ class Batches:
             ranked=torch.tensor([float(visit.ranked) for visit in visits], device=self.device),
         )
 
+    def draw(self, visit: Visit) -> int:
+        """Which of its pool's draws a visit takes."""
+        generator = torch_rng(self.seed, "train/draw", visit.step, visit.slot)
+        return int(torch.randint(self.draws or 1, (), generator=generator))
+
     def _noise(self, visit: Visit, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """t (k,) or (1,) and eps (k, tokens, channels) or (1, ...), float32."""
-        generator = torch_rng(self.seed, "train/noise", visit.step, visit.slot)
         k = len(visit.images)
-        count = k if self.timestep_scope == "image" else 1
+        if self.draws is None:
+            generator = torch_rng(self.seed, "train/noise", visit.step, visit.slot)
+            t = self._times(k if self.timestep_scope == "image" else 1, generator)
+            return t, torch.randn(k if self.noise_scope == "image" else 1, *shape, generator=generator)
+
+        def pooled(purpose: str, scope: str, values: Callable[[torch.Generator], Tensor]) -> Tensor:
+            """By group or by image, so that an image's draw does not depend on which others it is seen with."""
+            places = [(image,) for image in visit.images.tolist()] if scope == "image" else [()]
+            name = visit.group, self.draw(visit)
+            return torch.cat([values(torch_rng(self.seed, purpose, *name, *place)) for place in places])
+
+        t = pooled("pool/t", self.timestep_scope, lambda generator: self._times(1, generator))
+        eps = pooled("pool/eps", self.noise_scope, lambda generator: torch.randn(1, *shape, generator=generator))
+        return t, eps
+
+    def _times(self, count: int, generator: torch.Generator) -> Tensor:
         if self.timestep == "logit_normal":
-            t = (self.logit_mean + self.logit_std * torch.randn(count, generator=generator)).sigmoid()
-        else:
-            t = torch.rand(count, generator=generator)
-        return t, torch.randn(k if self.noise_scope == "image" else 1, *shape, generator=generator)
+            return (self.logit_mean + self.logit_std * torch.randn(count, generator=generator)).sigmoid()
+        return torch.rand(count, generator=generator)
 
     def _read(self, group: str) -> tuple[Tensor, Text]:
         if group in self._memory:

@@ -33,6 +33,12 @@ class TrainConfig(BaseModel):
     reference: Literal["base", "round", "ema"] | None = Field(
         None, description="Reference: the frozen base, the policy that sampled the round, or the moving average."
     )
+    reference_draws: int | None = Field(
+        None,
+        ge=1,
+        description="t and eps come from a fixed pool of so many draws a group, on which the frozen base is asked once "
+        "and never again: a quarter less computation, with less variety of noise; null: new ones at each visit.",
+    )
     mix: float | None = Field(None, gt=0, le=1, description="DiffusionNFT: b of v+- = (1 -+ b) v_old +- b v.")
     regulariser: float | None = Field(None, gt=0, description="LAIR: weight of mean s^2.")
     low_weight: float | None = Field(None, ge=0, description="TabGRAA: weight of the low half.")

@@ -3,19 +3,20 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdro.errors import UserError
-from gdro.models.base import FlowModel
-from gdro.objectives.base import ForwardObjective, Noised, TrajectoryObjective, Transition
+from gdro.models.base import FlowModel, Text
+from gdro.objectives.base import ForwardObjective, Noised, TrajectoryObjective, Transition, velocity_error
 from gdro.samplers.sde import STEPS, log_prob
 from gdro.training.batch import Batch, Batches, Visit, Visits
 from gdro.training.config import TrainConfig
 from gdro.training.ema import Ema, carrying, ema_decay
+from gdro.training.reference import ReferenceErrors
 from gdro.training.transitions import TransitionBatch, Transitions
 
 
@@ -45,6 +46,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     ema: Ema
     portion: Portion
+    reference_errors: ReferenceErrors | None  # None: the reference is asked at each visit
     sampler: str  # how the groups were sampled; a trajectory objective repeats its steps
     noise_level: float
     done: int = 0  # steps before the round: at the next one the policy is still the one that sampled
@@ -122,7 +124,11 @@ def _backward_noised(
     reference: str | None = learner.config.reference if objective.uses_reference else None
     if reference == "round" and visits[0].step == learner.done + 1:
         reference = "policy"  # nothing was learnt since sampling
-    seen = noised(learner, batch, base=objective.uses_base, reference=reference)
+    if learner.reference_errors is not None:
+        seen = noised(learner, batch, base=objective.uses_base, reference=None)
+        seen = replace(seen, reference_error=_reference_error(learner, learner.reference_errors, visits, batch))
+    else:
+        seen = noised(learner, batch, base=objective.uses_base, reference=reference)
     loss, figures = objective.loss(seen)
     share = batch.ranked / ranked
     total = (loss * share).sum()
@@ -131,10 +137,34 @@ def _backward_noised(
     else:
         _second_pass(learner, batch, *torch.autograd.grad(total, seen.policy))
     figures = {"loss": loss.detach(), **figures}
-    if seen.reference is not None:
+    if objective.uses_reference:
         drift = (seen.d - seen.d_ref).detach()
         figures |= {"drift_best": drift[:, 0], "drift_worst": drift[:, -1], "error_best": seen.d[:, 0].detach()}
     return {name: (value * share).sum() for name, value in figures.items()}
+
+
+def _reference_error(learner: Learner, known: ReferenceErrors, visits: Sequence[Visit], batch: Batch) -> Tensor:
+    """d_ref (g, k) of the pool's draws; those not known yet are computed, and kept."""
+    draws = [learner.batches.draw(visit) for visit in visits]
+    errors = known.of(visits, draws)
+    missing = errors.isnan()
+    if missing.any():
+        rows = missing.flatten().nonzero()[:, 0].to(learner.model.device)
+        v = (batch.eps - batch.x0).flatten(0, 1)[rows]
+        with torch.no_grad(), learner.carrying("base"):
+            found = velocity_error(v, _velocities(learner, *_rows(*batch.noised(), rows)))
+        errors[missing] = found.cpu()
+        known.keep(visits, draws, errors)
+    return errors.to(learner.model.device)
+
+
+def _velocities(learner: Learner, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+    """(n, tokens, channels), as many images at a time as the portion says."""
+    return torch.cat([learner.velocity(*_rows(x_t, t, text, part)) for part in learner.passes(len(t))])
+
+
+def _rows(x_t: Tensor, t: Tensor, text: Text, rows: slice | Tensor) -> tuple[Tensor, Tensor, Text]:
+    return x_t[rows], t[rows], {name: value[rows] for name, value in text.items()}
 
 
 def _second_pass(learner: Learner, batch: Batch, gradient: Tensor) -> None:
@@ -145,8 +175,7 @@ def _second_pass(learner: Learner, batch: Batch, gradient: Tensor) -> None:
     """
     x_t, t, text, gradient = *batch.noised(), gradient.flatten(0, 1)
     for part in learner.passes(len(t)):
-        velocity = learner.velocity(x_t[part], t[part], {name: value[part] for name, value in text.items()})
-        velocity.backward(gradient[part])
+        learner.velocity(*_rows(x_t, t, text, part)).backward(gradient[part])
 
 
 def _backward_along(
@@ -179,11 +208,7 @@ def noised(learner: Learner, batch: Batch, *, base: bool, reference: str | None)
 
     def velocity(kind: str) -> Tensor:
         with learner.carrying(kind):
-            parts = [
-                learner.velocity(x_t[part], t[part], {name: value[part] for name, value in text.items()})
-                for part in learner.passes(len(t))
-            ]
-        return torch.cat(parts).view(shape)
+            return _velocities(learner, x_t, t, text).view(shape)
 
     with torch.no_grad():
         other = None if reference in (None, "policy") else velocity(reference)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gdro.objectives.base import Advantage, Loss, Noised, Reference, clipped_surrogate
+from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use, clipped_surrogate
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Awm:
     reference: Reference = "round"
     name: ClassVar[str] = "awm"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = True
+    uses_reference: ClassVar[Use] = "error"
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = None
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gdro.objectives.base import Advantage, Loss, Noised, Reference
+from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Dgpo:
     reference: Reference = "base"
     name: ClassVar[str] = "dgpo"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = True
+    uses_reference: ClassVar[Use] = "error"
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = None
 

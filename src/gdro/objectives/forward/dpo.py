@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gdro.objectives.base import Loss, Noised, Reference, implicit_reward
+from gdro.objectives.base import Loss, Noised, Reference, Use, implicit_reward
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Dpo:
     reference: Reference = "base"
     name: ClassVar[str] = "dpo"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = True
+    uses_reference: ClassVar[Use] = "error"
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = 2
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gdro.objectives.base import Loss, Noised, Reference, implicit_reward
+from gdro.objectives.base import Loss, Noised, Reference, Use, implicit_reward
 
 NAMES = ("gdro", "rank", "top1")
 
@@ -28,7 +28,7 @@ class Gdro:
     reference: Reference = "base"
     name: ClassVar[str] = "gdro"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = True
+    uses_reference: ClassVar[Use] = "error"
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = None
 
@@ -48,7 +48,7 @@ class Rank:
     reference: Reference = "base"
     name: ClassVar[str] = "rank"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = True
+    uses_reference: ClassVar[Use] = "error"
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = None
 
@@ -69,7 +69,7 @@ class Top1:
     reference: Reference = "base"
     name: ClassVar[str] = "top1"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = True
+    uses_reference: ClassVar[Use] = "error"
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = None
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gdro.objectives.base import Advantage, Loss, Noised, Reference, given, velocity_error
+from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use, given, velocity_error
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Nft:
     reference: Reference = "ema"
     name: ClassVar[str] = "nft"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = True
+    uses_reference: ClassVar[Use] = "velocity"
     fixed_k: ClassVar[int | None] = None
 
     @property

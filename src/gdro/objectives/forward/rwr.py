@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gdro.objectives.base import Loss, Noised
+from gdro.objectives.base import Loss, Noised, Use
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Rwr:
     tau: float = 0.05
     name: ClassVar[str] = "rwr"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = False
+    uses_reference: ClassVar[Use] = None
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = None
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gdro.objectives.base import Loss, Noised
+from gdro.objectives.base import Loss, Noised, Use
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Sft:
 
     name: ClassVar[str] = "sft"
     kind: ClassVar[Literal["forward"]] = "forward"
-    uses_reference: ClassVar[bool] = False
+    uses_reference: ClassVar[Use] = None
     uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = None
 
