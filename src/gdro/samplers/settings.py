@@ -20,7 +20,7 @@ class Generation(BaseModel):
     images_per_prompt: int = Field(16, ge=1, description="Images of one prompt: the group's size K.")
     num_inference_steps: int = Field(28, ge=1, description="Steps of the solver from noise to image.")
     guidance_scale: float = Field(3.5, ge=0, description="Guidance, as the model's own pipeline means it.")
-    max_sequence_length: int = Field(512, ge=1, le=512, description="Tokens of the text embedding, of T5 or a language model.")
+    max_sequence_length: int = Field(512, ge=1, le=512, description="Tokens of the text embedding.")
     height: int = Field(512, ge=1, description="Height of the images in pixels.")
     width: int = Field(512, ge=1, description="Width of the images in pixels.")
     scheduler: SchedulerName = Field(EULER, description="A deterministic flow scheduler of diffusers.")
