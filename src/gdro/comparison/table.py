@@ -70,20 +70,24 @@ def rows(task: Mapping[str, Any]) -> list[list[str]]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """A section a task: table and, for GenEval, the official summary."""
-    parts = []
+    """A table a task; folded, GenEval's official summary and what was searched."""
+    parts, folded = [], []
     for name, task in results["tasks"].items():
         part = [
             f"**{_cell(name)}**: target reward {task['target_reward']:g}, budget {task['budget']:,} model evaluations"
         ]
-        part += ["", _line(HEAD), _line(["---"] * len(HEAD)), *map(_line, rows(task))]
+        parts.append("\n".join([*part, "", _line(HEAD), _line(["---"] * len(HEAD)), *map(_line, rows(task))]))
         official = geneval_rows(task)
         if official:
-            part += ["", "Official GenEval summary:", "", _line(official[0]), _line(["---"] * len(official[0]))]
-            part += map(_line, official[1:])
-        parts.append("\n".join(part))
+            lines = [f"Official GenEval summary ({_cell(name)}):", "", _line(official[0])]
+            folded.append("\n".join([*lines, _line(["---"] * len(official[0])), *map(_line, official[1:])]))
     searched = [f"- {_cell(line)}" for line in searches(results)]
-    return "\n\n".join([*parts, _cell(_note(results)), *(["\n".join(searched)] if searched else [])]) + "\n"
+    if searched:
+        folded.append("\n".join(searched))
+    parts.append(_cell(_note(results)))
+    if folded:
+        parts += ["<details><summary>By tag; what was searched</summary>", *folded, "</details>"]
+    return "\n\n".join(parts) + "\n"
 
 
 def search_note(results: Mapping[str, Any]) -> str:
