@@ -2,12 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from small_pipelines import small_sd3
+from small_pipelines import small_sd3, small_z_image
 from small_run import REWARDS, prompt_lines
 
 from gdro.cli import main
@@ -47,14 +48,6 @@ def test_the_papers_settings(name: str, reward: str, beta: float, gamma: float, 
     assert load_reward(config.score.reward).name == reward
 
 
-@pytest.fixture
-def sd3_folder(tmp_path: Path) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        small_sd3().save_pretrained(tmp_path / "sd3")
-    return tmp_path / "sd3"
-
-
 def run(name: str, out: Path, settings: dict[str, object]) -> dict:
     """Do the recipe's whole run with some fields replaced; its summary."""
     options = [part for field, value in (SMALL | settings).items() for part in (f"--{field}", str(value))]
@@ -71,22 +64,26 @@ def test_flux_recipes_run_on_the_tiny_model(name: str, task: str, tmp_path: Path
     assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.parametrize("make", [small_sd3, small_z_image])
 def test_the_sd3_recipe_runs_and_its_adapter_loads_in_diffusers(
-    sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], DiffusionPipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random weights draw no word, so another reward stands in."""
+    """Random weights draw no word, so another reward stands in. Z-Image's text is the least like the others'."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        make().save_pretrained(tmp_path / "model")
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(prompt_lines(split, 2))
     settings = {
-        "model": sd3_folder,
+        "model": tmp_path / "model",
         "sample.prompts": tmp_path / "train.jsonl",
         "evaluate.prompts": tmp_path / "test.jsonl",
         "score.reward": "my_rewards:redness",
     }
     run("sd3_ocr", tmp_path / "run", settings)
-    pipe = DiffusionPipeline.from_pretrained(sd3_folder)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     pipe.load_lora_weights(tmp_path / "run" / "adapter", weight_name="pytorch_lora_weights.safetensors")
     assert pipe.get_active_adapters()
