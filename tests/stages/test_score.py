@@ -8,9 +8,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +23,7 @@ from pydantic import ValidationError
 from gdro.errors import UserError
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.prompts import Prompt
+from gdro.rewards.base import Scores
 from gdro.rewards.registry import load_reward
 from gdro.rewards.store import read_header, read_rewards
 from gdro.stages.score import ScoreConfig, score
@@ -185,6 +188,27 @@ def test_what_the_function_raises_names_the_images(groups: Path, tmp_path: Path,
     with pytest.raises(UserError, match="raised ZeroDivisionError: mine") as error:
         score(ScoreConfig(workers=2, batch_size=2), load_reward(f"{name}:f"), groups, tmp_path / "rewards")
     assert re.fullmatch(r'while "(\w)/0" to "\1/1" were scored', *error.value.__notes__)
+
+
+@dataclass
+class Moody:
+    """Answers nothing, or everything."""
+
+    answers: bool
+    name, version, parallel = "moody", "1", False
+
+    def check(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        return Scores(np.full(len(images), 1.0 if self.answers else np.nan), [{"missing": "asleep"} for _ in images])
+
+
+def test_where_no_image_has_a_score_the_next_run_asks_again(groups: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'"moody" scored none of \d+ images; of the first it says .*asleep'):
+        score(ScoreConfig(), Moody(answers=False), groups, tmp_path / "rewards")
+    assert not list((tmp_path / "rewards").iterdir())
+    path = score(ScoreConfig(), Moody(answers=True), groups, tmp_path / "rewards")
+    assert all((values == 1).all() for values in read_rewards(path, GroupStore(groups)).values())
 
 
 def test_prompt_without_target_is_refused_before_scoring(groups: Path, tmp_path: Path) -> None:

@@ -141,6 +141,10 @@ def _row(line: str, where: str, folder: Path) -> tuple[str, str]:
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         raise UserError(f'{where} has "file_name" {row["file_name"]!r}; expected an image inside the folder')
     try:
+        Image.open(path).close()  # reads the head alone
+    except OSError as error:
+        raise UserError(f"{where}: {path} is no image ({error})") from None
+    try:
         return row["file_name"], target_text(text)
     except UserError as error:
         if key == "prompt":

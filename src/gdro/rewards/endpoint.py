@@ -239,7 +239,8 @@ class Endpoint:
         said = f"HTTP {response.status_code}: {short(message) or 'no message'}"
         if response.status_code in (408, 429) or response.status_code >= 500:
             raise _Again(said, min(self.timeout, retry_after(response)), status=response.status_code)
-        hint = f"; the key is that of api_key_env {self.api_key_env}" if response.status_code in (401, 403) else ""
+        key = f"the key is that of api_key_env {self.api_key_env}" if self.api_key_env else "no api_key_env is given"
+        hint = f"; {key}" if response.status_code in (401, 403) else ""
         raise _Refused(f"judge {self.url} refused the request ({said}){hint}", response.status_code)
 
     async def _check(self) -> None:

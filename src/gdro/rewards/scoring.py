@@ -160,11 +160,13 @@ def _number(value: float) -> float | None:
 
 
 def _tell_missing(path: Path, store: GroupStore) -> None:
-    """Say how many images have no score; UserError if none has one."""
+    """Say how many images have no score. If none has one, that is no file of rewards: a rerun asks again."""
     scores = np.concatenate([r.numpy() for r in read_rewards(path, store).values()])
     missing = int(np.isnan(scores).sum())
     if missing == len(scores):
-        raise UserError(f"{path}: none of {len(scores)} images got a score; its column evidence says why")
+        why = read_scored(path, 0)["evidence"][0].as_py()
+        path.unlink()
+        raise UserError(f'reward "{path.stem}" scored none of {len(scores)} images; of the first it says {why:.300}')
     if missing:
         print(f"score: {missing} of {len(scores)} images have no score (evidence in {path})", file=sys.stderr)
 
