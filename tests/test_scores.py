@@ -37,7 +37,7 @@ def test_a_standardised_sum_is_measured_by_the_constants_of_training(config: Pat
     out = tmp_path / "run"
     spec = '[{name: "my_rewards:redness"}, {name: "my_rewards:blueness", weight: -0.5}]'
     assert main(["run", str(config), "--out", str(out), "--score.reward", spec]) == 0
-    constants = json.loads((out / "rewards" / "standard.json").read_text())["constants"]
+    (constants,) = json.loads((out / "rewards" / "standard.json").read_text()).values()
     for side in ("base", "tuned"):
         folder = out / "evaluation" / side / "rewards"
         red, blue, both = (

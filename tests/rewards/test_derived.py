@@ -84,6 +84,8 @@ def test_constants_must_be_there_and_of_this_reward(toy: tuple[Path, str], tmp_p
     other = [{"name": spec[0], "weight": 2}, spec[1]]
     with pytest.raises(UserError, match=r"has no constants of the reward"):
         scored(other, groups, tmp_path / "rewards", standard=tmp_path / "standard.json")
+    scored(other, groups, tmp_path / "rewards", standard=tmp_path / "standard.json", fit=True)
+    scored(spec, groups, tmp_path / "later", standard=tmp_path / "standard.json")  # a sum scored later takes none away
     with pytest.raises(UserError, match=r"gives all images the same score"):
         scored([spec[0], f"{module}:flat"], groups, tmp_path / "rewards", fit=True)
 

@@ -120,7 +120,7 @@ def _derive(
     scores = [{group: r.numpy() for group, r in read_rewards(path, store).items()} for path in paths]
     constants = reward.constants(scores) if fit or not reward.standardises else _read_constants(reward, standard)
     if fit and standard is not None:
-        write_json(standard, {"version": reward.version, "constants": constants})
+        write_json(standard, {**(read_json(standard) or {}), reward.version: constants})  # other sums keep theirs
     combined = reward.combined(scores, constants)
     header = Header(reward.name, reward.version, store.contents)
 
@@ -142,12 +142,12 @@ def _derive(
 
 def _read_constants(reward: DerivedReward, standard: Path | None) -> list[tuple[float, float]]:
     saved = None if standard is None else read_json(standard)
-    if saved is None or saved["version"] != reward.version:
+    if saved is None or reward.version not in saved:
         raise UserError(
             f'{standard} has no constants of the reward "{reward.name}"; expected those that scoring the first '
             'round\'s images leaves there ("gdro score")'
         )
-    return [(mean, std) for mean, std in saved["constants"]]
+    return [(mean, std) for mean, std in saved[reward.version]]
 
 
 def _mean(values: np.ndarray) -> dict[str, float]:
