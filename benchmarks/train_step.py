@@ -92,6 +92,7 @@ def floor_seconds(learner: Learner, step: int) -> float:
     """The passes alone, batch by batch, on inputs made beforehand."""
     visits, model, objective, total = learner.visits.at(step), learner.model, learner.objective, 0.0
     size = learner.portion.groups
+    learner = learner.at(visits[0].group)
     for first in range(0, len(visits), size):
         if objective.kind == "trajectory":
             inputs = [(one.x, one.t, one.text) for one in learner.transitions.of(visits[first : first + size])[1]]

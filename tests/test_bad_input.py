@@ -260,8 +260,8 @@ def test_images_of_another_size_are_not_imported(work: Workplace, capsys: pytest
     (work.folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["import", str(work.folder), "--config", str(work.config), "--out", str(work.out)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("gdro: sample.width is 64, but ")
-    assert err.endswith("0.png is 48x32; expected 48\n")
+    assert err.startswith("gdro: sample.height, sample.width: 64x32, but ")
+    assert err.endswith("0.png is 48x32; expected the same, or [32, 48] in sample.buckets\n")
     assert not (work.out / "groups").exists()
 
 

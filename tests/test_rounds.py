@@ -163,11 +163,12 @@ def test_stored_log_probabilities_are_the_samplers_own(base: dict[str, Any], tmp
     )
     learner.model.load_adapter_state(load_file(tmp_path / "run/checkpoints/step-000004/adapter.safetensors"))
     visits = learner.visits.at(5)
+    sized = learner.at(visits[0].group)
     _, batches = learner.transitions.of(visits)
     for batch in batches:
-        seen = transition(learner, learner.objective, batch, fresh=False)  # type: ignore[arg-type]
+        seen = transition(sized, learner.objective, batch, fresh=False)  # type: ignore[arg-type]
         torch.testing.assert_close(seen.log_prob, seen.old_log_prob, rtol=0, atol=1e-5)
-        fresh = transition(learner, learner.objective, batch, fresh=True)  # type: ignore[arg-type]
+        fresh = transition(sized, learner.objective, batch, fresh=True)  # type: ignore[arg-type]
         assert torch.equal(fresh.log_prob, fresh.old_log_prob)
 
     def gradient(images: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ The checks read a run (`pipeline.Run`) and do none of its work; they raise UserE
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,15 +179,20 @@ def _check_version(job: Run, begun: set[str]) -> None:
 
 def _check_model(job: Run) -> None:
     """What only the loaded model can tell: whether the images' size and the layers to train suit it."""
-    job.model.latent_shape(job.config.sample.height, job.config.sample.width)
+    for height, width in job.config.sample.sizes:
+        job.model.latent_shape(height, width)
     if "train" in job.stages:
         job.model.check_targets(job.config.train.target_modules)
 
 
-def check_size(config: RunConfig, image: Path) -> None:
-    """Images of another size than the configuration's would be refused once training starts."""
-    with Image.open(image) as first:
-        width, height = first.size
-    for field, value, found in (("width", config.sample.width, width), ("height", config.sample.height, height)):
-        if value != found:
-            raise UserError(f"sample.{field} is {value}, but {image} is {width}x{height}; expected {found}")
+def check_sizes(config: RunConfig, images: Iterable[Path]) -> None:
+    """Images of other sizes than the configuration's would be refused once training starts."""
+    sizes = config.sample.sizes
+    for image in images:
+        with Image.open(image) as first:
+            width, height = first.size
+        if (height, width) not in sizes:
+            raise UserError(
+                f"sample.height, sample.width: {', '.join(f'{w}x{h}' for h, w in sizes)}, but {image} is "
+                f"{width}x{height}; expected the same, or [{height}, {width}] in sample.buckets"
+            )

@@ -382,9 +382,8 @@ def _key(config: RunConfig) -> str:
 def _base_key(config: RunConfig) -> str:
     """Equal for runs whose base model is evaluated alike."""
     data = config.model_dump(mode="json")
-    sample = {
-        name: data["sample"][name] for name in ("guidance_scale", "max_sequence_length", "height", "width", "scheduler")
-    }
+    names = ("guidance_scale", "max_sequence_length", "height", "width", "buckets", "scheduler")
+    sample = {name: data["sample"][name] for name in names}
     parts = [sample, data["evaluate"], data["score"]["reward"]]
     return json.dumps(
         [*parts, *(data[name] for name in ("model", "seed", "device", "mixed_precision"))], sort_keys=True

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gdro.checks import check, check_size
+from gdro.checks import check, check_sizes
 from gdro.config import RunConfig, check_unchanged, save_config
 from gdro.errors import UserError
 from gdro.evaluation.measure import measure
@@ -70,7 +70,7 @@ def import_groups(config: RunConfig, folder: Path, out: Path) -> str:
         members = read_metadata(folder)
         check_unchanged(config, out, job.begun())
         check_model(config.model)
-        check_size(config, next(iter(members.values()))[0].path)
+        check_sizes(config, [rows[0].path for rows in members.values()])
         write_prompts(Path(config.sample.prompts), [rows[0].prompt for rows in members.values()])
         save_config(config, out)
         with job.clock.running("sample"):
@@ -214,7 +214,7 @@ class Run:
     @property
     def sampling(self) -> dict[str, Any]:
         """The settings that generation and training must share."""
-        shared = {"guidance_scale", "max_sequence_length", "height", "width", "sampler", "noise_level"}
+        shared = {"guidance_scale", "max_sequence_length", "height", "width", "buckets", "sampler", "noise_level"}
         return self.config.sample.model_dump(include=shared)
 
     @property

@@ -97,7 +97,7 @@ def test_every_beginning_of_the_pairs_is_balanced(tmp_path: Path) -> None:
     [
         ({"seed": 8}, r'"p0" from the seeds \[8, 8\].*expected the same seeds'),
         ({"images": 3}, 'has 3 images of prompt "p0"'),
-        ({"width": 32}, "width 32"),
+        ({"width": 32}, 'images of 32x32 of prompt "p0"'),
         ({"prompts": PROMPTS[:5]}, 'has no prompt "p5"'),
         ({"prompts": (*PROMPTS[:5], "a red cup")}, 'another prompt "p5"'),
     ],

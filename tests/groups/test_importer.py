@@ -51,7 +51,7 @@ def test_import_makes_a_store_and_rewards(tmp_path: Path, flux: Any) -> None:
     assert store.group_ids == ["g1", "7"]
     assert store.prompt("7") == Prompt("7", "a blue wall", {"tag": "wall"})
     assert store.settings["guidance_scale"] == 3.5
-    assert (store.settings["height"], store.settings["width"]) == (32, 64)
+    assert store.image_size(store.group_ids[0]) == (32, 64)
     assert store.settings["revision"] == flux.revision
     rewards = read_rewards(path, store)
     assert {group: r.tolist() for group, r in rewards.items()} == {"g1": [0.0, 0.2, 0.4], "7": [0.1, 0.3, 0.5]}
@@ -88,7 +88,7 @@ def test_every_bad_row_is_named(tmp_path: Path, flux: Any, monkeypatch: pytest.M
         (good | {"file_name": "none.png"}, "none.png not found"),
         (good | {"file_name": "text.png"}, "text.png is no image"),
         (good | {"file_name": "../source2/0.png"}, "expected a file inside the folder"),
-        (good | {"file_name": "square.png"}, "square.png is 32x32; the first is 64x32"),
+        (good | {"file_name": "square.png"}, 'square.png is 32x32; the first of group "g1" is 64x32'),
         (good, "names 0.png again, after"),
         (good | {"id": "x"}, 'has "id"'),
         (rows[1] | {"file_name": "images/2.png", "prompt": "another"}, "names 2.png again"),

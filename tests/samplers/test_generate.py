@@ -53,8 +53,6 @@ def test_a_group_is_the_integrated_noise_of_its_id(flux: FluxModel, tmp_path: Pa
     assert store.settings == {
         "guidance_scale": 3.5,
         "max_sequence_length": 24,
-        "height": 32,
-        "width": 64,
         "generator": flux.name,
         "revision": flux.revision,
     }

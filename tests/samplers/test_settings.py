@@ -38,6 +38,9 @@ def test_what_is_left_out_is_made_explicit_and_read_back(given: dict[str, Any], 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"buckets": [[64]]}, "sample.buckets is [64]; expected "),
+        ({"buckets": [[64, 0]]}, "sample.buckets is 0; expected "),
+        ({"buckets": [[64, 64], [512, 512]]}, "sample.buckets is [[64, 64], [512, 512]]; expected each size once"),
         ({"noise_level": 0.5}, "sample.noise_level is 0.5; expected null with sampler ode"),
         ({"sampler": "ode", "window_size": 3}, "sample.window_size is 3; expected null with sampler ode"),
         ({"window": "random"}, 'sample.window is "random"; expected "all" with sampler ode'),

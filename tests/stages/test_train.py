@@ -119,7 +119,7 @@ def test_the_gradient_is_the_weighted_sum_of_error_gradients(flux: Any, toy: tup
     expected = {name: p.grad.clone() for name, p in one.parameters.items() if p.grad is not None}
     one.optimizer.zero_grad()
     batch = one.batches.of([visit])
-    seen = noised(one, batch, base=False, reference="base")
+    seen = noised(one.at(visit.group), batch, base=False, reference="base")
     beta, tau, gamma = 12.0, 0.05, 0.5
     assert (one.config.beta, one.config.tau, one.config.gamma) == (beta, tau, gamma)
     s = implicit_reward(seen.d, seen.d_ref, beta)
@@ -304,13 +304,17 @@ def test_resuming_with_other_rewards_or_seed_is_refused(flux: Any, toy: tuple[Pa
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "made_with"),
-    [("guidance_scale", 1.0, "3.5"), ("max_sequence_length", 32, "16"), ("height", 64, "32"), ("width", 32, "64")],
+    ("field", "value", "message"),
+    [
+        ("guidance_scale", 1.0, r"^sample\.guidance_scale: 1.0, but the groups in .* were made with 3.5"),
+        ("max_sequence_length", 32, r"^sample\.max_sequence_length: 32, but the groups in .* were made with 16"),
+        ("height", 64, r"^sample\.height, sample\.width: 64x64, but group g0 in .* is of 64x32"),
+        ("width", 32, r"^sample\.height, sample\.width: 32x32, but group g0 in .* is of 64x32"),
+    ],
 )
 def test_groups_made_otherwise_are_refused(
-    flux: Any, toy: tuple[Path, Path], tmp_path: Path, field: str, value: Any, made_with: str
+    flux: Any, toy: tuple[Path, Path], tmp_path: Path, field: str, value: Any, message: str
 ) -> None:
-    message = rf"^sample\.{field}: {value}, but the groups in .* were made with {made_with}"
     with pytest.raises(UserError, match=message):
         train(TrainConfig(**SMALL), flux, *toy, tmp_path / "run", seed=0, sampling=SAMPLING | {field: value})
     assert not (tmp_path / "run").exists()

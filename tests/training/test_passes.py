@@ -50,6 +50,9 @@ class Doubled:
     def __init__(self, groups: Any) -> None:
         self.groups = groups
 
+    def image_size(self, group: str) -> tuple[int, int]:
+        return self.groups.image_size(group)
+
     def latents(self, group: str) -> Tensor:
         return self.groups.latents(group).double()
 

@@ -70,7 +70,7 @@ def test_the_kept_errors_are_the_references_own(flux: Any, toy: tuple[Path, Path
     kept, figures = gradient()
     assert one.reference_errors is not None
     errors = one.reference_errors.of(visits, [one.batches.draw(visit) for visit in visits])
-    asked = noised(one, one.batches.of(visits), base=False, reference="base").d_ref
+    asked = noised(one.at(visits[0].group), one.batches.of(visits), base=False, reference="base").d_ref
     torch.testing.assert_close(errors, asked, rtol=1e-6, atol=0)
     one.reference_errors = None  # the same draws, the reference asked
     live, expected = gradient()

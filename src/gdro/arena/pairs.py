@@ -97,11 +97,11 @@ def _check_alike(one: GroupStore, other: GroupStore) -> None:
                 f'{other.folder} has {other.size(group)} images of prompt "{group}", {one.folder} has '
                 f"{one.size(group)}; expected equally many"
             )
-    for name in ("width", "height"):
-        if one.settings[name] != other.settings[name]:
+        if one.image_size(group) != other.image_size(group):
+            (height, width), (own_height, own_width) = other.image_size(group), one.image_size(group)
             raise UserError(
-                f"{other.folder} has images of {name} {other.settings[name]}, {one.folder} of {one.settings[name]}; "
-                "expected one size, which would give the models away"
+                f'{other.folder} has images of {width}x{height} of prompt "{group}", {one.folder} of '
+                f"{own_width}x{own_height}; expected the same size, as another would give the models away"
             )
     seeds, found = _seeds(one), _seeds(other)
     for group, expected in seeds.items():

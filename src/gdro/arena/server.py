@@ -39,14 +39,15 @@ class Server(ThreadingHTTPServer):
         self.open_to_network = not _is_loopback(address[0])
         self.names = {"localhost", address[0].lower()}
         self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        settings = next(iter(arena.stores.values())).settings
+        store = next(iter(arena.stores.values()))
+        height, width = store.image_size(store.group_ids[0])
         self.page_values = {
             "questions": QUESTIONS,
             "rater": rater or "",
             "max_name": MAX_NAME,
-            "width": settings["width"],
-            "height": settings["height"],
-            "pixels": max(settings["width"], settings["height"]) <= PIXEL_ART,
+            "width": width,
+            "height": height,
+            "pixels": max(width, height) <= PIXEL_ART,
         }
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         self.page = environment.from_string((files("gdro.arena") / "page.html").read_text(encoding="utf-8"))

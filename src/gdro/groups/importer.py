@@ -52,12 +52,11 @@ def import_folder(
 
     Latents and text embeddings are `model`'s, `guidance_scale` and `max_sequence_length` those training shall use.
     Raises UserError naming the line of the first SHOWN mistakes in the folder: a bad row, an image that is missing,
-    damaged or of another size, a group of one image.
+    damaged or of another size than its group's first, a group of one image.
     """
     members = read_metadata(folder)
-    with Image.open(next(iter(members.values()))[0].path) as first:
-        width, height = first.size
-    model.latent_shape(height, width)
+    for width, height in {_size(rows[0]) for rows in members.values()}:
+        model.latent_shape(height, width)
     begun: dict[str, Any] = {
         "metadata": fingerprint(
             [[str(r.path.relative_to(folder)), r.reward, r.prompt.to_json()] for rows in members.values() for r in rows]
@@ -93,8 +92,8 @@ def import_folder(
                         num_inference_steps=None,
                         guidance_scale=guidance_scale,
                         max_sequence_length=max_sequence_length,
-                        height=height,
-                        width=width,
+                        height=image.height,
+                        width=image.width,
                         generator=model.name,
                         revision=model.weights,
                         round=0,
@@ -126,8 +125,8 @@ def read_metadata(folder: Path) -> dict[str, list[Row]]:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     mistakes: list[str] = []
     groups: dict[str, list[Row]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     seen: dict[Path, str] = {}
-    size: tuple[int, int] | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -137,12 +136,13 @@ def read_metadata(folder: Path) -> dict[str, list[Row]]:
                 raise UserError(f"{row.where} names {row.path.name} again, after {seen[row.path]}")
             seen[row.path] = row.where
             found = _size(row)
-            size = size or found
-            if found != size:
-                raise UserError(
-                    f"{row.where}: {row.path.name} is {found[0]}x{found[1]}; the first is {size[0]}x{size[1]}"
-                )
             members = groups.setdefault(row.prompt.id, [])
+            expected = sizes.setdefault(row.prompt.id, found)
+            if found != expected:
+                raise UserError(
+                    f"{row.where}: {row.path.name} is {found[0]}x{found[1]}; the first of group "
+                    f'"{row.prompt.id}" is {expected[0]}x{expected[1]}'
+                )
             if members and members[0].prompt != row.prompt:
                 raise UserError(
                     f'{row.where}: group "{row.prompt.id}" has another prompt or record than at {members[0].where}; '

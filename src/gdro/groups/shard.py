@@ -19,8 +19,9 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.prompts import Prompt
 
-SETTINGS = ("guidance_scale", "max_sequence_length", "height", "width", "generator", "revision")
+SETTINGS = ("guidance_scale", "max_sequence_length", "generator", "revision")
 """Columns that hold one value throughout a store: training must use the same."""
+AXES = ["height", "width"]  # of one value throughout a group
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FIELDS: list[tuple[str, pa.DataType]] = [
@@ -73,6 +74,7 @@ class Shard:
     content: str  # digest of its images and latents
     groups: dict[str, int]  # group id -> number of images; the n-th group is the n-th row group
     prompts: dict[str, Prompt]
+    sizes: dict[str, tuple[int, int]]  # group id -> height and width of its images
     settings: dict[str, Any]
     text: dict[str, str]  # group id -> "file#key" of its text embeddings
     sampler: str | None  # None: images made elsewhere
@@ -107,7 +109,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def read_shard(path: Path) -> Shard:
     """Check a file's footer, schema and index. Raises UserError naming the file and what is wrong in it."""
-    light = ["image_id", "group_id", "index", "prompt_id", "record", "text", "sampler", *SETTINGS]
+    light = ["image_id", "group_id", "index", "prompt_id", "record", "text", "sampler", *AXES, *SETTINGS]
     with reading(path), open_parquet(path) as file:
         schema = file.schema_arrow
         if not schema.equals(SCHEMA):
@@ -121,6 +123,7 @@ def read_shard(path: Path) -> Shard:
         table = file.read(columns=light)
     groups: dict[str, int] = {}
     prompts: dict[str, Prompt] = {}
+    images: dict[str, tuple[int, int]] = {}
     text: dict[str, str] = {}
     start = 0
     for size in sizes:
@@ -130,7 +133,11 @@ def read_shard(path: Path) -> Shard:
         expected = [{"image_id": f"{group}/{i}", "group_id": group, "index": i} for i in range(size)]
         if rows != expected or group in groups:
             raise UserError(f'{path} does not hold group "{group}" whole, once and in order')
-        groups[group], text[group] = size, first["text"]
+        measured = {(row["height"], row["width"]) for row in table.slice(start, size).select(AXES).to_pylist()}
+        if len(measured) > 1:
+            told = " and ".join(f"{width}x{height}" for height, width in sorted(measured))
+            raise UserError(f'{path} has images of {told} in group "{group}"; expected one size throughout a group')
+        groups[group], text[group], images[group] = size, first["text"], measured.pop()
         record = json.loads(first["record"])
         prompts[group] = Prompt(record.pop("id"), record.pop("prompt"), record)
         start += size
@@ -143,7 +150,7 @@ def read_shard(path: Path) -> Shard:
             raise UserError(f"{path} has several values of {name} ({values[0]!r}, {values[1]!r}); expected one")
         settings[name] = values[0]
     sampler = settings.pop("sampler")
-    return Shard(path, content, groups, prompts, settings, text, sampler)
+    return Shard(path, content, groups, prompts, images, settings, text, sampler)
 
 
 def read_rows(path: Path, place: int, columns: Sequence[str]) -> pa.Table:

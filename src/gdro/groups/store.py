@@ -178,6 +178,10 @@ class GroupStore:
         """How many images the group has (K)."""
         return self._places[group_id][0].groups[group_id]
 
+    def image_size(self, group_id: str) -> tuple[int, int]:
+        """(height, width) of the group's images, in pixels."""
+        return self._places[group_id][0].sizes[group_id]
+
     def image_ids(self, group_id: str) -> list[str]:
         return [f"{group_id}/{i}" for i in range(self.size(group_id))]
 

@@ -41,14 +41,16 @@ def sample_groups(
 
     The noise of an image is a function of (seed, purpose, group, index), and a batch never crosses a shard: an
     interrupted job ends with the same bits, and another batch size or order of prompts changes rounding only. The same
-    store may be extended by appending prompts. Raises UserError, naming `label`'s field, if the store was begun with
-    other settings, prompts or weights, or if a setting does not suit the model. Stochastic steps draw likewise from
-    (seed, purpose, group, index, step); the trajectories go into the store.
+    store may be extended by appending prompts. Stochastic steps draw likewise from (seed, purpose, group, index, step);
+    the trajectories go into the store. A group's size, if there are several, is a function of (seed, group). Raises
+    UserError, naming `label`'s field, if the store was begun with other settings, prompts or weights, or if a setting
+    does not suit the model.
     """
     if not prompts:
         raise UserError(f"{label}.prompts: no prompt given; expected at least one")
     check_unique_ids(prompts, f"{label}.prompts")
-    model.scheduler(settings.scheduler, settings.num_inference_steps, settings.height, settings.width)
+    for height, width in settings.sizes:
+        model.scheduler(settings.scheduler, settings.num_inference_steps, height, width)
     begun = settings.model_dump(exclude={"batch_size", "prompts", "prompts_per_shard"})
     begun |= {"model": model.name, "weights": model.weights, "seed": seed, "purpose": purpose, "round": round}
     shards = _plan(begun, prompts, settings.prompts_per_shard, folder, label)
@@ -91,7 +93,11 @@ def make_shard(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> Non
     text = model.encode_text([prompt.text for prompt in job.prompts], settings.max_sequence_length)
     rows: list[ImageRow] = []
     paths: dict[str, list[Trajectory]] = {}
+    done: list[Made] = []
     for one in _images(settings, model, groups, text, job.seed, job.purpose, job.round):
+        done.append(one)
+        made()
+    for one in sorted(done, key=lambda one: (one.place, one.index)):
         row = ImageRow(
             group_id=groups[one.place],
             index=one.index,
@@ -103,8 +109,8 @@ def make_shard(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> Non
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
             max_sequence_length=settings.max_sequence_length,
-            height=settings.height,
-            width=settings.width,
+            height=one.image.height,
+            width=one.image.width,
             generator=model.name,
             revision=job.weights,
             round=job.round,
@@ -113,7 +119,6 @@ def make_shard(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> Non
         rows.append(row)
         if one.path is not None:
             paths.setdefault(row.group_id, []).append(one.path)
-        made()
     texts = {name: value.cpu() for name, value in text.items()}
     GroupWriter(job.folder).write_shard(
         job.number,
@@ -137,20 +142,22 @@ class Made:
 def _images(
     settings: Generation, model: FlowModel, groups: Sequence[str], text: Text, seed: int, purpose: str, round: int
 ) -> Iterator[Made]:
-    """Every image of `groups`, whose texts are `text`'s rows, group by group."""
-    height, width, steps = settings.height, settings.width, settings.num_inference_steps
-    shape = model.latent_shape(height, width)
-    jobs = [(place, index) for place in range(len(groups)) for index in range(settings.images_per_prompt)]
-    for start in range(0, len(jobs), settings.batch_size):
-        batch = jobs[start : start + settings.batch_size]
+    """Every image of `groups`, whose texts are `text`'s rows."""
+    for (height, width), batch in batches(settings, groups, seed):
+        shape = model.latent_shape(height, width)
 
-        def normal(*step: int, shared: bool = False, batch: list[tuple[int, int]] = batch) -> Tensor:
+        def normal(
+            *step: int,
+            shared: bool = False,
+            batch: list[tuple[int, int]] = batch,
+            shape: tuple[int, int] = shape,
+        ) -> Tensor:
             """Noise of each image of the batch, or of its group."""
             named = [(groups[place], 0 if shared else index) for place, index in batch]
             return torch.stack([torch.randn(shape, generator=torch_rng(seed, purpose, *n, *step)) for n in named])
 
         noise, texts = normal(shared=settings.shared_noise), _rows(text, [place for place, _ in batch])
-        scheduler = model.scheduler(settings.scheduler, steps, height, width)
+        scheduler = model.scheduler(settings.scheduler, settings.num_inference_steps, height, width)
         how: dict[str, Any] = {"guidance_scale": settings.guidance_scale, "height": height, "width": width}
         paths: Sequence[Trajectory | None]
         if settings.noise_level is None:
@@ -171,6 +178,23 @@ def _images(
         images = model.decode(latents, height, width)
         for (place, index), latent, image, path in zip(batch, latents.cpu(), images, paths, strict=True):
             yield Made(place, index, latent, image, path)
+
+
+def batches(
+    settings: Generation, groups: Sequence[str], seed: int
+) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
+    """((height, width), its (place of the group, index) pairs) of each batch: at most `batch_size`, of one size."""
+    sizes = [settings.sizes[_dealt(len(settings.sizes), seed, group)] for group in groups]
+    found = []
+    for size in dict.fromkeys(sizes):
+        places = [place for place in range(len(groups)) if sizes[place] == size]
+        jobs = [(place, index) for place in places for index in range(settings.images_per_prompt)]
+        found += [(size, jobs[i : i + settings.batch_size]) for i in range(0, len(jobs), settings.batch_size)]
+    return found
+
+
+def _dealt(sizes: int, seed: int, group: str) -> int:
+    return int(torch.randint(sizes, (), generator=torch_rng(seed, "size", group)))
 
 
 def _split(whole: Trajectory) -> list[Trajectory]:

@@ -1,7 +1,7 @@
 """How images are generated, as a user configures it."""
 
 import json
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -23,6 +23,9 @@ class Generation(BaseModel):
     max_sequence_length: int = Field(512, ge=1, le=512, description="Tokens of the text embedding.")
     height: int = Field(512, ge=1, description="Height of the images in pixels.")
     width: int = Field(512, ge=1, description="Width of the images in pixels.")
+    buckets: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = Field(
+        [], description="Further sizes [height, width]; each prompt is dealt one of these or height x width."
+    )
     scheduler: SchedulerName = Field(EULER, description="A deterministic flow scheduler of diffusers.")
     sampler: Literal["ode", "flow_grpo", "dance_grpo", "flow_cps"] = Field(
         "ode", description="ode: the scheduler's own steps; the others add noise in a window of steps, and keep it."
@@ -45,12 +48,25 @@ class Generation(BaseModel):
     batch_size: int = Field(16, ge=1, description="Images generated at once; more is faster until memory runs out.")
     prompts_per_shard: int = Field(16, ge=1, description="Prompts of one file; an interruption loses at most one file.")
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each size the prompts are dealt."""
+        return [(self.height, self.width), *((height, width) for height, width in self.buckets)]
+
     def deterministic(self, **update: Any) -> Self:
         """The same images by the ODE: as models are measured, whatever they learn from. `update` replaces fields."""
         fields = ("sampler", "noise_level", "window", "window_size", "window_start", "window_interval", "shared_noise")
         return self.model_copy(update={name: type(self).model_fields[name].default for name in fields} | update)
 
     # Each field below is checked against those above it; one that is wrong itself is missing from `info.data`.
+
+    @field_validator("buckets")
+    @classmethod
+    def _buckets(cls, buckets: list[list[int]], info: ValidationInfo) -> list[list[int]]:
+        sizes = [*buckets, [info.data.get("height"), info.data.get("width")]]
+        if any(size in sizes[:i] for i, size in enumerate(sizes)):
+            raise ValueError("each size once; height x width is one already")
+        return buckets
 
     @field_validator("sampler")
     @classmethod

@@ -3,7 +3,7 @@
 Features: forward objectives on noised images and trajectory objectives on stored sampling steps; any number of groups a
 step by gradient accumulation; EMA; exact resumption, in any round; validation that keeps the best checkpoint; stops at
 a target or a budget.
-Limits: one device; one prompt length and image size a store; the learning rate is constant.
+Limits: one device; one prompt length a store, one image size a group; the learning rate is constant.
 """
 
 import sys
@@ -78,9 +78,10 @@ def train(
     """Train an adapter on the store `groups` with the scores in the file `rewards`, to the end of the round.
 
     Writes `out`/metrics.jsonl and `out`/checkpoints. `sampling` holds the settings training and generation must share
-    (guidance_scale, max_sequence_length, height, width), and sampler and noise_level for trajectory objectives.
-    `validate(model, step)` returns figures of the model as it is: "corrected", or without a judge "reward", decides
-    which checkpoint is best. Raises UserError for bad input before any work, and if the loss stops being finite.
+    (guidance_scale, max_sequence_length; height, width and buckets), and for trajectory objectives sampler and
+    noise_level. `validate(model, step)` returns figures of the model as it is: "corrected", or without a judge
+    "reward", decides which checkpoint is best. Raises UserError for bad input before any work, and if the loss stops
+    being finite.
     """
     place = round or Round()
     learner, settings = prepare(config, model, groups, rewards, seed=seed, sampling=sampling, round=place)
@@ -209,18 +210,18 @@ def prepare(
     )
     if not visits.rewards and place.last is None:  # with rounds to come, this one merely teaches nothing
         raise UserError(f"{rewards}: all {len(scores)} groups are left out ({_reasons(visits)}); expected some spread")
-    height, width = store.settings["height"], store.settings["width"]
-    expected, found = model.latent_shape(height, width), tuple(store.latents(store.group_ids[0]).shape[1:])
-    if found != expected:
-        raise UserError(
-            f"model: {model.name} has latents {expected} at {width}x{height}, those in {groups} are {found}"
-        )
+    for (height, width), group in {store.image_size(group): group for group in store.group_ids}.items():
+        expected, found = model.latent_shape(height, width), tuple(store.latents(group).shape[1:])
+        if found != expected:
+            raise UserError(
+                f"model: {model.name} has latents {expected} at {width}x{height}, those in {groups} are {found}"
+            )
 
     if not place.number or not model.adapter():  # a later round's is the one in use, and gets a checkpoint's weights
         model.add_adapter(rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=seed)
     parameters = model.adapter()
     joined = Joined(stores)
-    geometry = {"guidance_scale": store.settings["guidance_scale"], "height": height, "width": width}
+    geometry = {"guidance_scale": store.settings["guidance_scale"]}
     learner = Learner(
         config=config,
         objective=objective,
@@ -299,6 +300,15 @@ def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
                 f"sample.{field}: {value!r}, but the groups in {store.folder} were made with "
                 f"{made[field]!r}; training must use the same"
             )
+    if "height" in sampling:
+        sizes = [[sampling["height"], sampling["width"]], *sampling.get("buckets", [])]
+        for group in store.group_ids:
+            height, width = store.image_size(group)
+            if [height, width] not in sizes:
+                raise UserError(
+                    f"sample.height, sample.width: {', '.join(f'{w}x{h}' for h, w in sizes)}, but group {group} in "
+                    f"{store.folder} is of {width}x{height}; training must use the same, or have it in sample.buckets"
+                )
 
 
 def _stochastic(store: GroupStore) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What each training step looks at. Every draw is a function of (seed, step, slot): nothing is carried along."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -143,6 +143,8 @@ def _useless(scores: Tensor, k: int, min_spread: float, max_mean: float | None) 
 class Groups(Protocol):
     """The part of groups.store.GroupStore that training reads."""
 
+    def image_size(self, group_id: str) -> tuple[int, int]: ...
+
     def latents(self, group_id: str) -> Tensor: ...
 
     def text(self, group_id: str) -> Text: ...
@@ -156,6 +158,9 @@ class Joined:
     def __init__(self, stores: Sequence[GroupStore]) -> None:
         self._store = {group: store for store in stores for group in store.group_ids}
 
+    def image_size(self, group_id: str) -> tuple[int, int]:
+        return self._store[group_id].image_size(group_id)
+
     def latents(self, group_id: str) -> Tensor:
         return self._store[group_id].latents(group_id)
 
@@ -164,6 +169,16 @@ class Joined:
 
     def trajectory(self, group_id: str) -> Trajectory:
         return self._store[group_id].trajectory(group_id)
+
+
+def of_one_size(visits: Sequence[Visit], groups: Groups, most: int) -> Iterator[Sequence[Visit]]:
+    """All of `visits`, at most `most` at a time and none together whose images have another size."""
+    by_size: dict[tuple[int, int], list[Visit]] = {}
+    for visit in visits:
+        by_size.setdefault(groups.image_size(visit.group), []).append(visit)
+    for some in by_size.values():
+        for first in range(0, len(some), most):
+            yield some[first : first + most]
 
 
 @dataclass(frozen=True)
@@ -214,6 +229,7 @@ class Batches:
         self._left = memory_bytes
 
     def of(self, visits: Sequence[Visit]) -> Batch:
+        """The batch of visits to groups of one size."""
         k = len(visits[0].images)
         data = [self._read(visit.group) for visit in visits]
         x0 = torch.stack([latents[visit.images] for visit, (latents, _) in zip(visits, data, strict=True)])

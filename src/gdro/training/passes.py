@@ -3,8 +3,10 @@
 What autograd keeps of a forward pass outweighs all else: gigabytes an image on a large model.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -33,7 +35,10 @@ def choose_portion(learner: Learner, before: Mapping[str, Any] | None = None) ->
     config, visits = learner.config, learner.visits.at(learner.done + 1)
     if config.group_gradient != "auto" or not visits:
         return given_portion(config)
-    batch = learner.batches.of(visits[:1])
+    size_of = learner.batches.groups.image_size
+    largest = max(learner.visits.rewards, key=lambda group: math.prod(size_of(group)))
+    batch = learner.batches.of([replace(visits[0], group=largest, images=torch.arange(config.k))])
+    learner = learner.at(largest)
     text = {name: value[:1] for name, value in batch.text.items()}
     weights = {weight.untyped_storage().data_ptr() for weight in learner.model.transformer.parameters()}
     each = saved_bytes(lambda: learner.velocity(batch.x0[0, :1], batch.t[0, :1, 0, 0], text), besides=weights)

@@ -13,7 +13,7 @@ from gdro.errors import UserError
 from gdro.models.base import FlowModel, Text
 from gdro.objectives.base import ForwardObjective, Noised, TrajectoryObjective, Transition, velocity_error
 from gdro.samplers.sde import STEPS, log_prob
-from gdro.training.batch import Batch, Batches, Visit, Visits
+from gdro.training.batch import Batch, Batches, Visit, Visits, of_one_size
 from gdro.training.config import TrainConfig
 from gdro.training.ema import Ema, carrying, ema_decay
 from gdro.training.reference import ReferenceErrors
@@ -38,7 +38,7 @@ class Learner:
     config: TrainConfig
     objective: ForwardObjective | TrajectoryObjective
     model: FlowModel
-    geometry: dict[str, Any]  # guidance_scale, height, width: as the groups were made
+    geometry: dict[str, Any]  # guidance_scale as the groups were made with; height and width once `at` a group
     parameters: dict[str, torch.nn.Parameter]
     visits: Visits
     batches: Batches
@@ -51,6 +51,11 @@ class Learner:
     noise_level: float
     done: int = 0  # steps before the round: at the next one the policy is still the one that sampled
     generator: Mapping[str, Tensor] | None = None  # the adapter that sampled the round; None: the base
+
+    def at(self, group: str) -> "Learner":
+        """The same for images of that group's size."""
+        height, width = self.batches.groups.image_size(group)
+        return replace(self, geometry=self.geometry | {"height": height, "width": width})
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
         return self.model.velocity(x_t, t, text, **self.geometry)
@@ -83,10 +88,10 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
     config = learner.config
     visits = learner.visits.at(step)
     ranked = sum(visit.ranked for visit in visits)
-    size = learner.portion.groups
     totals: dict[str, Tensor] = {}
-    for first in range(0, len(visits), size) if ranked else ():
-        figures = backward(learner, visits[first : first + size], ranked)
+    portions = of_one_size(visits, learner.batches.groups, learner.portion.groups)
+    for some in portions if ranked else ():
+        figures = backward(learner, some, ranked)
         totals = {name: totals[name] + value for name, value in figures.items()} if totals else figures
     if ranked:
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), config.max_grad_norm)
@@ -108,10 +113,11 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
 
 
 def backward(learner: Learner, visits: Sequence[Visit], ranked: int) -> dict[str, Tensor]:
-    """Add the gradient of sum over `visits` of loss / ranked; return the same sums of the figures.
+    """Add the gradient of sum over `visits`, of one size, of loss / ranked; return the same sums of the figures.
 
     A visit whose k rewards are all equal counts for nothing: it has no ranking and no best image.
     """
+    learner = learner.at(visits[0].group)
     if learner.objective.kind == "trajectory":
         return _backward_along(learner, learner.objective, visits, ranked)
     return _backward_noised(learner, learner.objective, visits, ranked)
@@ -275,8 +281,10 @@ def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -
         raise RuntimeError(
             f"the loss at step 1 is {figures['loss_rank']}, not {expected}: policy and reference differ at the start"
         )
+    visits = learner.visits.at(step)[:1]
+    learner = learner.at(visits[0].group)
     with torch.no_grad():
-        batch = learner.batches.of(learner.visits.at(step)[:1])
+        batch = learner.batches.of(visits)
         seen = noised(learner, batch, base=True, reference=None)
         with carrying(learner.model, {name: 2 * value.detach() for name, value in learner.parameters.items()}):
             again = noised(learner, batch, base=True, reference=None)
