@@ -16,7 +16,7 @@ from gdro.config import RunConfig, check_unchanged, save_config, saved_config
 from gdro.errors import UserError
 from gdro.files import discard
 from gdro.groups.store import GroupStore
-from gdro.models import check_model
+from gdro.models import check_compiler, check_model, check_quantisation
 from gdro.prompts import read_prompts, write_prompts
 from gdro.rewards.derived import DerivedReward, base_rewards, is_relative
 from gdro.rewards.store import read_header, read_rewards
@@ -46,8 +46,11 @@ def check(job: Run) -> None:
     if due is not None and due > prompts:
         raise UserError(f"rounds.prompts is {due}; expected at most the {prompts} of sample.prompts")
     if {"sample", "train", "evaluate"} & set(job.stages):
-        _ = job.device
         check_model(job.config.model)
+        if job.config.quantisation is not None:
+            check_quantisation(job.config.quantisation, job.device)
+        if job.config.compile:
+            check_compiler(job.device)
     _check_files(job)
     if not rescoring:
         _check_version(job, begun)

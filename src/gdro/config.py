@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gdro.errors import UserError, did_you_mean
 from gdro.evaluation.measure import EvaluateConfig
 from gdro.files import write_bytes
+from gdro.models.quantisation import Quantisation
 from gdro.stages.sample import SampleConfig
 from gdro.stages.score import ScoreConfig
 from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
@@ -24,6 +25,7 @@ KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
 # has begun.
 MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "device",
+    "compile",
     "sample.batch_size",
     "sample.prompts_per_shard",
     "score.workers",
@@ -47,6 +49,10 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, description="Everything random follows from it.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one.")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="Precision of the frozen weights.")
+    quantisation: Quantisation | None = Field(
+        None, description="Of the frozen weights: int8 or fp8 (torchao), nf4 (bitsandbytes, on a GPU), or null."
+    )
+    compile: bool = Field(False, description="Compile the transformer's blocks: minutes at first, then faster.")
     sample: SampleConfig
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()

@@ -180,7 +180,10 @@ class Run:
     @cached_property
     def model(self) -> FlowModel:
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
-        return load_model(self.config.model, device=self.device, dtype=dtype)
+        model = load_model(self.config.model, device=self.device, dtype=dtype, quantisation=self.config.quantisation)
+        if self.config.compile:
+            model.compile()
+        return model
 
     @cached_property
     def reward(self) -> Scorer:

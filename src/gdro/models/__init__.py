@@ -1,6 +1,16 @@
 """What predicts a velocity: one protocol (`base`), one file a family."""
 
 from gdro.models.base import FlowModel, Text
-from gdro.models.loading import check_model, load_model, model_revision
+from gdro.models.loading import check_compiler, check_model, load_model, model_revision
+from gdro.models.quantisation import Quantisation, check_quantisation
 
-__all__ = ["FlowModel", "Text", "check_model", "load_model", "model_revision"]
+__all__ = [
+    "FlowModel",
+    "Quantisation",
+    "Text",
+    "check_compiler",
+    "check_model",
+    "check_quantisation",
+    "load_model",
+    "model_revision",
+]

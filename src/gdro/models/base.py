@@ -44,6 +44,18 @@ class FlowModel(Protocol):
         """v_theta(x_t, t, c) with the adapter as it is now; x_t (n, tokens, channels), t (n,); float32 out."""
         ...
 
+    def compile(self) -> None:
+        """Compile the transformer's blocks (torch.compile): slow at first, faster afterwards, equal to rounding."""
+        ...
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Whether velocity() with gradient keeps little and computes the rest again in the backward pass."""
+        ...
+
+    def free(self) -> None:
+        """Take text encoders and VAE off the device until they are next used."""
+        ...
+
     def scheduler(self, name: str, num_inference_steps: int, height: int, width: int) -> Any:
         """A diffusers scheduler of class `name` with its timesteps set (resolution-dependent shift included)."""
         ...

@@ -24,8 +24,11 @@ from gdro.errors import UserError
 from gdro.models import lora
 from gdro.models.base import Text
 from gdro.models.loading import revision_of
+from gdro.models.quantisation import Quantisation, quantised
 from gdro.samplers.schedulers import flow_scheduler, resolution_shift
 
+# Of one function: with and without adapter, gradient and each number of images, and all over again in another LoRA.
+RECOMPILATIONS = 64
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
@@ -51,10 +54,20 @@ class DiffusersModel(ABC):
     text_parts: ClassVar[Mapping[str, Any]]  # tokenizers and text encoders by component name
     lora_presets: ClassVar[Mapping[str, str]]  # name: regular expression of layer names
 
-    def __init__(self, name: str, source: str, commit: str | None, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.name, self.device, self.dtype = name, device, dtype
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        commit: str | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantisation: Quantisation | None = None,
+    ) -> None:
+        self.name, self.device, self.dtype, self.quantisation = name, device, dtype, quantisation
         self._source, self._commit = source, commit
-        self.transformer = self._load(self.transformer_class, "transformer")
+        options = quantised(quantisation, dtype) if quantisation else {}
+        self.transformer = self._load(self.transformer_class, "transformer", **options)
         self._vae_config: dict[str, Any] = self._config(self.vae_class, "vae")
         self._scheduler_config: dict[str, Any] = self._config(diffusers.FlowMatchEulerDiscreteScheduler, "scheduler")
         self._adapter: dict[str, nn.Parameter] = {}
@@ -63,8 +76,9 @@ class DiffusersModel(ABC):
 
     @cached_property
     def revision(self) -> str:
-        """The Hub commit, or the digest of the transformer's weights."""
-        return revision_of(self._source, self._commit)
+        """The Hub commit, or the digest of the transformer's weights; and their quantisation."""
+        base = revision_of(self._source, self._commit)
+        return f"{base}-{self.quantisation}" if self.quantisation else base
 
     @property
     def weights(self) -> str:
@@ -133,6 +147,32 @@ class DiffusersModel(ABC):
         """The inverse of `_pack`."""
         return diffusers.FluxPipeline._unpack_latents(latents, height, width, self._scale)
 
+    # ---- memory and speed
+
+    def compile(self) -> None:
+        """Compile the transformer's blocks, each kind of them once, with and without the adapter."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+        for block in self._blocks():
+            block.compile()
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Whether a forward pass with gradient keeps each block's input only; the backward computes the rest again."""
+        if enabled:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
+
+    def free(self) -> None:
+        """Move text encoders and VAE from the device to the host's memory, until they are next used."""
+        for part in {"_own_text_pipeline", "_own_vae"} & set(vars(self)):
+            _moved(vars(self)[part], torch.device("cpu"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _blocks(self) -> list[nn.Module]:
+        lists = (part for part in self.transformer.children() if isinstance(part, nn.ModuleList))
+        return [block for blocks in lists for block in blocks]
+
     # ---- velocity
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
@@ -171,9 +211,17 @@ class DiffusersModel(ABC):
 
     # ---- text and images
 
-    @cached_property
+    @property
     def _text_pipeline(self) -> Any:
         """The pipeline with its text encoders alone."""
+        return _moved(self._own_text_pipeline, self.device)
+
+    @property
+    def _vae(self) -> Any:
+        return _moved(self._own_vae, self.device)
+
+    @cached_property
+    def _own_text_pipeline(self) -> Any:
         parts = {name: self._load(kind, name) for name, kind in self.text_parts.items()}
         return self.pipeline(scheduler=None, vae=None, transformer=None, **parts)
 
@@ -200,7 +248,7 @@ class DiffusersModel(ABC):
         return self._encode(pixels.to(self.device, self.dtype)).float()
 
     @cached_property
-    def _vae(self) -> Any:
+    def _own_vae(self) -> Any:
         return self._load(self.vae_class, "vae")
 
     @cached_property
@@ -266,9 +314,9 @@ class DiffusersModel(ABC):
 
     # ---- files
 
-    def _load(self, kind: Any, part: str) -> Any:
+    def _load(self, kind: Any, part: str, **options: Any) -> Any:
         """Component `part`, frozen and complete (a missing tensor would otherwise be drawn at random)."""
-        options: dict[str, Any] = {"subfolder": part, "revision": self._commit}
+        options |= {"subfolder": part, "revision": self._commit}
         if not issubclass(kind, nn.Module):
             return self._try(part, lambda: kind.from_pretrained(self._source, **options))
         options |= {"use_safetensors": True, "output_loading_info": True}
@@ -288,3 +336,11 @@ class DiffusersModel(ABC):
         except _LOAD_ERRORS as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"model: {self.name}: {part} cannot be loaded ({cause})") from None
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    """A model, or a pipeline and its models, on the device."""
+    for one in part.components.values() if isinstance(part, diffusers.DiffusionPipeline) else [part]:
+        if isinstance(one, nn.Module):
+            one.to(device)
+    return part

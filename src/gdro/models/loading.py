@@ -1,5 +1,6 @@
 """From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
 
+import importlib.util
 import json
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from gdro.errors import UserError
 from gdro.hub import digest, locate
 from gdro.models.base import FlowModel
+from gdro.models.quantisation import Quantisation, check_quantisation, hush
 
 FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
     "FluxPipeline": ("gdro.models.flux", "FluxModel"),
@@ -22,13 +24,18 @@ FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
 EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-forest-labs/FLUX.1-dev'
 
 
-def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowModel:
-    """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16).
+def load_model(
+    name: str, *, device: torch.device, dtype: torch.dtype, quantisation: Quantisation | None = None
+) -> FlowModel:
+    """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), its weights quantised.
 
     Text encoders and VAE are loaded when first used. Raises UserError if it is missing, of an unknown class, or
     without safetensors weights.
     """
     source, commit = check_model(name)
+    if quantisation is not None:
+        check_quantisation(quantisation, device)
+    hush()
     # These take seconds to import, which neither `--help` nor a misspelt name should cost.
     import diffusers
     import transformers
@@ -36,7 +43,7 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> FlowMo
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return family(name)(name, source, commit, device=device, dtype=dtype)
+    return family(name)(name, source, commit, device=device, dtype=dtype, quantisation=quantisation)
 
 
 def check_model(name: str) -> tuple[str, str | None]:
@@ -49,6 +56,22 @@ def check_model(name: str) -> tuple[str, str | None]:
     if kind not in FAMILIES:
         raise UserError(f"model: {name} is a {kind}; expected one of {', '.join(FAMILIES)}")
     return source, commit
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if torch.compile lacks what it compiles with."""
+    from torch._inductor import cpp_builder, exc  # takes seconds
+
+    if device.type != "cpu":
+        found, needed = importlib.util.find_spec("triton") is not None, "triton"
+    else:
+        needed = "a C++ compiler (g++, or another that CXX names)"
+        try:
+            found = bool(cpp_builder.get_cpp_compiler())
+        except exc.InvalidCxxCompiler:
+            found = False
+    if not found:
+        raise UserError(f"compile is true, which needs {needed}; there is none: expected false")
 
 
 def pipeline_class(name: str) -> str:

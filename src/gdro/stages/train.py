@@ -93,6 +93,7 @@ def train(
         _check_same(checkpoint, settings, place)
         _restore(learner, checkpoint)
         start, memory = checkpoint.step, checkpoint.memory
+    model.free()  # everything they would make is in the store
     learner.portion = choose_portion(learner, memory.get("portion"))
     if place.done:
         learner.generator = generator_weights(folder, place)
@@ -112,6 +113,8 @@ def train(
             cost = {"evaluations": {"sample": place.sampled, "train": spent}, "seconds": dict(place.seconds())}
             with learner.ema.swapped_in(model):
                 found = validate(model, step) if validate else {}
+            if validate:
+                model.free()
             log.write(step, found | cost, under="validation")
             return found
 
@@ -220,6 +223,7 @@ def prepare(
     if not place.number or not model.adapter():  # a later round's is the one in use, and gets a checkpoint's weights
         model.add_adapter(rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=seed)
     parameters = model.adapter()
+    model.checkpoint_activations(config.gradient_checkpointing)
     joined = Joined(stores)
     geometry = {"guidance_scale": store.settings["guidance_scale"]}
     learner = Learner(

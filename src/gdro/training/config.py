@@ -62,6 +62,9 @@ class TrainConfig(BaseModel):
         "forward pass an image more; auto: where a forward pass's groups do not fit in memory.",
     )
     images_per_pass: int | None = Field(None, ge=1, description="Images at a time in two_pass; null: one.")
+    gradient_checkpointing: bool = Field(
+        False, description="Keep little of a forward pass and compute it again in the backward: slower, less memory."
+    )
     timestep_fraction: float = Field(
         1.0,
         gt=0,
@@ -152,6 +155,7 @@ MAY_CHANGE = frozenset(
         "memory_gigabytes",
         "group_gradient",
         "images_per_pass",
+        "gradient_checkpointing",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "resume_from_checkpoint",

@@ -5,7 +5,7 @@ What autograd keeps of a forward pass outweighs all else: gigabytes an image on 
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,8 @@ def choose_portion(learner: Learner, before: Mapping[str, Any] | None = None) ->
     batch = learner.batches.of([replace(visits[0], group=largest, images=torch.arange(config.k))])
     learner = learner.at(largest)
     text = {name: value[:1] for name, value in batch.text.items()}
-    weights = {weight.untyped_storage().data_ptr() for weight in learner.model.transformer.parameters()}
+    parameters = learner.model.transformer.parameters()
+    weights = {storage.data_ptr() for weight in parameters for storage in _storages(weight)}
     each = saved_bytes(lambda: learner.velocity(batch.x0[0, :1], batch.t[0, :1, 0, 0], text), besides=weights)
     trained = sum(4 * weight.numel() for weight in learner.parameters.values())
     free = free_bytes(learner.model.device) - 3 * trained  # a gradient and AdamW's two moments
@@ -68,15 +69,24 @@ def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in besides:
-            found[storage.data_ptr()] = storage.nbytes()
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in besides:
+                found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()  # held until counted, or another tensor could take a freed one's address
     del kept
     return sum(found.values())
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """A quantised weight is made of several tensors."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
 
 
 def free_bytes(device: torch.device) -> int:

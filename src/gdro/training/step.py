@@ -281,7 +281,8 @@ def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -
         raise RuntimeError(
             f"the loss at step 1 is {figures['loss_rank']}, not {expected}: policy and reference differ at the start"
         )
-    visits = learner.visits.at(step)[:1]
+    # the same shape as the step had: another would be compiled anew, and pass or fail for itself
+    visits = next(of_one_size(learner.visits.at(step), learner.batches.groups, learner.portion.groups))
     learner = learner.at(visits[0].group)
     with torch.no_grad():
         batch = learner.batches.of(visits)

@@ -1,0 +1,40 @@
+"""Fewer bits for the frozen weights of a transformer: policy and reference share them, the LoRA stays float32."""
+
+import importlib.util
+import logging
+from typing import Any, Literal
+
+import torch
+
+from gdro.errors import UserError
+
+Quantisation = Literal["int8", "fp8", "nf4"]
+
+PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+
+def check_quantisation(kind: Quantisation, device: torch.device) -> None:
+    """Raise UserError if the package is missing, or the GPU that it needs."""
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        raise UserError(f'quantisation is "{kind}", which needs {PACKAGES[kind]}; pip install "gdro[quantisation]"')
+    if kind == "nf4" and device.type != "cuda":
+        raise UserError(f'quantisation is "nf4", which needs a GPU, but device is {device.type}; expected int8 or fp8')
+
+
+def quantised(kind: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
+    """What diffusers' `from_pretrained` takes to load a transformer so, all its linear layers; products in `dtype`."""
+    from diffusers import BitsAndBytesConfig, TorchAoConfig
+
+    if kind == "nf4":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return {"quantization_config": BitsAndBytesConfig(**settings)}
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+    return {"quantization_config": TorchAoConfig(config)}
+
+
+def hush() -> None:
+    """Keep what torchao and diffusers say, on import, of kernels and file formats that are not used here."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
