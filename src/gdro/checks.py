@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from gdro import distributed
 from gdro.config import RunConfig, check_unchanged, save_config, saved_config
 from gdro.errors import UserError
 from gdro.files import discard
@@ -34,12 +35,21 @@ SPLIT_OF_STAGE = {"sample": "train", "score": "train", "train": "validation", "e
 
 
 def check(job: Run) -> None:
-    """Refuse bad input; then note the configuration and the prompts in the run directory."""
-    begun = job.begun()
-    # scoring once more, with another reward, is no change of what was trained on
-    saved = saved_config(job.out) if begun else None
-    other_reward = saved is not None and saved.score.reward != job.config.score.reward
-    rescoring = job.stages == ["score"] and "train" in begun and other_reward
+    """Refuse bad input; then note the configuration and the prompts in the run directory.
+
+    Of several processes the first checks; each loads the model.
+    """
+    distributed.first(lambda: _check_input(job))
+    if "sample" in job.stages and not job.is_sampled():
+        _check_model(job)
+    distributed.first(lambda: _note(job))
+
+
+def _check_input(job: Run) -> None:
+    begun, rescoring = job.begun(), _is_rescoring(job)
+    processes, groups = distributed.size(), job.config.train.groups_per_step
+    if "train" in job.stages and groups % processes:
+        raise UserError(f"train.groups_per_step is {groups}; expected a multiple of the {processes} processes")
     check_unchanged(job.config, job.out, begun - {"train"} if rescoring else begun)
     _check_splits(job, begun)
     prompts, due = len(job.prompts["train"]), job.config.rounds.prompts
@@ -55,11 +65,22 @@ def check(job: Run) -> None:
     if not rescoring:
         _check_version(job, begun)
     _check_scorers(job)
-    if "sample" in job.stages and not job.is_sampled():
-        _check_model(job)
+
+
+def _is_rescoring(job: Run) -> bool:
+    """Whether this is scoring once more, with another reward: no change of what was trained on."""
+    begun = job.begun()
+    saved = saved_config(job.out) if begun else None
+    other_reward = saved is not None and saved.score.reward != job.config.score.reward
+    return job.stages == ["score"] and "train" in begun and other_reward
+
+
+def _note(job: Run) -> None:
+    begun = job.begun()
+    saved = saved_config(job.out) if begun else None
     if "train" not in begun and saved != job.config:
         discard(job.out / "validation")  # measured by what may have changed
-    if not rescoring:
+    if not _is_rescoring(job):
         save_config(job.config, job.out)
     for split in ("train", "validation", "test"):
         path = job.out / "prompts" / f"{split}.jsonl"

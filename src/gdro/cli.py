@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gdro import __version__
-from gdro.errors import UserError, did_you_mean
+from gdro.errors import LostProcess, UserError, did_you_mean
 
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
@@ -32,6 +32,9 @@ STAGES = {
 }
 
 
+DISTRIBUTED = ("run", "demo", *STAGES)  # commands that several processes can do together
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}")
@@ -44,11 +47,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        print("gdro:", *str(error).split(), *(f"({note})" for note in getattr(error, "__notes__", ())), file=sys.stderr)
+        if _speaks():
+            notes = (f"({note})" for note in getattr(error, "__notes__", ()))
+            print("gdro:", *str(error).split(), *notes, file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped", file=sys.stderr)
+        if _speaks():
+            print(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped", file=sys.stderr)
         return 130
+    except LostProcess as error:
+        if _speaks():
+            print(f"gdro: {error}; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        return 1
+    except Exception:
+        if _speaks():
+            raise
+        return 1
+
+
+def _several() -> bool:
+    """Whether torchrun or the like has started more processes than this one."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
+
+
+def _speaks() -> bool:
+    """Whether this process is the one to say why it ends: of several, the first that does."""
+    if not _several():
+        return True
+    from gdro.distributed import fails_first
+
+    return fails_first()
 
 
 def _quiet() -> None:
@@ -66,6 +94,9 @@ def _dispatch(argv: list[str]) -> int:
     parser, commands = _parsers()
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise UserError(f'unknown command "{argv[0]}"{did_you_mean(argv[0], commands)}')
+    if argv and argv[0] in commands and argv[0] not in DISTRIBUTED and _several():
+        found = os.environ["WORLD_SIZE"]
+        raise UserError(f"WORLD_SIZE is {found}, but gdro {argv[0]} is one process; expected it without a launcher")
     overrides: list[Override] = []
     if argv and argv[0] not in WITHOUT_FIELDS and argv[0] in commands:
         argv, overrides = _split(argv, commands[argv[0]])
@@ -223,12 +254,17 @@ def _demo(args: argparse.Namespace, overrides: list[Override]) -> None:
 
 
 def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[str]) -> None:
-    from gdro.config import load_config
+    from gdro import distributed
 
-    config = load_config(path, _checked(overrides, ["out"]))
-    from gdro.pipeline import run
+    with distributed.started():
+        from gdro.config import load_config
 
-    print(run(config, out, stages))
+        config = load_config(path, _checked(overrides, ["out"]))
+        from gdro.pipeline import run
+
+        lines = run(config, out, stages)
+        if distributed.is_first():
+            print(lines)
 
 
 def _import(args: argparse.Namespace, overrides: list[Override]) -> None:

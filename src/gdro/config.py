@@ -26,6 +26,7 @@ KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
 MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "device",
     "compile",
+    "distributed",
     "sample.batch_size",
     "sample.prompts_per_shard",
     "score.workers",
@@ -48,6 +49,9 @@ class RunConfig(BaseModel):
     model: str = Field("tiny", min_length=1, description='"tiny", a folder in diffusers\' layout, or a Hub id.')
     seed: int = Field(0, ge=0, description="Everything random follows from it.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one.")
+    distributed: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="Of several processes each has the whole model (ddp), or a share of its weights (fsdp)."
+    )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="Precision of the frozen weights.")
     quantisation: Quantisation | None = Field(
         None, description="Of the frozen weights: int8 or fp8 (torchao), nf4 (bitsandbytes, on a GPU), or null."
@@ -144,6 +148,9 @@ def _check_across(config: RunConfig) -> None:
             f'"{train.group_gradient}"; expected null, or two_pass',
         ),
     ]
+    for field, value in (("compile", config.compile), ("quantisation", config.quantisation)):
+        what = f'{field} is {show(value)}, but distributed is "fsdp", whose sharded weights exclude it'
+        refused.append((bool(value) and config.distributed == "fsdp", f"{what}; expected ddp, or {field} left out"))
     if rounds.train_steps is None:
         moving = config.sample.window in ("random", "sliding")
         what = f'sample.window is "{config.sample.window}", but rounds.train_steps is null, so there is one round'

@@ -1,4 +1,4 @@
-"""The one error a user can cause, and the hint that goes with a misspelt name."""
+"""The error a user can cause, the hint that goes with a misspelt name, and the loss of another process."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,6 +9,10 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class LostProcess(Exception):
+    """Another of the run's processes has ended, and has said why if it could. Exit code 1."""
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

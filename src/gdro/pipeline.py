@@ -4,7 +4,6 @@ Bad input is refused before the first stage starts (`checks`). Each stage goes o
 not done again. One process at a time works in a run directory.
 """
 
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import Any
 
 import torch
 
+from gdro import distributed
 from gdro.checks import check, check_sizes
 from gdro.config import RunConfig, check_unchanged, save_config
 from gdro.errors import UserError
-from gdro.evaluation.measure import measure
+from gdro.evaluation.measure import make_scored, measure
 from gdro.files import discard, sweep, write_json
 from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import GroupStore, discard_trajectories
 from gdro.models import FlowModel, check_model, load_model
-from gdro.progress import duration, interval
+from gdro.progress import duration, interval, say
 from gdro.prompts import Prompt, read_prompts, write_prompts
 from gdro.rewards.base import Judge
 from gdro.rewards.derived import Scorer
@@ -48,7 +48,7 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
         check(job)
         again = [stage for stage in stages if stage in ROUND]
         if "train" in again:
-            job.settle()
+            distributed.first(job.settle)
         while True:
             for stage in again:
                 job.do(stage)
@@ -56,7 +56,7 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
                 break
         for stage in stages[len(again) :]:
             job.do(stage)
-        job.summarise()
+        distributed.first(job.summarise)
         return job.outcome(stages[-1])
 
 
@@ -96,39 +96,48 @@ class Run:
         self.clock = Clock(out / "seconds.json")
 
     def do(self, stage: str) -> None:
-        """One stage, on the clock; of those of a round, that of the round at which the run stands."""
+        """One stage, on the clock; of those of a round, that of the round at which the run stands.
+
+        No process leaves it before all are done with it, so each finds the run directory as the others do.
+        """
         with self.clock.running(stage):
             getattr(self, stage)()
+            distributed.wait()
 
     # ---- stages
 
     def sample(self) -> None:
         number = self.round
         if number == 0 and self.is_sampled():
-            _say(f"sample: finished before, {self.groups}")
+            say(f"sample: finished before, {self.groups}")
             return
+        distributed.first(lambda: self._make_room(number))
+        if number:
+            self._carry(self._place(number))  # groups that other weights left there are refused
+        sample(self.config.sample, self.model, self.due(number), self.groups, seed=self.config.seed, round=number)
+
+    def _make_room(self, number: int) -> None:
+        """Delete what the round does not go on from."""
         over = number - self.config.rounds.keep  # a round never trained on again
         if over >= 0:
             discard_trajectories(self._folder(over) / "groups")
         if self._lacks_trajectories():  # the run went back to an earlier checkpoint
             discard(self.groups)
-        if number:
-            self._carry(self._place(number))  # groups that other weights left there are refused
-        sample(self.config.sample, self.model, self.due(number), self.groups, seed=self.config.seed, round=number)
 
     def score(self) -> None:
         if self.scores == self.imported and self.stages != ["score"]:  # asked for alone, the reward scores them too
-            _say(f"score: imported before, {self.imported}")
+            say(f"score: imported before, {self.imported}")
             return
         fit = not self.round
         score(self.config.score, self.reward, self.groups, self.scores.parent, standard=self.standard, fit=fit)
 
     def train(self) -> None:
         if self.is_trained():
-            _say(f"train: finished before, {self.checkpoints}")
+            say(f"train: finished before, {self.checkpoints}")
             return
-        for name in ("evaluation.json", "summary.json", "report.html"):  # they would speak of another adapter
-            (self.out / name).unlink(missing_ok=True)
+        if distributed.is_first():
+            for name in ("evaluation.json", "summary.json", "report.html"):  # they would speak of another adapter
+                (self.out / name).unlink(missing_ok=True)
         place = self._place(self.round)
         train(
             self.config.train,
@@ -144,9 +153,10 @@ class Run:
 
     def evaluate(self) -> None:
         if self.evaluation.exists():
-            _say(f"evaluate: finished before, {self.evaluation}")
+            say(f"evaluate: finished before, {self.evaluation}")
             return
-        self.model.load_adapter(self._export())  # what is measured is the file that is handed on
+        distributed.first(self._export)
+        self.model.load_adapter(self.adapter)  # what is measured is the file that is handed on
         evaluate(
             self.config.evaluate,
             self.model,
@@ -160,27 +170,41 @@ class Run:
         )
 
     def export(self) -> None:
-        self.summarise()  # its figures go into the model card
-        self._export()
+        if distributed.is_first():
+            self.summarise()  # its figures go into the model card
+            self._export()
 
     def report(self) -> None:
-        from gdro.stages.report import report
+        if distributed.is_first():
+            from gdro.stages.report import report
 
-        report(self.out, self._scores(0))
+            report(self.out, self._scores(0))
 
     # ---- what the stages share
 
     @cached_property
     def device(self) -> torch.device:
-        cuda = torch.cuda.is_available()
-        if self.config.device == "cuda" and not cuda:
+        gpus, local = torch.cuda.device_count(), distributed.local_size()
+        if self.config.device == "cuda" and not gpus:
             raise UserError('device is "cuda", but torch finds no GPU; expected "auto" or "cpu"')
-        return torch.device("cuda" if cuda and self.config.device != "cpu" else "cpu")
+        if not gpus or self.config.device == "cpu":
+            return torch.device("cpu")
+        if local > gpus:
+            raise UserError(
+                f"LOCAL_WORLD_SIZE is {local}, but torch finds {gpus} GPUs; expected a process each at most"
+            )
+        return torch.device("cuda", torch.cuda.current_device()) if local > 1 else torch.device("cuda")
 
     @cached_property
     def model(self) -> FlowModel:
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
-        model = load_model(self.config.model, device=self.device, dtype=dtype, quantisation=self.config.quantisation)
+        model = load_model(
+            self.config.model,
+            device=self.device,
+            dtype=dtype,
+            quantisation=self.config.quantisation,
+            sharded=self.config.distributed == "fsdp" and distributed.size() > 1,
+        )
         if self.config.compile:
             model.compile()
         return model
@@ -350,26 +374,33 @@ class Run:
 
     def _measure(self, model: FlowModel, step: int) -> dict[str, float]:
         folder = self.out / "validation" / f"step-{step:06d}"
-        for path in set(folder.parent.glob("step-*")) - {folder}:  # the last one's images are kept, to look at
-            discard(path)
-        sweep(folder.parent)
-        return measure(
-            self.config.evaluate,
+        if distributed.is_first():
+            for path in set(folder.parent.glob("step-*")) - {folder}:  # the last one's images are kept, to look at
+                discard(path)
+            sweep(folder.parent)
+        config, prompts, label = self.config.evaluate, self.prompts["validation"], f"validate step {step}"
+        rewards = make_scored(
+            config,
             model,
-            self.prompts["validation"],
+            prompts,
             self.measure,
-            self.judge,
             folder,
             seed=self.config.seed,
             generation=self.config.sample,
-            label=f"validate step {step}",
+            label=label,
             **self.scoring,
-        ).means()
+        )
+        at_once = self.config.score.batch_size
+        return distributed.first(
+            lambda: measure(
+                config, prompts, self.measure, self.judge, rewards, score_batch_size=at_once, label=label
+            ).means()
+        )
 
-    def _export(self) -> Path:
+    def _export(self) -> None:
         from gdro.stages.export import export  # diffusers takes seconds to import
 
-        return export(self.out, self.adapter)
+        export(self.out, self.adapter)
 
     # ---- results
 
@@ -435,7 +466,3 @@ def _resolve(field: str, spec: str) -> list[Prompt]:
         return read(spec)
     except UserError as error:
         raise UserError(f"{field}: {str(error).removeprefix('prompts: ')}") from None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

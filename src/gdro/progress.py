@@ -1,6 +1,7 @@
 """Progress, rate and time left: a bar on a terminal, plain lines in a log.
 
-Both go to stderr. The rate counts only this session's work, so it stays honest after a resumption.
+Both go to stderr, from the first of several processes only. The rate counts only this session's work, so it stays
+honest after a resumption.
 """
 
 import sys
@@ -11,9 +12,17 @@ from typing import Self
 
 from tqdm import tqdm
 
+from gdro import distributed
+
 LINE_EVERY_SECONDS = 10.0
 LINE_EVERY_SHARE = 0.1
 LINE_AT_MOST_SECONDS = 1.0
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, once for all processes."""
+    if distributed.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -31,12 +40,12 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = self._line_time = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and distributed.is_first():
             self._bar = tqdm(
                 desc=self.label, total=self.total, initial=self.done, unit=self.unit, dynamic_ncols=True, leave=True
             )
         elif self.done:
-            self._print(f"{self.label}: {self.done}/{self.total} {self.unit} done before, going on")
+            say(f"{self.label}: {self.done}/{self.total} {self.unit} done before, going on")
         return self
 
     def advance(self, n: int = 1, **values: float) -> None:
@@ -53,7 +62,7 @@ class Progress:
         further = self.done - self._at_line >= LINE_EVERY_SHARE * self.total and waited >= LINE_AT_MOST_SECONDS
         if waited >= LINE_EVERY_SECONDS or further or self.done >= self.total:
             self._line_time, self._at_line = now, self.done
-            self._print(self._line(now))
+            say(self._line(now))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -69,10 +78,6 @@ class Progress:
         share = 100 * self.done / self.total if self.total else 100.0
         values = "".join(f", {k} {v:.4g}" for k, v in self._values.items())
         return f"{self.label}: {self.done}/{self.total} {self.unit} ({share:.0f} %), {shown}, {left} left{values}"
-
-    @staticmethod
-    def _print(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
 
 def interval(ends: Sequence[float | None], digits: int = 3) -> str:

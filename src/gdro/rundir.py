@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import write_json
 
@@ -17,7 +18,13 @@ HEARTBEAT_SECONDS = 5.0
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the run directory; the system lets go of it when the process ends, however it ends."""
+    """Hold the run directory; the system lets go of it when the process ends, however it ends.
+
+    Of several processes the first holds it for all.
+    """
+    if not distributed.is_first():
+        yield
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")  # noqa: SIM115 (closed below; held until then)
@@ -81,6 +88,8 @@ class Clock:
             change()
 
     def _note(self) -> None:
+        if not distributed.is_first():
+            return
         with suppress(UserError):  # a full disk will be told of by the stage itself
             write_json(self.path, self.seconds)
 

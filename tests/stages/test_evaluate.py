@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gdro.errors import UserError
-from gdro.evaluation.measure import EvaluateConfig, Measured, measure
+from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
 from gdro.evaluation.signs import THRESHOLDS
 from gdro.groups.store import GroupStore
 from gdro.prompts import Prompt
@@ -94,7 +94,8 @@ def test_base_and_tuned_share_seeds_and_everything_is_written(flux: Any, tmp_pat
     # the adapter switched off and on again is the same model: base images are the untuned model's own
     flux_base = tmp_path / "again"
     with model.adapter_disabled():
-        again = measure(CONFIG, model, PROMPTS, Redness(), None, flux_base, seed=3, generation=GENERATION)
+        rewards = make_scored(CONFIG, model, PROMPTS, Redness(), flux_base, seed=3, generation=GENERATION)
+    again = measure(CONFIG, PROMPTS, Redness(), None, rewards)
     np.testing.assert_array_equal(again.reward, base)
     means = again.means()
     assert means["reward"] == pytest.approx(base.mean())

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.evaluation.signs import image_signs
 from gdro.evaluation.statistics import AXES, corrected_axes, corrected_score
@@ -90,12 +91,11 @@ class Measured:
         return {name: float(np.nanmean(v)) for name, v in values.items() if np.isfinite(v).any()}
 
 
-def measure(
+def make_scored(
     config: EvaluateConfig,
     model: FlowModel,
     prompts: Sequence[Prompt],
     reward: Scorer,
-    judge: Judge | None,
     folder: Path,
     *,
     seed: int,
@@ -104,22 +104,22 @@ def measure(
     score_batch_size: int = 64,
     standard: Path | None = None,
     label: str = "evaluate",
-) -> Measured:
-    """Generate (by the ODE), score and judge images of `prompts` by the model as it is now; resumable, images kept.
+) -> Path:
+    """Generate (by the ODE) and score images of `prompts` by the model as it is now; returns the file of rewards.
 
-    The noise depends on (seed, prompt id, image index) only, so any two models are measured on the same seeds.
-    Images that other weights left in `folder` are removed first. Raises UserError for a judge's or
-    reward's wrong output.
+    Several processes share the work; resumable, images kept in `folder`. The noise depends on (seed, prompt id, image
+    index) only, so any two models are measured on the same seeds. Images that other weights left are removed first.
+    Raises UserError for a reward's wrong output.
     """
-    _discard_other_weights(folder, model)
+    if distributed.is_first():
+        _discard_other_weights(folder, model)
     settings = generation.deterministic(
         images_per_prompt=config.images_per_prompt,
         num_inference_steps=config.num_inference_steps,
         batch_size=config.batch_size,
     )
     sample_groups(settings, model, prompts, folder, seed=seed, purpose="evaluation", label=label)
-    store = GroupStore(folder)
-    path = score_groups(
+    return score_groups(
         reward,
         folder,
         folder / "rewards",
@@ -127,7 +127,24 @@ def measure(
         batch_size=score_batch_size,
         standard=standard,
     )
-    scores, evidence = read_rewards(path, store), read_evidence(path)
+
+
+def measure(
+    config: EvaluateConfig,
+    prompts: Sequence[Prompt],
+    reward: Scorer,
+    judge: Judge | None,
+    rewards: Path,
+    *,
+    score_batch_size: int = 64,
+    label: str = "evaluate",
+) -> Measured:
+    """Judge the images that `make_scored` left, `rewards` being the file it returned, and put all figures together.
+
+    The work of one process. Raises UserError for a judge's wrong output.
+    """
+    store = GroupStore(rewards.parent.parent)
+    scores, evidence = read_rewards(rewards, store), read_evidence(rewards)
     axes = {axis: np.full((len(prompts), config.images_per_prompt), np.nan) for axis in AXES}
     signs: dict[str, list[np.ndarray]] = {}
     boxed = all("lines" in found for found in evidence.values())

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.models import lora
 from gdro.models.base import Text
@@ -63,11 +64,15 @@ class DiffusersModel(ABC):
         device: torch.device,
         dtype: torch.dtype,
         quantisation: Quantisation | None = None,
+        sharded: bool = False,
     ) -> None:
         self.name, self.device, self.dtype, self.quantisation = name, device, dtype, quantisation
         self._source, self._commit = source, commit
         options = quantised(quantisation, dtype) if quantisation else {}
-        self.transformer = self._load(self.transformer_class, "transformer", **options)
+        whole = torch.device("cpu") if sharded else device
+        self.transformer = self._load(self.transformer_class, "transformer", whole, **options)
+        if sharded:
+            distributed.shard(self.transformer, self._blocks(), device)
         self._vae_config: dict[str, Any] = self._config(self.vae_class, "vae")
         self._scheduler_config: dict[str, Any] = self._config(diffusers.FlowMatchEulerDiscreteScheduler, "scheduler")
         self._adapter: dict[str, nn.Parameter] = {}
@@ -314,7 +319,7 @@ class DiffusersModel(ABC):
 
     # ---- files
 
-    def _load(self, kind: Any, part: str, **options: Any) -> Any:
+    def _load(self, kind: Any, part: str, device: torch.device | None = None, **options: Any) -> Any:
         """Component `part`, frozen and complete (a missing tensor would otherwise be drawn at random)."""
         options |= {"subfolder": part, "revision": self._commit}
         if not issubclass(kind, nn.Module):
@@ -325,7 +330,7 @@ class DiffusersModel(ABC):
         missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
         if missing:
             raise UserError(f"model: {self.name}: {part} lacks {len(missing)} weights ({min(missing)}, ...)")
-        return model.eval().requires_grad_(False).to(self.device)
+        return model.eval().requires_grad_(False).to(device or self.device)
 
     def _config(self, kind: Any, part: str) -> Any:
         return self._try(part, lambda: kind.load_config(self._source, subfolder=part, revision=self._commit))

@@ -25,9 +25,16 @@ EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-
 
 
 def load_model(
-    name: str, *, device: torch.device, dtype: torch.dtype, quantisation: Quantisation | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantisation: Quantisation | None = None,
+    sharded: bool = False,
 ) -> FlowModel:
     """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), its weights quantised.
+
+    `sharded`: the transformer is spread over the devices of all processes, which call this together.
 
     Text encoders and VAE are loaded when first used. Raises UserError if it is missing, of an unknown class, or
     without safetensors weights.
@@ -43,7 +50,7 @@ def load_model(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return family(name)(name, source, commit, device=device, dtype=dtype, quantisation=quantisation)
+    return family(name)(name, source, commit, device=device, dtype=dtype, quantisation=quantisation, sharded=sharded)
 
 
 def check_model(name: str) -> tuple[str, str | None]:

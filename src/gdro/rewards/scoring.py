@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import write_json
 from gdro.groups.shard import Shard, pieces
@@ -43,6 +44,8 @@ def score_groups(
 
     `workers` 0 is a process a core, fewer for few images, if the reward may be run so (`parallel`), else one in all.
 
+    Several processes share the files of groups; the first joins what they leave.
+
     A rerun scores what is missing: after an interruption the unfinished files of groups, after an extension the new
     ones, with another version of the reward everything. Raises UserError if the store is damaged, a prompt does not
     suit the reward, or an image cannot be scored.
@@ -58,7 +61,8 @@ def score_groups(
     header = Header(reward.name, reward.version, store.contents)
     before = read_header(path) if path.exists() else Header(reward.name, "", {})
     if before == header:
-        shutil.rmtree(parts, ignore_errors=True)
+        if distributed.is_first():
+            shutil.rmtree(parts, ignore_errors=True)
         return path
 
     old_places = {}
@@ -66,26 +70,36 @@ def score_groups(
         for place, (name, content) in enumerate(before.contents.items()):
             if header.contents.get(name) == content:
                 old_places[name] = place
-    left = [s for s in store.shards if s.path.name not in old_places and not _is_done(parts, reward, s)]
-    total = sum(store.size(group) for group in store.group_ids)
-    done = total - sum(sum(shard.groups.values()) for shard in left)
+
+    def missing() -> list[str]:
+        done = old_places.keys() | {s.path.name for s in store.shards if _is_done(parts, reward, s)}
+        return [shard.path.name for shard in store.shards if shard.path.name not in done]
+
+    names = distributed.first(missing)
+    images = {shard.path.name: sum(shard.groups.values()) for shard in store.shards}
+    own = [shard for shard in store.shards if shard.path.name in distributed.mine(names)]
+    total = sum(images[shard.path.name] for shard in own)
+    done = sum(images.values()) - sum(images[name] for name in names)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or (min(cores, total // PER_PROCESS) if reward.parallel else 1)
-    with Progress(f"score {reward.name}", total, "img", done) as progress:
+    workers = workers or (min(cores // distributed.local_size(), total // PER_PROCESS) if reward.parallel else 1)
+    with Progress(distributed.of_first(f"score {reward.name}"), done + total, "img", done) as progress:
 
         def scored(values: np.ndarray) -> None:
             progress.advance(len(values), **_mean(values))
 
-        score_files(reward, left, parts, scored, workers=workers, batch_size=batch_size)
+        score_files(reward, own, parts, scored, workers=workers, batch_size=batch_size)
+    distributed.wait()
 
     def tables() -> Iterator[pa.Table]:
         for shard in store.shards:
             name = shard.path.name
             yield read_scored(path, old_places[name]) if name in old_places else read_scored(parts / name, 0)
 
-    write_rewards(path, header, tables())
-    shutil.rmtree(parts, ignore_errors=True)
-    _tell_missing(path, store)
+    if distributed.is_first():
+        write_rewards(path, header, tables())
+        shutil.rmtree(parts, ignore_errors=True)
+        _tell_missing(path, store)
+    distributed.wait()
     return path
 
 
@@ -119,7 +133,7 @@ def _derive(
     """Combine the terms' files; the evidence of an image is its terms' own scores."""
     scores = [{group: r.numpy() for group, r in read_rewards(path, store).items()} for path in paths]
     constants = reward.constants(scores) if fit or not reward.standardises else _read_constants(reward, standard)
-    if fit and standard is not None:
+    if fit and standard is not None and distributed.is_first():
         write_json(standard, {**(read_json(standard) or {}), reward.version: constants})  # other sums keep theirs
     combined = reward.combined(scores, constants)
     header = Header(reward.name, reward.version, store.contents)
@@ -136,7 +150,9 @@ def _derive(
             yield rewards_table(_part_header(reward, shard), ids, Scores(values, evidence))
 
     path = out / f"{reward.name}.parquet"
-    write_rewards(path, header, tables())
+    if distributed.is_first():
+        write_rewards(path, header, tables())
+    distributed.wait()
     return path
 
 

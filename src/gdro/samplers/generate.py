@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import fingerprint, sweep, write_json
 from gdro.groups.store import GroupWriter, ImageRow, Trajectory
 from gdro.models.base import FlowModel, Text
-from gdro.progress import Progress
+from gdro.progress import Progress, say
 from gdro.prompts import Prompt, check_unique_ids
 from gdro.rng import torch_rng
 from gdro.samplers.ode import generate
@@ -42,9 +43,9 @@ def sample_groups(
     The noise of an image is a function of (seed, purpose, group, index), and a batch never crosses a shard: an
     interrupted job ends with the same bits, and another batch size or order of prompts changes rounding only. The same
     store may be extended by appending prompts. Stochastic steps draw likewise from (seed, purpose, group, index, step);
-    the trajectories go into the store. A group's size, if there are several, is a function of (seed, group). Raises
-    UserError, naming `label`'s field, if the store was begun with other settings, prompts or weights, or if a setting
-    does not suit the model.
+    the trajectories go into the store. A group's size, if there are several, is a function of (seed, group). Several
+    processes share the files. Raises UserError, naming `label`'s field, if the store was begun with other settings,
+    prompts or weights, or if a setting does not suit the model.
     """
     if not prompts:
         raise UserError(f"{label}.prompts: no prompt given; expected at least one")
@@ -53,20 +54,50 @@ def sample_groups(
         model.scheduler(settings.scheduler, settings.num_inference_steps, height, width)
     begun = settings.model_dump(exclude={"batch_size", "prompts", "prompts_per_shard"})
     begun |= {"model": model.name, "weights": model.weights, "seed": seed, "purpose": purpose, "round": round}
-    shards = _plan(begun, prompts, settings.prompts_per_shard, folder, label)
+    _check_weights(model)
 
-    sweep(folder)
-    writer = GroupWriter(folder)
+    def missing() -> list[tuple[int, int, int]]:
+        """(number, first prompt, the one after its last) of each file that is not there."""
+        ends = _plan(begun, prompts, settings.prompts_per_shard, folder, label)
+        sweep(folder)
+        writer = GroupWriter(folder)
+        return [(i, start, end) for i, (start, end) in enumerate(pairwise([0, *ends])) if not writer.has_shard(i)]
+
+    left = distributed.first(missing)
     jobs = [
-        ShardJob(folder, i, tuple(shard), settings, begun["weights"], seed, purpose, round)
-        for i, shard in enumerate(shards)
-        if not writer.has_shard(i)
+        ShardJob(folder, i, tuple(prompts[start:end]), settings, begun["weights"], seed, purpose, round)
+        for i, start, end in distributed.mine(left)
     ]
-    images = settings.images_per_prompt
-    done = len(prompts) - sum(len(job.prompts) for job in jobs)
-    with Progress(label, len(prompts) * images, "img", done * images) as progress:
+    images, processes = settings.images_per_prompt, distributed.size()
+    if 0 < len(left) < processes:
+        say(f"{label}: {len(left)} files for {processes} processes; a smaller sample.prompts_per_shard keeps all busy")
+    done = images * (len(prompts) - sum(end - start for _, start, end in left))
+    own = images * sum(len(job.prompts) for job in jobs)
+    idle = _batches_short(jobs) if distributed.is_sharded(model.transformer) else 0
+    with Progress(distributed.of_first(label), done + own, "img", done) as progress:
         for job in jobs:
             make_shard(job, model, progress.advance)
+    one = settings.model_copy(update={"images_per_prompt": 1})
+    for _ in range(idle):
+        list(_images(one, model, ["idle"], model.encode_text([""], settings.max_sequence_length), seed, "idle", round))
+    distributed.wait()
+
+
+def _check_weights(model: FlowModel) -> None:
+    """Raise UserError unless all processes have the same model, adapter included."""
+    found = distributed.gather(model.weights)
+    for place, weights in enumerate(found):
+        if weights != found[0]:
+            raise UserError(
+                f"model: {model.name} has the weights {weights} in process {place}, {found[0]} in the first; expected "
+                "the same files and the same kind of device everywhere"
+            )
+
+
+def _batches_short(jobs: Sequence["ShardJob"]) -> int:
+    """How many batches fewer than another process this one makes: a sharded model computes in all or in none."""
+    made = distributed.gather(sum(len(batches(job.settings, job.groups, job.seed)) for job in jobs))
+    return max(made) - made[distributed.rank()]
 
 
 @dataclass(frozen=True)
@@ -82,14 +113,17 @@ class ShardJob:
     purpose: str
     round: int
 
+    @property
+    def groups(self) -> list[str]:
+        return [group_id(prompt, self.round) for prompt in self.prompts]
+
 
 def make_shard(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> None:
     """Make the images of a file of groups and write it, whole or not at all; `made()` is called after each image.
 
     The same job gives the same bits on any machine of the same kind, whatever else is being made there.
     """
-    settings = job.settings
-    groups = [group_id(prompt, job.round) for prompt in job.prompts]
+    settings, groups = job.settings, job.groups
     text = model.encode_text([prompt.text for prompt in job.prompts], settings.max_sequence_length)
     rows: list[ImageRow] = []
     paths: dict[str, list[Trajectory]] = {}
@@ -231,8 +265,8 @@ def group_id(prompt: Prompt, round: int) -> str:
 
 def _plan(
     begun: dict[str, Any], prompts: Sequence[Prompt], prompts_per_shard: int, folder: Path, label: str
-) -> list[Sequence[Prompt]]:
-    """The prompts of each shard: those the store was begun with as they were, then any new ones."""
+) -> list[int]:
+    """Where each file's prompts end: those the store was begun with as they were, then any new ones."""
     path = folder / STARTED
     filled = folder.is_dir() and any(folder.glob("*.parquet"))
     if filled and not path.exists():
@@ -259,7 +293,7 @@ def _plan(
                 "expected the same ones first"
             )
     write_json(path, {"settings": begun, "shards": plan})
-    return shards
+    return list(accumulate(len(shard) for shard in shards))
 
 
 def _begun(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,12 +1,14 @@
 """Stage 4: base and tuned on the same held-out prompts and seeds; writes `evaluation.json`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gdro.evaluation.measure import EvaluateConfig, Measured, measure
+from gdro import distributed
+from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
 from gdro.evaluation.signs import compare_signs, verdict
 from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means
 from gdro.files import write_json
@@ -43,23 +45,26 @@ def evaluate(
     reward.check(prompts)
     if judge is not None:
         judge.check(prompts)
-    (out / "evaluation.json").unlink(missing_ok=True)  # an older one's images are about to be replaced
-    scoring: dict[str, Any] = {
-        "score_workers": score_workers,
-        "score_batch_size": score_batch_size,
-        "standard": standard,
-    }
-    sides = {}
-    with model.adapter_disabled():
-        sides["base"] = measure(
-            config, model, prompts, reward, judge, out / "evaluation" / "base",
-            seed=seed, generation=sample_config, label="evaluate base", **scoring,
-        )  # fmt: skip
-    sides["tuned"] = measure(
-        config, model, prompts, reward, judge, out / "evaluation" / "tuned",
-        seed=seed, generation=sample_config, label="evaluate tuned", **scoring,
-    )  # fmt: skip
-    evaluation = {
+    if distributed.is_first():
+        (out / "evaluation.json").unlink(missing_ok=True)  # an older one's images are about to be replaced
+    rewards = {}
+    for side in ("base", "tuned"):
+        with model.adapter_disabled() if side == "base" else nullcontext():
+            rewards[side] = make_scored(
+                config,
+                model,
+                prompts,
+                reward,
+                out / "evaluation" / side,
+                seed=seed,
+                generation=sample_config,
+                score_workers=score_workers,
+                score_batch_size=score_batch_size,
+                standard=standard,
+                label=f"evaluate {side}",
+            )
+
+    about = {
         "model": model.name,
         "revision": model.revision,
         "weights": model.weights,
@@ -73,12 +78,24 @@ def evaluate(
         "guidance_scale": sample_config.guidance_scale,
         "scheduler": sample_config.scheduler,
         "bootstrap_samples": config.bootstrap_samples,
-        **compare_measured(sides["base"], sides["tuned"], samples=config.bootstrap_samples, seed=seed),
     }
-    if sides["base"].verdicts:
-        evaluation["geneval"] = geneval_section(prompts, sides)
-    write_json(out / "evaluation.json", evaluation)
-    return evaluation
+
+    def compared() -> dict[str, Any]:
+        sides = {
+            side: measure(
+                config, prompts, reward, judge, path, score_batch_size=score_batch_size, label=f"evaluate {side}"
+            )
+            for side, path in rewards.items()
+        }
+        evaluation = about | compare_measured(
+            sides["base"], sides["tuned"], samples=config.bootstrap_samples, seed=seed
+        )
+        if sides["base"].verdicts:
+            evaluation["geneval"] = geneval_section(prompts, sides)
+        write_json(out / "evaluation.json", evaluation)
+        return evaluation
+
+    return distributed.first(compared)
 
 
 def compare_measured(base: Measured, tuned: Measured, *, samples: int, seed: int) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 Features: forward objectives on noised images and trajectory objectives on stored sampling steps; any number of groups a
 step by gradient accumulation; EMA; exact resumption, in any round; validation that keeps the best checkpoint; stops at
-a target or a budget.
-Limits: one device; one prompt length a store, one image size a group; the learning rate is constant.
+a target or a budget; several processes, which share the groups of each step.
+Limits: one prompt length a store, one image size a group; the learning rate is constant.
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import fingerprint, sweep
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
-from gdro.progress import Progress
+from gdro.progress import Progress, say
 from gdro.rewards.store import read_rewards
 from gdro.rundir import read_json
 from gdro.samplers.generate import STARTED
@@ -103,8 +103,10 @@ def train(
     validate = validate if config.validation_steps else None
     images, checked = config.groups_per_step * config.k, bool(place.number)
     until = config.max_train_steps if place.last is None else place.last
-    sweep(folder)
-    mark_best(folder, best)
+    distributed.wait()  # all have read the checkpoint
+    if distributed.is_first():
+        sweep(folder)
+        mark_best(folder, best)
 
     log = MetricsLog(out / "metrics.jsonl", resumed=start if checkpoint else None, report_to=config.report_to)
     with log, Progress(_label(place), until, "step", done=start) as progress:
@@ -121,9 +123,9 @@ def train(
         if validate and not start:
             validated(0)
         for step in range(start + 1, until + 1):
-            began, before = time.perf_counter(), model.evaluations
+            began = time.perf_counter()
             figures = train_step(learner, step)
-            spent += model.evaluations - before
+            spent += int(figures.pop("evaluations"))
             ringing = alarm.update(step, figures["drift_best"], figures["error_best"]) if "error_best" in figures else 0
             seconds = time.perf_counter() - began
             speed = {"images_per_second": images / seconds, "seconds": seconds, "alarm": bool(ringing)}
@@ -141,26 +143,28 @@ def train(
                 if config.target_reward is not None and found["reward"] >= config.target_reward:
                     reason = reason or "target_reward"
             if reason or step == until or improved or step % config.checkpointing_steps == 0:
-                log.sync()
-                mark_best(folder, best)
-                if reason:
-                    mark_stopped(folder, step, reason, config)
-                save_checkpoint(
-                    folder,
-                    step,
-                    adapter=learner.parameters,
-                    ema=learner.ema.weights,
-                    optimizer=optimizer_tensors(learner.optimizer, list(learner.parameters)),
-                    settings=settings,
-                    memory={
-                        "best": best,
-                        "alarm": {"window": list(alarm.window), "on": alarm.on},
-                        "evaluations": spent,
-                        "portion": asdict(learner.portion),
-                    },
-                )
-                needed = {best["step"] if best else None, place.done}
-                prune_checkpoints(folder, limit=config.checkpoints_total_limit, needed=needed)
+                remembered = {
+                    "best": best,
+                    "alarm": {"window": list(alarm.window), "on": alarm.on},
+                    "evaluations": spent,
+                    "portion": asdict(learner.portion),
+                }
+                if distributed.is_first():
+                    log.sync()
+                    mark_best(folder, best)
+                    if reason:
+                        mark_stopped(folder, step, reason, config)
+                    save_checkpoint(
+                        folder,
+                        step,
+                        adapter=learner.parameters,
+                        ema=learner.ema.weights,
+                        optimizer=optimizer_tensors(learner.optimizer, list(learner.parameters)),
+                        settings=settings,
+                        memory=remembered,
+                    )
+                    needed = {best["step"] if best else None, place.done}
+                    prune_checkpoints(folder, limit=config.checkpoints_total_limit, needed=needed)
             progress.advance(1, **{name: figures[name] for name in ("loss", "drift_best", "kl") if name in figures})
             if reason:
                 return
@@ -269,11 +273,10 @@ def prepare(
         "groups": fingerprint([one.contents for one in stores] if place.kept else store.contents),
         "rewards": fingerprint({group: values.tolist() for group, values in scores.items()}),
     }
-    print(
+    say(
         f"{_label(place)}: {len(visits.rewards)} groups, {visits.excluded.total()} left out ({_reasons(visits)}); "
         f"{config.groups_per_step} groups x {config.k} images a step, "
-        f"{sum(p.numel() for p in parameters.values())} parameters",
-        file=sys.stderr,
+        f"{sum(p.numel() for p in parameters.values())} parameters"
     )
     return learner, settings
 

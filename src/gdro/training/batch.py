@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -32,6 +32,16 @@ class Visit:
     def ranked(self) -> bool:
         """False if all k rewards are equal: such a visit says nothing, and has no best image either."""
         return bool(self.rewards[0] > self.rewards[-1])
+
+
+def dealt(visits: Sequence[Visit], process: int, processes: int) -> list[Visit]:
+    """A process's share of a step's visits: whole groups, and as many for each process.
+
+    Where the visits run short a process gets one that counts for nothing, so that all make the same passes.
+    """
+    own = list(visits[process::processes])
+    blank = replace(visits[0], rewards=torch.zeros_like(visits[0].rewards))
+    return own + [blank] * (-(-len(visits) // processes) - len(own))
 
 
 class Visits:

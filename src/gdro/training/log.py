@@ -3,15 +3,16 @@
 import errno
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import write_bytes
+from gdro.progress import say
 
 
 def require_trackers(report_to: Sequence[str]) -> None:
@@ -29,14 +30,16 @@ class MetricsLog:
     """Appends one JSON object a line to `path`, after cutting off what a resumed run will write again.
 
     Rows of steps after `resumed` are dropped (all rows if it is None), and so is a last line cut short by a kill.
-    Raises UserError for any other line that is no row.
+    Raises UserError for any other line that is no row. Of several processes only the first writes.
     """
 
     def __init__(self, path: Path, *, resumed: int | None, report_to: Sequence[str] = ()) -> None:
-        write_bytes(path, b"" if resumed is None else _rows_until(path, resumed))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        first = distributed.is_first()
+        if first:
+            write_bytes(path, b"" if resumed is None else _rows_until(path, resumed))
+        self._file = open(path if first else os.devnull, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._tensorboard: Any = None
-        if "tensorboard" in report_to:
+        if first and "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = None if resumed is None else resumed + 1
@@ -111,12 +114,11 @@ class DriftAlarm:
         drift, reference = (sum(values) for values in zip(*self.window, strict=True))
         was, self.on = self.on, len(self.window) == self.WINDOW and drift > self.threshold * reference
         if self.on and not was:
-            print(
+            say(
                 f"ALARM step {step}: over {self.WINDOW} steps the velocity error of the best images is "
                 f"{100 * drift / reference:.1f} % above the reference's, so their likelihood falls; "
-                "raise train.gamma or train.beta",
-                file=sys.stderr,
+                "raise train.gamma or train.beta"
             )
         elif was and not self.on:
-            print(f"alarm off at step {step}: the best images' likelihood has recovered", file=sys.stderr)
+            say(f"alarm off at step {step}: the best images' likelihood has recovered")
         return self.on

@@ -4,7 +4,6 @@ What autograd keeps of a forward pass outweighs all else: gigabytes an image on 
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from gdro import distributed
+from gdro.progress import say
 from gdro.training.config import TrainConfig
 from gdro.training.step import Learner, Portion
 
@@ -45,14 +46,14 @@ def choose_portion(learner: Learner, before: Mapping[str, Any] | None = None) ->
     each = saved_bytes(lambda: learner.velocity(batch.x0[0, :1], batch.t[0, :1, 0, 0], text), besides=weights)
     trained = sum(4 * weight.numel() for weight in learner.parameters.values())
     free = free_bytes(learner.model.device) - 3 * trained  # a gradient and AdamW's two moments
-    fit = int(MARGIN * free / max(each, 1))
+    fit = min(distributed.gather(int(MARGIN * free / max(each, 1))))  # all processes take the same number of passes
     portion = largest_portion(fit, groups=config.micro_batch_groups or config.groups_per_step, k=config.k)
     if before is not None and Portion(**before).images_of(config.k) <= fit:
         portion = Portion(**before)
     how = "one_pass" if portion.images is None else "two_pass"
     said = f"{how}, {portion.images_of(config.k)} images at a time"
     said += f" ({each / 1e9:.3g} GB each, {free / 1e9:.3g} GB free)" + "; even one may not fit" * (fit < 1)
-    print(f"train.group_gradient: {said}", file=sys.stderr)
+    say(f"train.group_gradient: {said}")
     return portion
 
 
@@ -66,32 +67,34 @@ def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:
 
     `besides`: addresses of storages that are there anyway, the weights.
     """
-    found: dict[int, int] = {}
+    found: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         for storage in _storages(tensor):
             if storage.data_ptr() not in besides:
-                found[storage.data_ptr()] = storage.nbytes()
+                found[storage.data_ptr()] = storage
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()  # held until counted, or another tensor could take a freed one's address
+    size = sum(storage.nbytes() for storage in found.values())  # 0 for a sharded weight, given back meanwhile
     del kept
-    return sum(found.values())
+    return size
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """A quantised weight is made of several tensors."""
+    """A quantised weight is made of several tensors, a sharded one of the process's share and no tensor besides."""
     if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+            if isinstance(part, Tensor):
+                yield from _storages(part)
     else:
         yield tensor.untyped_storage()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can still have on the device; of a CPU, what is available without swapping."""
+    """Bytes that this process can still have on the device; of a CPU, its share of what there is without swapping."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // distributed.local_size()

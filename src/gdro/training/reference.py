@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import atomic_path, fingerprint
 from gdro.groups.store import GroupStore
@@ -54,9 +55,10 @@ class ReferenceErrors:
 
 def _opened(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """The file, mapped to memory; made whole at first, so that filling it in never changes its length."""
-    if not path.exists():
+    if distributed.is_first() and not path.exists():
         with atomic_path(path) as tmp, open(tmp, "wb") as file:
             np.save(file, np.full(shape, np.nan, np.float32))
+    distributed.wait()
     try:
         np.load(path, mmap_mode="r")  # refuses a file cut short, which "r+" would lengthen
         values = np.load(path, mmap_mode="r+")

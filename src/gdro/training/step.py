@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.models.base import FlowModel, Text
 from gdro.objectives.base import ForwardObjective, Noised, TrajectoryObjective, Transition, velocity_error
 from gdro.samplers.sde import STEPS, log_prob
-from gdro.training.batch import Batch, Batches, Visit, Visits, of_one_size
+from gdro.training.batch import Batch, Batches, Visit, Visits, dealt, of_one_size
 from gdro.training.config import TrainConfig
 from gdro.training.ema import Ema, carrying, ema_decay
 from gdro.training.reference import ReferenceErrors
@@ -82,22 +83,28 @@ class Learner:
 def train_step(learner: Learner, step: int) -> dict[str, float]:
     """One update of the adapter and its EMA; the step's figures, means over the groups that carry a ranking.
 
+    Several processes share the groups and make the same update. `evaluations`: what the step cost them all.
     A step without any such group costs nothing and changes nothing but the EMA. Raises UserError, before anything is
     changed, if the loss or gradient is not finite.
     """
     config = learner.config
     visits = learner.visits.at(step)
     ranked = sum(visit.ranked for visit in visits)
+    own = dealt(visits, distributed.rank(), distributed.size()) if ranked else []
     totals: dict[str, Tensor] = {}
-    portions = of_one_size(visits, learner.batches.groups, learner.portion.groups)
-    for some in portions if ranked else ():
+    before = learner.model.evaluations
+    for some in of_one_size(own, learner.batches.groups, _groups_at_once(learner, visits)):
         figures = backward(learner, some, ranked)
         totals = {name: totals[name] + value for name, value in figures.items()} if totals else figures
+    means: dict[str, float] = {"evaluations": 0}
     if ranked:
-        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), config.max_grad_norm)
-
-    names = list(totals)
-    means = dict(zip(names, torch.stack([totals[name] for name in names]).tolist(), strict=True)) if names else {}
+        real = len(visits[distributed.rank() :: distributed.size()])
+        cost = (learner.model.evaluations - before) * real // len(own)
+        distributed.sum_gradients(learner.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), config.max_grad_norm)
+        *sums, grad_norm = torch.stack([*totals.values(), norm]).tolist()
+        means = distributed.summed({**dict(zip(totals, sums, strict=True)), "evaluations": cost})
+        means["grad_norm"] = grad_norm
     for name in {"loss", "grad_norm"} & set(means):  # read above at once: the only synchronisation with a GPU
         if not math.isfinite(means[name]):
             raise UserError(
@@ -110,6 +117,12 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
         learner.optimizer.zero_grad()
     learner.ema.update(learner.parameters, ema_decay(step, warmup=config.ema_warmup, decay=config.ema_decay))
     return {"groups": ranked, **means}
+
+
+def _groups_at_once(learner: Learner, visits: Sequence[Visit]) -> int:
+    """As the portion says; one where processes that only compute together may have other sizes of images each."""
+    sizes = {learner.batches.groups.image_size(visit.group) for visit in visits}
+    return 1 if len(sizes) > 1 and distributed.is_sharded(learner.model.transformer) else learner.portion.groups
 
 
 def backward(learner: Learner, visits: Sequence[Visit], ranked: int) -> dict[str, Tensor]:
@@ -154,6 +167,8 @@ def _reference_error(learner: Learner, known: ReferenceErrors, visits: Sequence[
     draws = [learner.batches.draw(visit) for visit in visits]
     errors = known.of(visits, draws)
     missing = errors.isnan()
+    if distributed.is_sharded(learner.model.transformer):  # all its processes compute, or none
+        missing[:] = any(distributed.gather(bool(missing.any())))
     if missing.any():
         rows = missing.flatten().nonzero()[:, 0].to(learner.model.device)
         v = (batch.eps - batch.x0).flatten(0, 1)[rows]
