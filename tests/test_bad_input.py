@@ -59,6 +59,7 @@ def work(
         (["--ouut", "x"], 'unknown option --ouut; did you mean "--out"?'),
         (["--train.k"], "--train.k has no value; expected --train.k VALUE"),
         (["--train.k", "3", "--train.k=3"], "--train.k is given twice; expected once"),
+        (["--engine", "rey"], 'engine is "rey"; expected "local" or "ray"'),
         (["--train.k", "six"], 'train.k is "six"; expected an integer'),
         (["--train.k", "2.5"], "train.k is 2.5; expected an integer"),
         (["--train.k", "5"], "train.k is 5; expected at most sample.images_per_prompt, which is 4"),
@@ -100,6 +101,19 @@ def work(
 )
 def test_one_line_before_any_work(work: Workplace, arguments: list[str], message: str) -> None:
     assert message in work.refuses_at_once(*arguments)
+
+
+def test_an_engine_that_is_not_installed(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdro.checks.find_spec", lambda name: None)
+    line = work.refuses_at_once("--engine", "ray")
+    assert line == 'gdro: engine is "ray", which is not installed; expected pip install "gdro[ray]", or local\n'
+
+
+def test_two_engines_at_once(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdro.checks.find_spec", lambda name: name)
+    monkeypatch.setattr("gdro.distributed.size", lambda: 2)
+    line = work.refuses_at_once("--engine", "ray")
+    assert line == 'gdro: engine is "ray", but there are 2 processes; expected one, or local\n'
 
 
 @pytest.mark.parametrize("kind", ['"StableDiffusionPipeline"', '["FluxPipeline"]'])

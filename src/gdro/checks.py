@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,11 @@ def _check_input(job: Run) -> None:
             check_quantisation(job.config.quantisation, job.device)
         if job.config.compile:
             check_compiler(job.device)
+    if job.config.engine == "ray" and {"sample", "score"} & set(job.stages):
+        if find_spec("ray") is None:
+            raise UserError('engine is "ray", which is not installed; expected pip install "gdro[ray]", or local')
+        if processes > 1:
+            raise UserError(f'engine is "ray", but there are {processes} processes; expected one, or local')
     _check_files(job)
     if not rescoring:
         _check_version(job, begun)

@@ -27,6 +27,7 @@ MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "device",
     "compile",
     "distributed",
+    "engine",
     "sample.batch_size",
     "sample.prompts_per_shard",
     "score.workers",
@@ -57,6 +58,9 @@ class RunConfig(BaseModel):
         None, description="Of the frozen weights: int8 or fp8 (torchao), nf4 (bitsandbytes, on a GPU), or null."
     )
     compile: bool = Field(False, description="Compile the transformer's blocks: minutes at first, then faster.")
+    engine: Literal["local", "ray"] = Field(
+        "local", description="What samples and scores the groups: this machine, or a Ray cluster (RAY_ADDRESS)."
+    )
     sample: SampleConfig
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()

@@ -5,6 +5,7 @@ not done again. One process at a time works in a run directory.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gdro.files import discard, sweep, write_json
 from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import GroupStore, discard_trajectories
 from gdro.models import FlowModel, check_model, load_model
+from gdro.models.replica import Replica
 from gdro.progress import duration, interval, say
 from gdro.prompts import Prompt, read_prompts, write_prompts
 from gdro.rewards.base import Judge
@@ -114,7 +116,10 @@ class Run:
         distributed.first(lambda: self._make_room(number))
         if number:
             self._carry(self._place(number))  # groups that other weights left there are refused
-        sample(self.config.sample, self.model, self.due(number), self.groups, seed=self.config.seed, round=number)
+        config, replica = self.config, self._replica(number) if self.config.engine == "ray" else None
+        sample(
+            config.sample, self.model, self.due(number), self.groups, seed=config.seed, round=number, replica=replica
+        )
 
     def _make_room(self, number: int) -> None:
         """Delete what the round does not go on from."""
@@ -128,8 +133,8 @@ class Run:
         if self.scores == self.imported and self.stages != ["score"]:  # asked for alone, the reward scores them too
             say(f"score: imported before, {self.imported}")
             return
-        fit = not self.round
-        score(self.config.score, self.reward, self.groups, self.scores.parent, standard=self.standard, fit=fit)
+        fit, ray = not self.round, self.config.engine == "ray"
+        score(self.config.score, self.reward, self.groups, self.scores.parent, standard=self.standard, fit=fit, ray=ray)
 
     def train(self) -> None:
         if self.is_trained():
@@ -197,17 +202,21 @@ class Run:
 
     @cached_property
     def model(self) -> FlowModel:
-        dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+        config = self.config
         model = load_model(
-            self.config.model,
+            config.model,
             device=self.device,
-            dtype=dtype,
-            quantisation=self.config.quantisation,
-            sharded=self.config.distributed == "fsdp" and distributed.size() > 1,
+            dtype=self._dtype,
+            quantisation=config.quantisation,
+            sharded=config.distributed == "fsdp" and distributed.size() > 1,
         )
-        if self.config.compile:
+        if config.compile:
             model.compile()
         return model
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
 
     @cached_property
     def reward(self) -> Scorer:
@@ -319,12 +328,35 @@ class Run:
 
     def _carry(self, round: Round) -> None:
         """Give the model the adapter that samples the round."""
-        train = self.config.train
         if not self.model.adapter():
-            self.model.add_adapter(
-                rank=train.rank, alpha=train.lora_alpha, targets=train.target_modules, seed=self.config.seed
-            )
+            self.model.add_adapter(**self._lora)
         self.model.load_adapter_state(generator_weights(self.checkpoints, round))
+
+    def _replica(self, number: int) -> Replica:
+        """The model that samples round `number`, for other processes."""
+        config = self.config
+        replica = Replica(
+            name=config.model,
+            dtype=self._dtype,
+            quantisation=config.quantisation,
+            compile=config.compile,
+            device=config.device,
+        )
+        if not number:
+            return replica
+        state = generator_weights(self.checkpoints, self._place(number))
+        return replace(replica, lora=self._lora, state={name: tensor.cpu() for name, tensor in state.items()})
+
+    @property
+    def _lora(self) -> dict[str, Any]:
+        """What a fresh adapter is made with."""
+        train = self.config.train
+        return {
+            "rank": train.rank,
+            "alpha": train.lora_alpha,
+            "targets": train.target_modules,
+            "seed": self.config.seed,
+        }
 
     def begun(self) -> set[str]:
         """The stages that have left results which the configuration must keep to."""

@@ -27,6 +27,9 @@ from gdro.rundir import read_json
 
 PER_PROCESS = 128  # images whose scoring pays for starting a process
 
+ScoreFiles = Callable[..., None]
+"""`score_files`, or what does the same elsewhere."""
+
 
 def score_groups(
     reward: Scorer,
@@ -37,12 +40,14 @@ def score_groups(
     batch_size: int = 64,
     standard: Path | None = None,
     fit: bool = False,
+    score: ScoreFiles | None = None,
 ) -> Path:
     """Score the store in `groups`, `batch_size` images at once; returns `out/<reward.name>.parquet`.
 
     `standard` is the file of a derived reward's constants; with `fit` they are those of these images, and written.
 
     `workers` 0 is a process a core, fewer for few images, if the reward may be run so (`parallel`), else one in all.
+    `score` scores the files elsewhere than on this machine.
 
     Several processes share the files of groups; the first joins what they leave.
 
@@ -52,7 +57,8 @@ def score_groups(
     """
     if isinstance(reward, DerivedReward):
         paths = [
-            score_groups(term.reward, groups, out, workers=workers, batch_size=batch_size) for term in reward.terms
+            score_groups(term.reward, groups, out, workers=workers, batch_size=batch_size, score=score)
+            for term in reward.terms
         ]
         return _derive(reward, GroupStore(groups), paths, out, standard, fit=fit)
     store = GroupStore(groups)
@@ -80,14 +86,13 @@ def score_groups(
     own = [shard for shard in store.shards if shard.path.name in distributed.mine(names)]
     total = sum(images[shard.path.name] for shard in own)
     done = sum(images.values()) - sum(images[name] for name in names)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or (min(cores // distributed.local_size(), total // PER_PROCESS) if reward.parallel else 1)
     with Progress(distributed.of_first(f"score {reward.name}"), done + total, "img", done) as progress:
 
         def scored(values: np.ndarray) -> None:
             progress.advance(len(values), **_mean(values))
 
-        score_files(reward, own, parts, scored, workers=workers, batch_size=batch_size)
+        if own:
+            (score or score_files)(reward, own, parts, scored, workers=workers, batch_size=batch_size)
     distributed.wait()
 
     def tables() -> Iterator[pa.Table]:
@@ -114,8 +119,11 @@ def score_files(
 ) -> None:
     """Score files of groups; each leaves its part in the folder `parts`, whole or not at all, once it is done.
 
-    `scored` is given scores as they come, in any order.
+    `scored` is given scores as they come, in any order. `workers` 0 is as `score_groups` says.
     """
+    images = sum(sum(shard.groups.values()) for shard in shards)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or (min(cores // distributed.local_size(), images // PER_PROCESS) if reward.parallel else 1)
     jobs = [job for shard in shards for job in pieces(shard, batch_size)]
     unfinished: dict[str, dict[str, tuple[float, dict]]] = {shard.path.name: {} for shard in shards}
     by_name = {shard.path.name: shard for shard in shards}

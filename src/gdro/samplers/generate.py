@@ -37,6 +37,7 @@ def sample_groups(
     purpose: str = "noise",
     round: int = 0,
     label: str = "sample",
+    make: "MakeShards | None" = None,
 ) -> None:
     """Fill the store in `folder` with `settings.images_per_prompt` images of every prompt; going on where it stopped.
 
@@ -46,6 +47,8 @@ def sample_groups(
     the trajectories go into the store. A group's size, if there are several, is a function of (seed, group). Several
     processes share the files. Raises UserError, naming `label`'s field, if the store was begun with other settings,
     prompts or weights, or if a setting does not suit the model.
+
+    `make` makes the files that are missing elsewhere than in this process.
     """
     if not prompts:
         raise UserError(f"{label}.prompts: no prompt given; expected at least one")
@@ -75,8 +78,11 @@ def sample_groups(
     own = images * sum(len(job.prompts) for job in jobs)
     idle = _batches_short(jobs) if distributed.is_sharded(model.transformer) else 0
     with Progress(distributed.of_first(label), done + own, "img", done) as progress:
-        for job in jobs:
-            make_shard(job, model, progress.advance)
+        if make is not None and jobs:
+            make(jobs, progress.advance)
+        else:
+            for job in jobs:
+                make_shard(job, model, progress.advance)
     one = settings.model_copy(update={"images_per_prompt": 1})
     for _ in range(idle):
         list(_images(one, model, ["idle"], model.encode_text([""], settings.max_sequence_length), seed, "idle", round))
@@ -116,6 +122,10 @@ class ShardJob:
     @property
     def groups(self) -> list[str]:
         return [group_id(prompt, self.round) for prompt in self.prompts]
+
+
+MakeShards = Callable[[Sequence[ShardJob], Callable[[int], None]], None]
+"""Writes the file of every job and tells of images that are done, how many at a time."""
 
 
 def make_shard(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> None:

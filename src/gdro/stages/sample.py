@@ -1,11 +1,13 @@
 """Stage 1: the model's own images of the prompts, in groups, with everything needed to make them again."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
 
 from gdro.models.base import FlowModel
+from gdro.models.replica import Replica
 from gdro.prompts import Prompt
 from gdro.samplers.generate import Generation, sample_groups
 
@@ -19,10 +21,23 @@ class SampleConfig(Generation):
 
 
 def sample(
-    config: Generation, model: FlowModel, prompts: Sequence[Prompt], out: Path, *, seed: int, round: int = 0
+    config: Generation,
+    model: FlowModel,
+    prompts: Sequence[Prompt],
+    out: Path,
+    *,
+    seed: int,
+    round: int = 0,
+    replica: Replica | None = None,
 ) -> None:
     """Write the groups of `prompts` to the store in `out`; a rerun goes on where it stopped, or appends new prompts.
 
-    Raises UserError if `out` was begun with other settings.
+    `replica` is `model` for the workers of a Ray cluster, which then make the groups. Raises UserError if `out` was
+    begun with other settings.
     """
-    sample_groups(config, model, prompts, out, seed=seed, round=round)
+    make = None
+    if replica is not None:
+        from gdro.ray_engine import make_shards
+
+        make = partial(make_shards, replica)
+    sample_groups(config, model, prompts, out, seed=seed, round=round, make=make)

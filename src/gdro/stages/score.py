@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gdro.rewards.derived import Scorer
-from gdro.rewards.scoring import score_groups
+from gdro.rewards.scoring import ScoreFiles, score_groups
 
 STANDARD = "standard.json"  # beside the rewards of the first round: constants of a derived reward
 
@@ -26,12 +26,30 @@ class ScoreConfig(BaseModel):
 
 
 def score(
-    config: ScoreConfig, reward: Scorer, groups: Path, out: Path, *, standard: Path | None = None, fit: bool = False
+    config: ScoreConfig,
+    reward: Scorer,
+    groups: Path,
+    out: Path,
+    *,
+    standard: Path | None = None,
+    fit: bool = False,
+    ray: bool = False,
 ) -> Path:
     """Score the store in `groups`; returns `out/<reward.name>.parquet`. Resumes, and raises, as `score_groups` does.
 
     standard, fit: where a derived reward's constants lie, and whether they are to be those of these groups.
+    ray: by the workers of a Ray cluster.
     """
+    elsewhere: ScoreFiles | None = None
+    if ray:
+        from gdro.ray_engine import score_files as elsewhere
     return score_groups(
-        reward, groups, out, workers=config.workers, batch_size=config.batch_size, standard=standard, fit=fit
+        reward,
+        groups,
+        out,
+        workers=config.workers,
+        batch_size=config.batch_size,
+        standard=standard,
+        fit=fit,
+        score=elsewhere,
     )

@@ -1,0 +1,39 @@
+"""How a process elsewhere comes by the same model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gdro.models.base import FlowModel
+from gdro.models.loading import load_model
+from gdro.models.quantisation import Quantisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """What `load_model` and `FlowModel.compile` are asked for, and the adapter of a later round; picklable.
+
+    `lora` holds `FlowModel.add_adapter`'s arguments, `state` the adapter's tensors, on the CPU.
+    """
+
+    name: str
+    dtype: torch.dtype
+    quantisation: Quantisation | None = None
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    lora: Mapping[str, Any] | None = None
+    state: Mapping[str, Tensor] | None = None
+
+    def load(self) -> FlowModel:
+        """Raises UserError, as `load_model` does, if this machine has no such model."""
+        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        model = load_model(self.name, device=device, dtype=self.dtype, quantisation=self.quantisation)
+        if self.compile:
+            model.compile()
+        if self.lora is not None and self.state is not None:
+            model.add_adapter(**self.lora)
+            model.load_adapter_state(self.state)
+        return model
