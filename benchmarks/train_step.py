@@ -1,13 +1,14 @@
 """Time of a training step over its floor: the bare forward and backward passes it needs.
 
-Floor: the forward passes of reference and base without gradient that the objective asks for, the policy's forward and
-the backward through its mean square, on batches already made. Step: everything `gdro train` does between two steps' log
-lines: draws, reading, noise, passes, loss, clipping, AdamW, EMA, figures. Both are measured in turns in one process;
-the ratio is the median of the turns' ratios. Weights do not matter for time: the default is the tiny model's shape
-untrained; latents, trajectories and rewards are random.
+Floor: the forward passes of reference and base without gradient that the objective asks for (none of the reference once
+its errors are kept), the policy's forward and the backward through it, image by image in two passes, on batches already
+made. Step: everything `gdro train` does between two steps' log lines: draws, reading, noise, passes, loss, clipping,
+AdamW, EMA, figures. Both are measured in turns in one process; the ratio is the median of the turns' ratios. Weights do
+not matter for time: the default is the tiny model's shape untrained; latents, trajectories and rewards are random. On
+a CPU the time is the process's own, which other work on the machine hardly touches; on a GPU it is the clock's.
 
-    python benchmarks/train_step.py --out benchmarks/results/train_step.json
-    python benchmarks/train_step.py --objectives all --repeats 7 --out benchmarks/results/objectives.json
+    python benchmarks/train_step.py --k 2 4 6 8 16 --draws 1 --gradients one_pass two_pass --out FILE.json
+    python benchmarks/train_step.py --objectives all --repeats 7 --out FILE.json
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -39,7 +41,7 @@ TIMES = (1.0, 0.9, 0.7, 0.4)  # of the made-up trajectories: three stochastic st
 
 
 def made_up_groups(folder: Path, model: FlowModel, groups: int, size: int, sampling: dict[str, int | float]) -> None:
-    """A store of `groups` groups of `size` images with N(0, 1) latents and states, and U(0, 1) rewards."""
+    """A store in `folder` of `groups` groups of `size` images with N(0, 1) latents and states, and U(0, 1) rewards."""
     height, width, length = (int(sampling[name]) for name in ("height", "width", "max_sequence_length"))
     prompts = [Prompt(f"g{i}", f'a red wall with a sign that says "word{i}"') for i in range(groups)]
     text = model.encode_text([prompt.text for prompt in prompts], length)
@@ -83,9 +85,12 @@ def made_up_groups(folder: Path, model: FlowModel, groups: int, size: int, sampl
     write_rewards(folder / "rewards.parquet", header, [rewards_table(header, ids, scores)])
 
 
-def wait(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """Seconds, everything that was asked of the device done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def floor_seconds(learner: Learner, step: int) -> float:
@@ -98,39 +103,53 @@ def floor_seconds(learner: Learner, step: int) -> float:
             inputs = [(one.x, one.t, one.text) for one in learner.transitions.of(visits[first : first + size])[1]]
             others = objective.uses_base + objective.uses_old_mean
         else:
-            batch = learner.batches.of(visits[first : first + size])
-            x_t = ((1 - batch.t) * batch.x0 + batch.t * batch.eps).flatten(0, 1)
-            inputs = [(x_t, batch.t.flatten(), batch.text)]
-            others = bool(objective.uses_reference) + objective.uses_base
+            inputs = [learner.batches.of(visits[first : first + size]).noised()]
+            others = (bool(objective.uses_reference) and learner.reference_errors is None) + objective.uses_base
         for x, t, text in inputs:
-            wait(model.device)
-            start = time.perf_counter()
+            parts = [(x[p], t[p], {name: v[p] for name, v in text.items()}) for p in learner.passes(len(t))]
+            start = now(model.device)
             for _ in range(others):
                 with torch.no_grad(), model.adapter_disabled():
-                    model.velocity(x, t, text, **learner.geometry)
-            model.velocity(x, t, text, **learner.geometry).square().mean().backward()
-            wait(model.device)
-            total += time.perf_counter() - start
+                    for part in parts:
+                        learner.velocity(*part)
+            for part in parts if objective.kind == "forward" and learner.portion.images else ():
+                with torch.no_grad():
+                    learner.velocity(*part)
+            for part in parts:
+                learner.velocity(*part).square().mean().backward()
+            total += now(model.device) - start
     learner.optimizer.zero_grad()
     return total
 
 
 def step_seconds(learner: Learner, step: int, log: MetricsLog) -> float:
-    wait(learner.model.device)
-    start = time.perf_counter()
+    start = now(learner.model.device)
     log.write(step, train_step(learner, step))
-    wait(learner.model.device)
-    return time.perf_counter() - start
+    return now(learner.model.device) - start
 
 
 def measured(
-    objective: str, arguments: argparse.Namespace, model: FlowModel, folder: Path, sampling: dict[str, int | float]
-) -> dict[str, float | list[float]]:
-    """Step over floor for one objective; k is 2 for DPO, the images a step are the same for all."""
-    k = 2 if objective == "dpo" else arguments.k
-    groups = arguments.groups * arguments.k // k
+    arguments: argparse.Namespace,
+    model: FlowModel,
+    folder: Path,
+    sampling: dict[str, int | float],
+    *,
+    objective: str,
+    k: int,
+    gradient: str,
+    draws: int | None,
+) -> dict[str, Any]:
+    """Step over floor; the store in `folder` has groups of k images."""
+    groups = arguments.images // k
     config = TrainConfig(
-        objective=objective, k=k, groups_per_step=groups, micro_batch_groups=arguments.micro, rank=arguments.rank
+        objective=objective,
+        k=k,
+        groups_per_step=groups,
+        micro_batch_groups=arguments.micro,
+        rank=arguments.rank,
+        group_gradient=gradient,
+        images_per_pass=arguments.pieces if gradient == "two_pass" else None,
+        reference_draws=draws,
     )
     options = sampling | {"sampler": "flow_grpo", "noise_level": 0.7}
     learner, _ = prepare(config, model, folder / "groups", folder / "rewards.parquet", seed=0, sampling=options)
@@ -143,16 +162,20 @@ def measured(
             else:
                 steps.append(step_seconds(learner, step, log))
                 floors.append(floor_seconds(learner, step))
-    floors, steps = floors[2:], steps[2:]  # the first two warm up
+    floors, steps = floors[2:], steps[2:]  # the first two warm up, and fill what is kept of the reference
     ratios = [step / floor for step, floor in zip(steps, floors, strict=True)]
-    found: dict[str, float | list[float]] = {
+    found = {
+        "objective": objective,
+        "k": k,
+        "gradient": gradient,
+        "reference_draws": draws,
         "ratio": round(statistics.median(ratios), 4),
         "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
         "step_seconds": round(statistics.median(steps), 5),
         "floor_seconds": round(statistics.median(floors), 5),
         "images_per_second": round(groups * k / statistics.median(steps), 2),
     }
-    print(objective, found, flush=True)
+    print(json.dumps(found), flush=True)
     return found
 
 
@@ -166,8 +189,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=24, help="text length")
     parser.add_argument("--objectives", nargs="+", default=["gdro"], help="names, or all")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--k", type=int, default=6)
-    parser.add_argument("--groups", type=int, default=16, help="groups a step")
+    parser.add_argument("--images", type=int, default=96, help="images a step")
+    parser.add_argument("--k", type=int, nargs="+", default=[6], help="images a group; DPO takes 2")
+    parser.add_argument("--gradients", nargs="+", default=["one_pass"], choices=["one_pass", "two_pass"])
+    parser.add_argument("--pieces", type=int, default=1, help="images a pass of two_pass")
+    parser.add_argument("--draws", type=int, help="measure with train.reference_draws too, where it can be; take 1")
     parser.add_argument("--micro", type=int, help="groups a forward pass; default: all")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True)
@@ -184,12 +210,24 @@ def main() -> None:
         model = load_model(source, device=torch.device(arguments.device), dtype=dtype)
         sampling: dict[str, int | float] = {"height": arguments.height, "width": arguments.width}
         sampling |= {"max_sequence_length": arguments.length, "guidance_scale": 3.5}
-        made_up_groups(folder, model, arguments.groups, 2 * arguments.k, sampling)
         names = list(OBJECTIVES) if arguments.objectives == ["all"] else arguments.objectives
-        ratios = {name: measured(name, arguments, model, folder, sampling) for name in names}
+        rows = []
+        for k in sorted({2 if name == "dpo" else k for name in names for k in arguments.k}):
+            made_up_groups(folder / str(k), model, arguments.images // k, k, sampling)
+            for name in names:
+                kind = OBJECTIVES[name]
+                if kind.kind == "forward" and kind.fixed_k not in (None, k):
+                    continue
+                kept = [None, arguments.draws] if getattr(kind, "uses_reference", None) == "error" else [None]
+                rows += [
+                    measured(
+                        arguments, model, folder / str(k), sampling, objective=name, k=k, gradient=gradient, draws=draws
+                    )
+                    for gradient in arguments.gradients
+                    for draws in (kept if arguments.draws else [None])
+                ]
     result = {
-        "objectives": ratios,
-        "repeats": arguments.repeats,
+        "rows": rows,
         "settings": {key: value for key, value in vars(arguments).items() if key not in ("out", "model")},
         "model": "tiny, untrained" if arguments.model is None else Path(arguments.model).name,
         "threads": torch.get_num_threads(),
