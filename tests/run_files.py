@@ -15,8 +15,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint."""
     folder = out / "checkpoints" / f"step-{step:06d}"
-    names = ("adapter", "ema", "optimizer")
-    return {f"{name}.{key}": v for name in names for key, v in load_file(folder / f"{name}.safetensors").items()}
+    files = ((file.stem.partition("-")[0], file) for file in folder.glob("*.safetensors"))  # or each process's share
+    return {f"{name}.{key}": v for name, file in files for key, v in load_file(file).items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -155,6 +155,15 @@ def test_losses_and_adapter_are_those_of_one_process(
     assert min(moved) > 1e-3, "every layer has learnt more than the tolerance"
 
 
+def test_each_process_writes_its_share_of_a_checkpoint(ended: dict[str, Ended], folder: Path) -> None:
+    sizes = {
+        name: [path.stat().st_size for path in (folder / "four/checkpoints/step-000006").glob(f"{name}-*-of-00004.*")]
+        for name in ("adapter", "ema", "optimizer")
+    }
+    assert [len(parts) for parts in sizes.values()] == [4, 4, 4]
+    assert max(sizes["optimizer"]) < 0.4 * sum(sizes["optimizer"])
+
+
 @pytest.mark.parametrize("name", ["two", "fsdp"])
 def test_evaluation_is_that_of_one_process(ended: dict[str, Ended], folder: Path, name: str) -> None:
     one, other = (yaml.safe_load((folder / out / "evaluation.json").read_text()) for out in ("one", name))

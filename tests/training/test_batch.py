@@ -9,7 +9,7 @@ from toy_groups import write_toy
 
 from gdro.errors import UserError
 from gdro.groups.store import GroupStore
-from gdro.training.batch import Batches, Visits
+from gdro.training.batch import Batches, Visits, dealt
 
 REWARDS = {
     "distinct": torch.arange(16) / 16,
@@ -22,6 +22,14 @@ REWARDS = {
 def visits(rewards: dict[str, torch.Tensor] = REWARDS, **changes: Any) -> Visits:
     options: dict[str, Any] = {"k": 6, "subset": "spread", "groups_per_step": 3, "seed": 0}
     return Visits(rewards, **(options | changes))
+
+
+@pytest.mark.parametrize(("count", "processes"), [(4, 1), (4, 2), (4, 4), (3, 2), (1, 4)])
+def test_visits_are_dealt_once_and_as_many_to_each_process(count: int, processes: int) -> None:
+    step = visits(groups_per_step=count).at(1)
+    shares = [dealt(step, process, processes) for process in range(processes)]
+    assert {len(share) for share in shares} == {math.ceil(count / processes)}
+    assert sorted(visit.slot for share in shares for visit in share if visit.ranked) == list(range(count))
 
 
 @pytest.mark.parametrize("subset", ["spread", "random", "extremes"])

@@ -154,15 +154,16 @@ def train(
                     mark_best(folder, best)
                     if reason:
                         mark_stopped(folder, step, reason, config)
-                    save_checkpoint(
-                        folder,
-                        step,
-                        adapter=learner.parameters,
-                        ema=learner.ema.weights,
-                        optimizer=optimizer_tensors(learner.optimizer, list(learner.parameters)),
-                        settings=settings,
-                        memory=remembered,
-                    )
+                save_checkpoint(
+                    folder,
+                    step,
+                    adapter=learner.parameters,
+                    ema=learner.ema.weights,
+                    optimizer=optimizer_tensors(learner.optimizer, list(learner.parameters)),
+                    settings=settings,
+                    memory=remembered,
+                )
+                if distributed.is_first():
                     needed = {best["step"] if best else None, place.done}
                     prune_checkpoints(folder, limit=config.checkpoints_total_limit, needed=needed)
             progress.advance(1, **{name: figures[name] for name in ("loss", "drift_best", "kl") if name in figures})

@@ -1,7 +1,8 @@
 """Checkpoints: one folder a checkpoint, safetensors and JSON, complete or absent.
 
 `step-NNNNNN/` holds `adapter`, `ema` and `optimizer` safetensors and `state.json`: the step, digests of the other
-files, the settings of the run, and what the loop must remember. There is no RNG state: draws are counter-based.
+files, the settings of the run, and what the loop must remember. There is no RNG state: draws are counter-based. Of n
+processes each writes its share of the tensors, `adapter-00001-of-0000n` and so on; any number of them reads all.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import discard, write_bytes, write_json
 from gdro.training.config import TrainConfig
@@ -57,29 +59,36 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     memory: Mapping[str, Any],
 ) -> Path:
-    """Write everything to a hidden folder, sync it, rename it to its name.
+    """Write everything to a hidden folder, sync it, rename it to its name; called by all processes.
 
     Raises UserError if the system refuses (full disk); the checkpoints that were there stay.
     """
     path = checkpoint_path(folder, step)
     tmp = folder / f".{path.name}.tmp"
+    first, place = distributed.is_first(), f"-{distributed.rank() + 1:05d}-of-{distributed.size():05d}"
     try:
-        discard(tmp)
-        tmp.mkdir(parents=True)
+        if first:
+            discard(tmp)
+            tmp.mkdir(parents=True)
+        distributed.wait()
         digests = {}
         for name, tensors in zip(TENSORS, (adapter, ema, optimizer), strict=True):
-            data = safetensors.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-            digests[name] = hashlib.sha256(data).hexdigest()
-            write_bytes(tmp / f"{name}.safetensors", data)
-        state = {"step": step, "settings": dict(settings), "memory": dict(memory), "sha256": digests}
-        write_json(tmp / "state.json", state)
-        discard(path)
-        os.rename(tmp, path)
-        _sync(folder)
+            own = {key: tensors[key].detach().cpu().contiguous() for key in distributed.mine(list(tensors))}
+            file, data = name + place * (distributed.size() > 1), safetensors.save(own)
+            digests[file] = hashlib.sha256(data).hexdigest()
+            write_bytes(tmp / f"{file}.safetensors", data)
+        digests = {file: digest for one in distributed.gather(digests) for file, digest in one.items()}
+        if first:
+            state = {"step": step, "settings": dict(settings), "memory": dict(memory), "sha256": digests}
+            write_json(tmp / "state.json", state)
+            discard(path)
+            os.rename(tmp, path)
+            _sync(folder)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if first:
+            shutil.rmtree(tmp, ignore_errors=True)
     return path
 
 
@@ -89,20 +98,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{FIELD}: {path} not found; expected a checkpoint folder")
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        digests = {name: state["sha256"][name] for name in TENSORS}
+        digests = {path / f"{file}.safetensors": digest for file, digest in state["sha256"].items()}
+        tensors: dict[str, dict[str, Tensor]] = {file.stem.partition("-")[0]: {} for file in digests}
+        if set(tensors) != set(TENSORS):
+            raise ValueError(f"it names {', '.join(tensors)}")
         step, settings, memory = int(state["step"]), dict(state["settings"]), dict(state["memory"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(_damaged(path / "state.json", error)) from None
-    tensors = {}
-    for name, digest in digests.items():
-        file = path / f"{name}.safetensors"
+    for file, digest in digests.items():
         try:
             data = file.read_bytes()
         except OSError as error:
             raise UserError(_damaged(file, error)) from None
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(_damaged(file, "its bytes are not those written"))
-        tensors[name] = safetensors.load(data)
+        tensors[file.stem.partition("-")[0]] |= safetensors.load(data)
     return Checkpoint(path, step, settings, memory, **tensors)
 
 
