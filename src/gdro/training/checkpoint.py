@@ -73,7 +73,8 @@ def save_checkpoint(
         distributed.wait()
         digests = {}
         for name, tensors in zip(TENSORS, (adapter, ema, optimizer), strict=True):
-            own = {key: tensors[key].detach().cpu().contiguous() for key in distributed.mine(list(tensors))}
+            shared = distributed.mine(sorted(tensors))  # in an order that all processes have
+            own = {key: tensors[key].detach().cpu().contiguous() for key in shared}
             file, data = name + place * (distributed.size() > 1), safetensors.save(own)
             digests[file] = hashlib.sha256(data).hexdigest()
             write_bytes(tmp / f"{file}.safetensors", data)
