@@ -231,7 +231,8 @@ def _connect() -> None:
             except (OSError, ValueError, RuntimeError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"RAY_ADDRESS is {address}: {reason}; expected HOST:PORT of a cluster that this machine is part of"
+                    f"RAY_ADDRESS is {address}: {reason}; expected HOST:PORT of a cluster that this machine is part "
+                    "of, with its RAY_AUTH_MODE and token"
                 ) from None
         else:
             ray.init("local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
