@@ -6,11 +6,12 @@ The checks read a run (`pipeline.Run`) and do none of its work; they raise UserE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 
 from gdro import distributed
@@ -71,6 +72,9 @@ def _check_input(job: Run) -> None:
     if not rescoring:
         _check_version(job, begun)
     _check_scorers(job)
+    todo = [stage for stage, is_done in _done(job).items() if stage in job.stages and not is_done()]
+    if todo and job.device.type == "cuda":
+        _check_memory(job, todo)
 
 
 def _is_rescoring(job: Run) -> bool:
@@ -126,9 +130,13 @@ def _check_scorers(job: Run) -> None:
         if job.judge is not None and split != "train":
             job.judge.check(job.prompts[split])
     _check_measure(job)
-    done = {"sample": job.is_sampled, "train": job.is_trained, "evaluate": job.evaluation.exists}
-    if any(stage in job.stages and not is_done() for stage, is_done in done.items()):
+    if any(stage in job.stages and not is_done() for stage, is_done in _done(job).items()):
         _try_functions(job)
+
+
+def _done(job: Run) -> dict[str, Callable[[], bool]]:
+    """Stages that use the model, and whether each is finished."""
+    return {"sample": job.is_sampled, "train": job.is_trained, "evaluate": job.evaluation.exists}
 
 
 def _check_measure(job: Run) -> None:
@@ -205,6 +213,20 @@ def _check_version(job: Run, begun: set[str]) -> None:
             f"score.reward: {job.reward.name} is of version {now}, but {path} was scored by version {version}; "
             f"expected {wanted}"
         )
+
+
+def _check_memory(job: Run, todo: Sequence[str]) -> None:
+    """What cannot fit on the GPU by the plan is said before minutes go into loading it."""
+    if job.config.distributed == "fsdp":  # each of several GPUs then holds a part that is not planned
+        return
+    from gdro.planning.plan import refuse
+    from gdro.planning.shapes import shapes_of
+
+    train = job.config.train
+    own = train.model_copy(update={"groups_per_step": train.groups_per_step // distributed.size()})
+    config = job.config.model_copy(update={"train": own})
+    memory = torch.cuda.get_device_properties(job.device).total_memory
+    refuse(config, shapes_of(config, cuda=True), memory, todo)
 
 
 def _check_model(job: Run) -> None:

@@ -130,6 +130,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         stage.set_defaults(stages=(name,))
     commands["score"].add_argument("--reward", help="short for --score.reward: a name, or my_module:my_function")
 
+    plans = command("plan", "what a run will cost: FLOPs, seconds, memory, disk; needs no weights", _plan)
+    plans.add_argument("config", type=Path, help="YAML")
+    plans.add_argument("--gpu", help="a GPU's name, e.g. h200, a100, rtx4090, or cpu; without it the device here")
+    plans.add_argument("--json", action="store_true", help="all figures as JSON, in bytes, FLOPs and seconds")
+    plans.epilog = dotted
+
     demo = command("demo", "the main job on the embedded tiny model", _demo)
     demo.add_argument("--out", default=Path("runs/demo"), type=Path, help="the run directory (runs/demo)")
     demo.epilog = dotted
@@ -265,6 +271,15 @@ def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[s
         lines = run(config, out, stages)
         if distributed.is_first():
             print(lines)
+
+
+def _plan(args: argparse.Namespace, overrides: list[Override]) -> None:
+    from gdro.config import load_config
+
+    config = load_config(args.config, _checked(overrides, ["gpu", "json"]))
+    from gdro.planning.report import plan_run
+
+    print(plan_run(config, args.gpu, as_json=args.json))
 
 
 def _import(args: argparse.Namespace, overrides: list[Override]) -> None:

@@ -245,7 +245,7 @@ class Run:
             ),
             "test": ("evaluate.prompts", config.evaluate.prompts),
         }
-        return {split: _resolve(field, spec) for split, (field, spec) in named.items() if spec is not None}
+        return {split: resolve(field, spec) for split, (field, spec) in named.items() if spec is not None}
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -308,10 +308,7 @@ class Run:
         """What training must know of a round."""
         rounds, train, sample = self.config.rounds, self.config.train, self.config.sample
         done, last = rounds.steps(number, train.max_train_steps)
-        calls = sample.num_inference_steps * sample.images_per_prompt  # per prompt; more for a second-order solver
-        if sample.scheduler == "FlowMatchHeunDiscreteScheduler":
-            calls += (sample.num_inference_steps - 1) * sample.images_per_prompt
-        calls *= rounds.prompts or len(self.prompts["train"])
+        calls = sample.calls * sample.images_per_prompt * (rounds.prompts or len(self.prompts["train"]))
         return Round(
             number=number,
             done=done,
@@ -486,7 +483,7 @@ class Run:
         return "\n".join(lines)
 
 
-def _resolve(field: str, spec: str) -> list[Prompt]:
+def resolve(field: str, spec: str) -> list[Prompt]:
     """Prompts of a file or of the tiny world; UserError names `field`."""
     if spec.startswith("tiny:"):
         from gdro.tiny.prompts import tiny_prompts

@@ -51,6 +51,14 @@ class EvaluateConfig(BaseModel):
     bootstrap_samples: int = Field(10_000, ge=100, description="Resamples behind the 95 % intervals.")
     batch_size: int = Field(16, ge=1, description="Images generated at once.")
 
+    def generation(self, sample: Generation) -> Generation:
+        """How the images to measure are made: by the ODE, otherwise as section `sample` says."""
+        return sample.deterministic(
+            images_per_prompt=self.images_per_prompt,
+            num_inference_steps=self.num_inference_steps,
+            batch_size=self.batch_size,
+        )
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -113,11 +121,7 @@ def make_scored(
     """
     if distributed.is_first():
         _discard_other_weights(folder, model)
-    settings = generation.deterministic(
-        images_per_prompt=config.images_per_prompt,
-        num_inference_steps=config.num_inference_steps,
-        batch_size=config.batch_size,
-    )
+    settings = config.generation(generation)
     sample_groups(settings, model, prompts, folder, seed=seed, purpose="evaluation", label=label)
     return score_groups(
         reward,

@@ -103,6 +103,10 @@ class DiffusersModel(ABC):
         """Named tensors of n rows in the model's dtype, whose shapes depend on `max_sequence_length` only."""
 
     @abstractmethod
+    def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's tensors of `encode_text`, found without encoding anything."""
+
+    @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         """The transformer's velocity (n, tokens, channels), guidance applied; called under autocast in bfloat16."""
 
@@ -319,11 +323,18 @@ class DiffusersModel(ABC):
 
     # ---- files
 
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network of the pipeline by component name, loaded."""
+        encoders = {part: kind for part, kind in self.text_parts.items() if issubclass(kind, nn.Module)}
+        return {"transformer": self.transformer, "vae": self._vae} | {p: self._load(k, p) for p, k in encoders.items()}
+
     def _load(self, kind: Any, part: str, device: torch.device | None = None, **options: Any) -> Any:
         """Component `part`, frozen and complete (a missing tensor would otherwise be drawn at random)."""
         options |= {"subfolder": part, "revision": self._commit}
         if not issubclass(kind, nn.Module):
             return self._try(part, lambda: kind.from_pretrained(self._source, **options))
+        if self.device.type == "meta":
+            return self._try(part, lambda: self._outline(kind, options))
         options |= {"use_safetensors": True, "output_loading_info": True}
         key = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
         model, info = self._try(part, lambda: kind.from_pretrained(self._source, **options, **{key: self.dtype}))
@@ -331,6 +342,15 @@ class DiffusersModel(ABC):
         if missing:
             raise UserError(f"model: {self.name}: {part} lacks {len(missing)} weights ({min(missing)}, ...)")
         return model.eval().requires_grad_(False).to(device or self.device)
+
+    def _outline(self, kind: Any, options: Mapping[str, Any]) -> Any:
+        """A component of the right shapes and types that has no weights: what a plan is made of."""
+        with torch.device("meta"):
+            if issubclass(kind, diffusers.ModelMixin):
+                model = kind.from_config(kind.load_config(self._source, **options))
+            else:
+                model = kind(kind.config_class.from_pretrained(self._source, **options))
+        return nn.Module.to(model.eval().requires_grad_(False), self.dtype)
 
     def _config(self, kind: Any, part: str) -> Any:
         return self._try(part, lambda: kind.load_config(self._source, subfolder=part, revision=self._commit))
@@ -346,6 +366,6 @@ class DiffusersModel(ABC):
 def _moved(part: Any, device: torch.device) -> Any:
     """A model, or a pipeline and its models, on the device."""
     for one in part.components.values() if isinstance(part, diffusers.DiffusionPipeline) else [part]:
-        if isinstance(one, nn.Module):
+        if isinstance(one, nn.Module) and any(weight.device != device for weight in one.parameters()):
             one.to(device)
     return part

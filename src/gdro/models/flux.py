@@ -46,6 +46,13 @@ class FluxModel(DiffusersModel):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
+    def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        config = self.transformer.config
+        return {
+            "prompt_embeds": (max_sequence_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         embeds = text["prompt_embeds"].to(self.dtype)
         text_ids, image_ids = self._ids(embeds.shape[1], height, width)

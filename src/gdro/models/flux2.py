@@ -50,6 +50,9 @@ class Flux2Model(DiffusersModel):
         )
         return {"prompt_embeds": embeds}
 
+    def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (max_sequence_length, self.transformer.config.joint_attention_dim)}
+
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         guidance = torch.full((len(x_t),), guidance_scale, device=self.device)
         return self._network(x_t, t, text, guidance, height, width)
@@ -114,6 +117,10 @@ class Flux2KleinModel(Flux2Model):
             nothing = super().encode_text([""] * len(prompts), max_sequence_length)
             text["negative_prompt_embeds"] = nothing["prompt_embeds"]
         return text
+
+    def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        shapes = super().text_shapes(max_sequence_length)
+        return shapes if self._distilled else shapes | {"negative_prompt_embeds": shapes["prompt_embeds"]}
 
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         if not self._guides(guidance_scale):

@@ -36,8 +36,9 @@ def load_model(
 
     `sharded`: the transformer is spread over the devices of all processes, which call this together.
 
-    Text encoders and VAE are loaded when first used. Raises UserError if it is missing, of an unknown class, or
-    without safetensors weights.
+    Text encoders and VAE are loaded when first used. On the device "meta" they and the transformer are outlines of the
+    configurations, without weights. Raises UserError if it is missing, of an unknown class, or without safetensors
+    weights.
     """
     source, commit = check_model(name)
     if quantisation is not None:

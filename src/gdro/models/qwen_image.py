@@ -55,6 +55,15 @@ class QwenImageModel(DiffusersModel):
             "negative_prompt_embeds": blank.repeat(len(prompts), 1, 1),
         }
 
+    def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        """A blank prompt's length depends on the tokenizer: the published one's is meant."""
+        width = self.transformer.config.joint_attention_dim
+        return {
+            "prompt_embeds": (max_sequence_length, width),
+            "prompt_embeds_mask": (max_sequence_length,),
+            "negative_prompt_embeds": (6, width),
+        }
+
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         embeds, mask = text["prompt_embeds"], text["prompt_embeds_mask"]
         # Padding would cost as much as the image's own tokens, and a mask the fastest attention kernels.

@@ -65,6 +65,17 @@ class StableDiffusion3Model(DiffusersModel):
                 raise UserError(f"{field}: {value} is beyond the model's positions; expected at most {most}")
         return shape
 
+    def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        config = self.transformer.config
+        clip = transformers.CLIPTextConfig.from_pretrained(
+            self._source, subfolder="text_encoder", revision=self._commit
+        )
+        of_prompt = {
+            "prompt_embeds": (clip.max_position_embeddings + max_sequence_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+        return of_prompt | {f"negative_{name}": shape for name, shape in of_prompt.items()}
+
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         x = self._unpack(x_t, height, width)
         if not self._guides(guidance_scale):

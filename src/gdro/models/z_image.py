@@ -45,6 +45,11 @@ class ZImageModel(DiffusersModel):
             text[f"{name}_mask"] = torch.stack([places < len(caption) for caption in captions])
         return text
 
+    def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        embeds, mask = (max_sequence_length, self.transformer.config.cap_feat_dim), (max_sequence_length,)
+        of_prompt = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+        return of_prompt | {f"negative_{name}": shape for name, shape in of_prompt.items()}
+
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         x = self._unpack(x_t, height, width)
         if not self._guides(guidance_scale):

@@ -53,6 +53,12 @@ class Generation(BaseModel):
         """(height, width) of each size the prompts are dealt."""
         return [(self.height, self.width), *((height, width) for height, width in self.buckets)]
 
+    @property
+    def calls(self) -> int:
+        """Velocities that one image takes; a second-order solver asks for one more at each step but the last."""
+        second_order = self.scheduler == "FlowMatchHeunDiscreteScheduler"
+        return self.num_inference_steps + (self.num_inference_steps - 1) * second_order
+
     def deterministic(self, **update: Any) -> Self:
         """The same images by the ODE: as models are measured, whatever they learn from. `update` replaces fields."""
         fields = ("sampler", "noise_level", "window", "window_size", "window_start", "window_interval", "shared_noise")

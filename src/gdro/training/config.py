@@ -186,6 +186,10 @@ class RoundsConfig(BaseModel):
         """The round (from 0) that holds optimizer step `step` (from 1)."""
         return (step - 1) // self.train_steps if self.train_steps else 0
 
+    def count(self, max_train_steps: int) -> int:
+        """Rounds of a run of so many optimizer steps."""
+        return self.of_step(max_train_steps) + 1
+
     def steps(self, round: int, max_train_steps: int) -> tuple[int, int]:
         """(steps done before the round, its last step)."""
         if self.train_steps is None:
