@@ -48,7 +48,7 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
 
     torch.set_num_threads(1)
     from gdro.config import load_config
-    from gdro.evaluation.measure import measure
+    from gdro.evaluation.measure import make_scored, measure
     from gdro.models import load_model
     from gdro.rewards.registry import load_judge, load_reward
     from gdro.stages.train import train
@@ -76,18 +76,10 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def validate(model: Any, step: int) -> dict[str, float]:
-            measured = measure(
-                config.evaluate.model_copy(update={"images_per_prompt": 4}),
-                model,
-                prompts,
-                reward,
-                judge,
-                Path(folder) / f"step-{step}",
-                seed=1000 + seed,
-                generation=config.sample,
-                label=name,
-            )
-            found[step] = measured.means()
+            settings = config.evaluate.model_copy(update={"images_per_prompt": 4})
+            images, how = Path(folder) / f"step-{step}", config.sample
+            scores = make_scored(settings, model, prompts, reward, images, seed=1000 + seed, generation=how, label=name)
+            found[step] = measure(settings, prompts, reward, judge, scores, label=name).means()
             return found[step]
 
         train(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
+from gdro.rewards.derived import base_rewards
 from gdro.rewards.geneval import summary
 from gdro.rewards.registry import load_reward
 from gdro.rng import torch_rng
@@ -55,7 +56,7 @@ def main() -> None:
     prompts = tiny_prompts(f"tiny:ocr:validation:{args.prompts}")
     pictures = generate(pipe, prompts, args.images, args.steps)
     records = [p for p in prompts for _ in range(args.images)]
-    rewards = load_reward("ocr")(pictures, records).values.reshape(-1, args.images)
+    rewards = base_rewards(load_reward("ocr"))[0](pictures, records).values.reshape(-1, args.images)
     grades = TinyJudge()(pictures, records)
     result["ocr"] = {
         "mean": rewards.mean(),
@@ -70,7 +71,7 @@ def main() -> None:
     count = max(2, args.images // 3)
     pictures = generate(pipe, prompts, count, args.steps)
     records = [p for p in prompts for _ in range(count)]
-    evidence = load_reward("geneval")(pictures, records).evidence
+    evidence = base_rewards(load_reward("geneval"))[0](pictures, records).evidence
     grades = TinyJudge()(pictures, records)
     result["geneval"] = {axis: values.mean() for axis, values in grades.items()}
     for kind, field in (("strict", "correct"), ("soft", "soft")):

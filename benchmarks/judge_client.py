@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rewards"))
-from fake_endpoint import Asked, FakeEndpoint, Said
+from fake_endpoint import Asked, FakeEndpoint, Said  # type: ignore[import-not-found]
 
 from gdro.prompts import Prompt
 from gdro.rewards.unified import POINTWISE, unified_reward

@@ -58,12 +58,12 @@ def main() -> None:
         disk = sum(p.stat().st_size for p in (out / "groups").iterdir())
     stages: dict[str, Any] = {}
     for how, found in (("timed passes", timed), ("counted, with the device's rates", counted)):
-        for stage in found.stages:
-            if stage.name in ("sample", "train") and stage.hours is not None:
-                predicted = 3600 * stage.hours
-                stages.setdefault(stage.name, {"seconds": round(seconds[stage.name], 3)})[how] = {
+        for planned in found.stages:
+            if planned.name in ("sample", "train") and planned.hours is not None:
+                predicted = 3600 * planned.hours
+                stages.setdefault(planned.name, {"seconds": round(seconds[planned.name], 3)})[how] = {
                     "seconds": round(predicted, 3),
-                    "ratio": round(predicted / seconds[stage.name], 3),
+                    "ratio": round(predicted / seconds[planned.name], 3),
                 }
     groups = counted.disk["groups"] or 0.0
     result = {

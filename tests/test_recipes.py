@@ -83,7 +83,8 @@ def test_the_sd3_recipe_runs_and_its_adapter_loads_in_diffusers(
         "evaluate.prompts": tmp_path / "test.jsonl",
         "score.reward": "my_rewards:redness",
     }
-    run("sd3_ocr", tmp_path / "run", settings)
+    summary = run("sd3_ocr", tmp_path / "run", settings)
+    assert summary["evaluations"]["sample"] == 2 * 8 * 4 * 2  # prompts, images, steps, with and without the prompt
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     pipe.load_lora_weights(tmp_path / "run" / "adapter", weight_name="pytorch_lora_weights.safetensors")
     assert pipe.get_active_adapters()

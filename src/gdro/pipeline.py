@@ -20,7 +20,7 @@ from gdro.evaluation.measure import make_scored, measure
 from gdro.files import discard, sweep, write_json
 from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import GroupStore, discard_trajectories
-from gdro.models import FlowModel, check_model, load_model
+from gdro.models import FlowModel, check_model, load_model, passes
 from gdro.models.replica import Replica
 from gdro.progress import duration, interval, say
 from gdro.prompts import Prompt, read_prompts, write_prompts
@@ -308,7 +308,8 @@ class Run:
         """What training must know of a round."""
         rounds, train, sample = self.config.rounds, self.config.train, self.config.sample
         done, last = rounds.steps(number, train.max_train_steps)
-        calls = sample.calls * sample.images_per_prompt * (rounds.prompts or len(self.prompts["train"]))
+        calls = sample.calls * passes(self.config.model, sample.guidance_scale)
+        calls *= sample.images_per_prompt * (rounds.prompts or len(self.prompts["train"]))
         return Round(
             number=number,
             done=done,

@@ -17,6 +17,7 @@ from PIL import Image
 from small_pipelines import small_flux2, small_flux2_klein, small_qwen_image, small_sd3, small_z_image
 from torch import Tensor
 
+from gdro import models
 from gdro.errors import UserError
 from gdro.models import load_model
 from gdro.models.diffusers_model import DiffusersModel
@@ -153,6 +154,7 @@ def test_guidance_and_text_matter_and_each_pass_is_counted(folders: Callable[[st
         before = model.evaluations
         seen.append(model.velocity(x, t, text, guidance_scale=scale, height=32, width=64))
         assert model.evaluations - before == len(x) * passes
+        assert models.passes(str(folders(name)), scale) == passes  # without loading it
         unlike = model.velocity(x, t, other, guidance_scale=scale, height=32, width=64)
         assert (seen[-1] - unlike).abs().max() > 1e-3
     assert (seen[0] - seen[1]).abs().max() > 1e-3

@@ -103,8 +103,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """The file with its footer read and its page checksums armed. Read it inside `reading(path)`."""
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    """The file, memory-mapped, with its footer read and its page checksums armed. Read it inside `reading(path)`."""
+    return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 def read_shard(path: Path) -> Shard:

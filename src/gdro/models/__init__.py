@@ -1,7 +1,7 @@
 """What predicts a velocity: one protocol (`base`), one file a family."""
 
 from gdro.models.base import FlowModel, Text
-from gdro.models.loading import check_compiler, check_model, load_model, model_revision
+from gdro.models.loading import check_compiler, check_model, load_model, model_revision, passes
 from gdro.models.quantisation import Quantisation, check_quantisation
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "check_quantisation",
     "load_model",
     "model_revision",
+    "passes",
 ]

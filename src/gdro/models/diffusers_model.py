@@ -53,6 +53,7 @@ class DiffusersModel(ABC):
     transformer_class: ClassVar[Any]
     vae_class: ClassVar[Any]
     text_parts: ClassVar[Mapping[str, Any]]  # tokenizers and text encoders by component name
+    _distilled = False  # of guidance: model_index.json says so for some models
     lora_presets: ClassVar[Mapping[str, str]]  # name: regular expression of layer names
 
     def __init__(
@@ -115,7 +116,8 @@ class DiffusersModel(ABC):
         """What a call of the pipeline takes for the guidance that `velocity` applies at that scale."""
         return {"guidance_scale": guidance_scale}
 
-    def _guides(self, guidance_scale: float) -> bool:
+    @classmethod
+    def guides(cls, guidance_scale: float, *, distilled: bool) -> bool:
         """Whether that scale means classifier-free guidance: a second pass without the prompt."""
         return False
 
@@ -194,7 +196,11 @@ class DiffusersModel(ABC):
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         """v_theta(x_t, t, c): x_t (n, tokens, channels), t (n,) in (0, 1), text of n rows; float32 out."""
-        self.evaluations += len(x_t) * (1 + self._guides(guidance_scale)) * (3 if torch.is_grad_enabled() else 1)
+        self.evaluations += (
+            len(x_t)
+            * (1 + self.guides(guidance_scale, distilled=self._distilled))
+            * (3 if torch.is_grad_enabled() else 1)
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             velocity = self._predict(
                 x_t.to(self.device, self.dtype),

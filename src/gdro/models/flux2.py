@@ -123,11 +123,12 @@ class Flux2KleinModel(Flux2Model):
         return shapes if self._distilled else shapes | {"negative_prompt_embeds": shapes["prompt_embeds"]}
 
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
-        if not self._guides(guidance_scale):
+        if not self.guides(guidance_scale, distilled=self._distilled):
             return self._network(x_t, t, text, None, height, width)
         both = torch.cat([x_t, x_t]), torch.cat([t, t]), with_negative(text)
         velocity, nothing = self._network(*both, None, height, width).chunk(2)
         return nothing + guidance_scale * (velocity - nothing)
 
-    def _guides(self, guidance_scale: float) -> bool:
-        return guidance_scale > 1 and not self._distilled
+    @classmethod
+    def guides(cls, guidance_scale: float, *, distilled: bool) -> bool:
+        return guidance_scale > 1 and not distilled

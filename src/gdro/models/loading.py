@@ -94,6 +94,12 @@ def family(name: str) -> Any:
     return getattr(import_module(module), kind)
 
 
+def passes(name: str, guidance_scale: float) -> int:
+    """Passes through the transformer for one velocity of the model called `name`: two with classifier-free guidance."""
+    distilled = bool(_find(name)[2].get("is_distilled", False))
+    return 1 + family(name).guides(guidance_scale, distilled=distilled)
+
+
 def model_revision(name: str) -> str:
     """`FlowModel.revision` of the model called `name`, without loading it."""
     return revision_of(*check_model(name))

@@ -70,7 +70,7 @@ class QwenImageModel(DiffusersModel):
         shortest, longest = torch.stack(mask.sum(1).aminmax()).tolist()
         seen = None if shortest == longest else mask[:, :longest]
         velocity = self._network(x_t, t, embeds[:, :longest], seen, height, width)
-        if not self._guides(guidance_scale):
+        if not self.guides(guidance_scale, distilled=self._distilled):
             return velocity
         blank = self._network(x_t, t, text["negative_prompt_embeds"], None, height, width)
         guided = blank + guidance_scale * (velocity - blank)
@@ -87,7 +87,8 @@ class QwenImageModel(DiffusersModel):
             return_dict=False,
         )[0]
 
-    def _guides(self, guidance_scale: float) -> bool:
+    @classmethod
+    def guides(cls, guidance_scale: float, *, distilled: bool) -> bool:
         return guidance_scale > 1
 
     @property

@@ -78,7 +78,7 @@ class StableDiffusion3Model(DiffusersModel):
 
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         x = self._unpack(x_t, height, width)
-        if not self._guides(guidance_scale):
+        if not self.guides(guidance_scale, distilled=self._distilled):
             return self._pack(self._network(x, t, text))
         velocity, nothing = self._network(torch.cat([x, x]), torch.cat([t, t]), with_negative(text)).chunk(2)
         return self._pack(nothing + guidance_scale * (velocity - nothing))
@@ -92,7 +92,8 @@ class StableDiffusion3Model(DiffusersModel):
             return_dict=False,
         )[0]
 
-    def _guides(self, guidance_scale: float) -> bool:
+    @classmethod
+    def guides(cls, guidance_scale: float, *, distilled: bool) -> bool:
         return guidance_scale > 1
 
     def _sigmas(self, num_inference_steps: int) -> list[float] | None:

@@ -52,7 +52,7 @@ class ZImageModel(DiffusersModel):
 
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         x = self._unpack(x_t, height, width)
-        if not self._guides(guidance_scale):
+        if not self.guides(guidance_scale, distilled=self._distilled):
             return self._pack(self._network(x, t, text))
         velocity, nothing = self._network(torch.cat([x, x]), torch.cat([t, t]), with_negative(text)).chunk(2)
         return self._pack(velocity + guidance_scale * (velocity - nothing))
@@ -66,7 +66,8 @@ class ZImageModel(DiffusersModel):
         found = self.transformer(images, 1 - t, captions, return_dict=False)[0]
         return -torch.stack(found).squeeze(2).float()
 
-    def _guides(self, guidance_scale: float) -> bool:
+    @classmethod
+    def guides(cls, guidance_scale: float, *, distilled: bool) -> bool:
         return guidance_scale > 0
 
     @property
