@@ -7,8 +7,15 @@ AdamW, EMA, figures. Both are measured in turns in one process; the ratio is the
 not matter for time: the default is the tiny model's shape untrained; latents, trajectories and rewards are random. On
 a CPU the time is the process's own, which other work on the machine hardly touches; on a GPU it is the clock's.
 
+The share of the ceiling is the arithmetic that the floor needs (forward passes, and the backward pass through frozen
+weights to the adapter; with checkpointing, what is computed again too) over what this device's matrix multiplication does, measured here. On a
+GPU the peak of its memory is given too, of steps and floor together.
+
     python benchmarks/train_step.py --k 2 4 6 8 16 --draws 1 --gradients one_pass two_pass --out FILE.json
     python benchmarks/train_step.py --objectives all --repeats 7 --out FILE.json
+    python benchmarks/random_flux.py --device cuda --out flux-random
+    python benchmarks/train_step.py --model flux-random --device cuda --bf16 --height 512 --width 512 --length 512 \
+        --images 24 --micro 1 --gradients one_pass two_pass --draws 1 --compile --repeats 6 --out FILE.json
 """
 
 import argparse
@@ -22,12 +29,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from gdro.files import write_json
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow, Trajectory
 from gdro.models import load_model
 from gdro.models.base import FlowModel
 from gdro.objectives.registry import OBJECTIVES
+from gdro.planning.gpus import present
 from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.store import Header, rewards_table, write_rewards
@@ -93,6 +102,14 @@ def now(device: torch.device) -> float:
     return time.process_time()
 
 
+def objective_passes(learner: Learner) -> int:
+    """Passes without gradient that the objective asks for beside the policy's own."""
+    objective = learner.objective
+    if objective.kind == "trajectory":
+        return objective.uses_base + objective.uses_old_mean
+    return (bool(objective.uses_reference) and learner.reference_errors is None) + objective.uses_base
+
+
 def floor_seconds(learner: Learner, step: int) -> float:
     """The passes alone, batch by batch, on inputs made beforehand."""
     visits, model, objective, total = learner.visits.at(step), learner.model, learner.objective, 0.0
@@ -101,14 +118,12 @@ def floor_seconds(learner: Learner, step: int) -> float:
     for first in range(0, len(visits), size):
         if objective.kind == "trajectory":
             inputs = [(one.x, one.t, one.text) for one in learner.transitions.of(visits[first : first + size])[1]]
-            others = objective.uses_base + objective.uses_old_mean
         else:
             inputs = [learner.batches.of(visits[first : first + size]).noised()]
-            others = (bool(objective.uses_reference) and learner.reference_errors is None) + objective.uses_base
         for x, t, text in inputs:
             parts = [(x[p], t[p], {name: v[p] for name, v in text.items()}) for p in learner.passes(len(t))]
             start = now(model.device)
-            for _ in range(others):
+            for _ in range(objective_passes(learner)):
                 with torch.no_grad(), model.adapter_disabled():
                     for part in parts:
                         learner.velocity(*part)
@@ -122,6 +137,20 @@ def floor_seconds(learner: Learner, step: int) -> float:
     return total
 
 
+def flops(learner: Learner) -> dict[str, float]:
+    """Of a velocity of one image: "forward" without gradient, "both" with the backward pass to the adapter."""
+    visit = learner.visits.at(1)[0]
+    learner = learner.at(visit.group)
+    x, t, text = learner.batches.of([visit]).noised()
+    x, t, text = x[:1], t[:1], {name: value[:1] for name, value in text.items()}
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        learner.velocity(x, t, text)
+    with FlopCounterMode(display=False) as both:
+        learner.velocity(x, t, text).sum().backward()
+    learner.optimizer.zero_grad()
+    return {"forward": forward.get_total_flops(), "both": both.get_total_flops()}
+
+
 def step_seconds(learner: Learner, step: int, log: MetricsLog) -> float:
     start = now(learner.model.device)
     log.write(step, train_step(learner, step))
@@ -133,6 +162,7 @@ def measured(
     model: FlowModel,
     folder: Path,
     sampling: dict[str, int | float],
+    ceiling: float,
     *,
     objective: str,
     k: int,
@@ -150,9 +180,15 @@ def measured(
         group_gradient=gradient,
         images_per_pass=arguments.pieces if gradient == "two_pass" else None,
         reference_draws=draws,
+        gradient_checkpointing=arguments.checkpointing,
     )
     options = sampling | {"sampler": "flow_grpo", "noise_level": 0.7}
     learner, _ = prepare(config, model, folder / "groups", folder / "rewards.parquet", seed=0, sampling=options)
+    work = flops(learner)  # counted before compiling, which hides the operations
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if arguments.compile:
+        model.compile()
     floors, steps = [], []
     with MetricsLog(folder / "metrics.jsonl", resumed=None) as log:
         for step in range(1, arguments.repeats + 3):
@@ -164,6 +200,8 @@ def measured(
                 floors.append(floor_seconds(learner, step))
     floors, steps = floors[2:], steps[2:]  # the first two warm up, and fill what is kept of the reference
     ratios = [step / floor for step, floor in zip(steps, floors, strict=True)]
+    others = objective_passes(learner)
+    rate = groups * k / statistics.median(steps)
     found = {
         "objective": objective,
         "k": k,
@@ -173,8 +211,12 @@ def measured(
         "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
         "step_seconds": round(statistics.median(steps), 5),
         "floor_seconds": round(statistics.median(floors), 5),
-        "images_per_second": round(groups * k / statistics.median(steps), 2),
+        "images_per_second": round(rate, 2),
     }
+    if learner.objective.kind == "forward":
+        found["share_of_ceiling"] = round(rate * (work["both"] + others * work["forward"]) / ceiling, 4)
+    if model.device.type == "cuda":
+        found["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     print(json.dumps(found), flush=True)
     return found
 
@@ -195,6 +237,9 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=1, help="images a pass of two_pass")
     parser.add_argument("--draws", type=int, help="measure with train.reference_draws too, where it can be; take 1")
     parser.add_argument("--micro", type=int, help="groups a forward pass; default: all")
+    parser.add_argument("--compile", action="store_true", help="compiled blocks")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--quantisation", choices=["int8", "fp8", "nf4"], help="of the base's weights")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -207,7 +252,10 @@ def main() -> None:
             source = str(folder / "model")
             build_pipeline().save_pretrained(source)
         dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        model = load_model(source, device=torch.device(arguments.device), dtype=dtype)
+        device = torch.device(arguments.device)
+        rates = present(device)
+        ceiling = rates.half if arguments.bf16 else rates.single
+        model = load_model(source, device=device, dtype=dtype, quantisation=arguments.quantisation)
         sampling: dict[str, int | float] = {"height": arguments.height, "width": arguments.width}
         sampling |= {"max_sequence_length": arguments.length, "guidance_scale": 3.5}
         names = list(OBJECTIVES) if arguments.objectives == ["all"] else arguments.objectives
@@ -221,13 +269,22 @@ def main() -> None:
                 kept = [None, arguments.draws] if getattr(kind, "uses_reference", None) == "error" else [None]
                 rows += [
                     measured(
-                        arguments, model, folder / str(k), sampling, objective=name, k=k, gradient=gradient, draws=draws
+                        arguments,
+                        model,
+                        folder / str(k),
+                        sampling,
+                        ceiling,
+                        objective=name,
+                        k=k,
+                        gradient=gradient,
+                        draws=draws,
                     )
                     for gradient in arguments.gradients
                     for draws in (kept if arguments.draws else [None])
                 ]
     result = {
         "rows": rows,
+        "ceiling_teraflops": round(ceiling / 1e12, 3),
         "settings": {key: value for key, value in vars(arguments).items() if key not in ("out", "model")},
         "model": "tiny, untrained" if arguments.model is None else Path(arguments.model).name,
         "threads": torch.get_num_threads(),
