@@ -8,8 +8,8 @@ not matter for time: the default is the tiny model's shape untrained; latents, t
 a CPU the time is the process's own, which other work on the machine hardly touches; on a GPU it is the clock's.
 
 The share of the ceiling is the arithmetic that the floor needs (forward passes, and the backward pass through frozen
-weights to the adapter; with checkpointing, what is computed again too) over what this device's matrix multiplication does, measured here. On a
-GPU the peak of its memory is given too, of steps and floor together.
+weights to the adapter; with checkpointing, what is computed again too) over what this device's matrix multiplication
+does, measured here. On a GPU the peak of its memory is given too, of steps and floor together.
 
     python benchmarks/train_step.py --k 2 4 6 8 16 --draws 1 --gradients one_pass two_pass --out FILE.json
     python benchmarks/train_step.py --objectives all --repeats 7 --out FILE.json
