@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -26,17 +25,15 @@ from gdro.rewards.store import read_header, read_rewards
 from gdro.rewards.user import UserJudge, UserReward
 from gdro.rewards.winrate import Pointwise, WinRate
 from gdro.rng import numpy_rng
+from gdro.run_state import RunState
 from gdro.stages.train import check_sampling
 from gdro.training.checkpoint import find_checkpoint, steps_saved
 from gdro.training.log import require_trackers
 
-if TYPE_CHECKING:  # at run time it is the run that imports its checks
-    from gdro.pipeline import Run
-
 SPLIT_OF_STAGE = {"sample": "train", "score": "train", "train": "validation", "evaluate": "test"}
 
 
-def check(job: Run) -> None:
+def check(job: RunState) -> None:
     """Refuse bad input; then note the configuration and the prompts in the run directory.
 
     Of several processes the first checks; each loads the model.
@@ -47,7 +44,7 @@ def check(job: Run) -> None:
     distributed.first(lambda: _note(job))
 
 
-def _check_input(job: Run) -> None:
+def _check_input(job: RunState) -> None:
     begun, rescoring = job.begun(), _is_rescoring(job)
     processes, groups = distributed.size(), job.config.train.groups_per_step
     if "train" in job.stages and groups % processes:
@@ -77,7 +74,7 @@ def _check_input(job: Run) -> None:
         _check_memory(job, todo)
 
 
-def _is_rescoring(job: Run) -> bool:
+def _is_rescoring(job: RunState) -> bool:
     """Whether this is scoring once more, with another reward: no change of what was trained on."""
     begun = job.begun()
     saved = saved_config(job.out) if begun else None
@@ -85,7 +82,7 @@ def _is_rescoring(job: Run) -> bool:
     return job.stages == ["score"] and "train" in begun and other_reward
 
 
-def _note(job: Run) -> None:
+def _note(job: RunState) -> None:
     begun = job.begun()
     saved = saved_config(job.out) if begun else None
     if "train" not in begun and saved != job.config:
@@ -100,7 +97,7 @@ def _note(job: Run) -> None:
             path.unlink(missing_ok=True)
 
 
-def _check_splits(job: Run, begun: set[str]) -> None:
+def _check_splits(job: RunState, begun: set[str]) -> None:
     """Held-out prompts must be held out, and the prompts must stay those that the run was begun with."""
     fields = {"train": "sample.prompts", "validation": "train.validation_prompts", "test": "evaluate.prompts"}
     for split, other, use in (
@@ -121,7 +118,7 @@ def _check_splits(job: Run, begun: set[str]) -> None:
             raise UserError(f"{path} has other prompts than there are now; expected those the run was begun with")
 
 
-def _check_scorers(job: Run) -> None:
+def _check_scorers(job: RunState) -> None:
     """The reward and the judge must know what to do with the prompts they will meet."""
     splits = {split for stage, split in SPLIT_OF_STAGE.items() if stage in job.stages and split in job.prompts}
     for split in sorted(splits):
@@ -134,12 +131,12 @@ def _check_scorers(job: Run) -> None:
         _try_functions(job)
 
 
-def _done(job: Run) -> dict[str, Callable[[], bool]]:
+def _done(job: RunState) -> dict[str, Callable[[], bool]]:
     """Stages that use the model, and whether each is finished."""
     return {"sample": job.is_sampled, "train": job.is_trained, "evaluate": job.evaluation.exists}
 
 
-def _check_measure(job: Run) -> None:
+def _check_measure(job: RunState) -> None:
     """What two models are compared by must say something between them, in numbers on one scale."""
     validates = "train" in job.stages and job.config.train.validates
     if not validates and "evaluate" not in job.stages:
@@ -158,7 +155,7 @@ def _check_measure(job: Run) -> None:
         )
 
 
-def _try_functions(job: Run) -> None:
+def _try_functions(job: RunState) -> None:
     """A user's reward or judge that returns nonsense is found on two images of noise, not after the long work."""
     config = job.config.sample
     shape = (2, config.height, config.width, 3)
@@ -174,7 +171,7 @@ def _try_functions(job: Run) -> None:
         job.judge(images, prompts)
 
 
-def _check_files(job: Run) -> None:
+def _check_files(job: RunState) -> None:
     """What earlier stages left must be there and whole."""
     remade = "sample" in job.stages and (not any(job.groups.glob("*.parquet")) or job.has_gap())
     if not remade and {"sample", "score", "train"} & set(job.stages):
@@ -198,7 +195,7 @@ def _check_files(job: Run) -> None:
         raise UserError(f"{job.checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
 
 
-def _check_version(job: Run, begun: set[str]) -> None:
+def _check_version(job: RunState, begun: set[str]) -> None:
     """Rewards of an older version of the reward are not trained on, nor replaced once something was."""
     trained = "train" in begun
     if not {"score", "train"} & set(job.stages) or ("score" in job.stages and not trained):
@@ -215,7 +212,7 @@ def _check_version(job: Run, begun: set[str]) -> None:
         )
 
 
-def _check_memory(job: Run, todo: Sequence[str]) -> None:
+def _check_memory(job: RunState, todo: Sequence[str]) -> None:
     """What cannot fit on the GPU by the plan is said before minutes go into loading it."""
     if job.config.distributed == "fsdp":  # each of several GPUs then holds a part that is not planned
         return
@@ -229,7 +226,7 @@ def _check_memory(job: Run, todo: Sequence[str]) -> None:
     refuse(config, shapes_of(config, cuda=True), memory, todo)
 
 
-def _check_model(job: Run) -> None:
+def _check_model(job: RunState) -> None:
     """What only the loaded model can tell: whether the images' size and the layers to train suit it."""
     for height, width in job.config.sample.sizes:
         job.model.latent_shape(height, width)

@@ -254,7 +254,7 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
-    monkeypatch.setattr("gdro.pipeline.load_model", None)
+    monkeypatch.setattr("gdro.run_state.load_model", None)
     with pytest.raises(UserError, match=r"base weights need at least .* by the plan"):
         run(config, tmp_path / "out")
 

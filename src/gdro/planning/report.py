@@ -8,11 +8,11 @@ import torch
 
 from gdro.config import RunConfig
 from gdro.errors import UserError
-from gdro.pipeline import resolve
 from gdro.planning.gpus import Device, gpu, present
 from gdro.planning.plan import Plan, Stage, plan, to_json
 from gdro.planning.shapes import Shapes, largest_size, shapes_of
 from gdro.planning.timing import SMALL, measured_pace
+from gdro.run_state import resolve
 
 
 def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:
