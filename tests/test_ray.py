@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from small_run import small_run
 
-from gdro import pipeline
+from gdro import pipeline, run_state
 from gdro.config import load_config
 from gdro.errors import UserError
 from gdro.models.replica import Replica
@@ -123,7 +123,7 @@ def test_a_worker_lost_while_sampling_changes_nothing(
     config: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     flag = tmp_path / "sampled"
-    monkeypatch.setattr(pipeline, "Replica", partial(DeadlyReplica, flag=flag))
+    monkeypatch.setattr(run_state, "Replica", partial(DeadlyReplica, flag=flag))
     do(config, tmp_path, "sample", engine="ray")
     assert flag.exists()
     assert files(tmp_path / "groups") == files(local / "groups")
