@@ -15,7 +15,7 @@ from toy_groups import SAMPLING, write_toy
 
 from gdro.cli import main
 from gdro.errors import UserError
-from gdro.groups.importer import import_folder
+from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import GroupStore
 from gdro.models.flux import FluxModel
 from gdro.prompts import Prompt
@@ -144,7 +144,8 @@ def test_imported_groups_may_differ_in_size(flux: FluxModel, tmp_path: Path) -> 
         Image.effect_noise((width, height), 60).convert("RGB").save(source / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "prompt": "a", "reward": i, "group": f"g{i % 2}"})
     (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    import_folder(source, flux, tmp_path / "groups", tmp_path / "rewards", guidance_scale=3.5, max_sequence_length=16)
+    members = read_metadata(source)
+    import_folder(members, flux, tmp_path / "groups", tmp_path / "rewards", guidance_scale=3.5, max_sequence_length=16)
     store = GroupStore(tmp_path / "groups")
     assert [store.image_size(group) for group in ("g0", "g1")] == [(32, 64), (64, 32)]
 

@@ -6,7 +6,7 @@ The checks read a run (`pipeline.Run`) and do none of its work; they raise UserE
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -234,12 +234,10 @@ def _check_model(job: RunState) -> None:
         job.model.check_targets(job.config.train.target_modules)
 
 
-def check_sizes(config: RunConfig, images: Iterable[Path]) -> None:
-    """Images of other sizes than the configuration's would be refused once training starts."""
+def check_sizes(config: RunConfig, images: Mapping[Path, tuple[int, int]]) -> None:
+    """Images (with their width and height) of other sizes than the configuration's would be refused in training."""
     sizes = config.sample.sizes
-    for image in images:
-        with Image.open(image) as first:
-            width, height = first.size
+    for image, (width, height) in images.items():
         if (height, width) not in sizes:
             raise UserError(
                 f"sample.height, sample.width: {', '.join(f'{w}x{h}' for h, w in sizes)}, but {image} is "

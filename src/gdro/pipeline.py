@@ -58,12 +58,12 @@ def import_groups(config: RunConfig, folder: Path, out: Path) -> str:
         members = read_metadata(folder)
         check_unchanged(config, out, job.begun())
         check_model(config.model)
-        check_sizes(config, [rows[0].path for rows in members.values()])
+        check_sizes(config, {rows[0].path: rows[0].size for rows in members.values()})
         write_prompts(Path(config.sample.prompts), [rows[0].prompt for rows in members.values()])
         save_config(config, out)
         with job.clock.running("sample"):
             import_folder(
-                folder,
+                members,
                 job.model,
                 job.groups,
                 job.imported.parent,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from gdro.errors import UserError
-from gdro.groups.importer import import_folder
+from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import GroupStore
 from gdro.prompts import Prompt
 from gdro.rewards.store import read_rewards
@@ -39,7 +39,7 @@ def write_rows(folder: Path, rows: list[Any]) -> None:
 
 def run(folder: Path, model: Any, **settings: Any) -> Path:
     values = {"guidance_scale": 3.5, "max_sequence_length": 24} | settings
-    return import_folder(folder / "source", model, folder / "groups", folder / "rewards", **values)
+    return import_folder(read_metadata(folder / "source"), model, folder / "groups", folder / "rewards", **values)
 
 
 def test_import_makes_a_store_and_rewards(tmp_path: Path, flux: Any) -> None:
@@ -130,18 +130,17 @@ def test_groups_that_cannot_be_compared_are_named(tmp_path: Path, flux: Any) -> 
 
 
 def test_damaged_image_is_named(tmp_path: Path, flux: Any) -> None:
-    """Its header is whole, so it is found out only when it is read; nothing was written by then."""
+    """Its header is whole, so it is found out only by reading all of it; that is before any work."""
     rows = make_rows(tmp_path / "source")
     write_rows(tmp_path / "source", rows)
     path = tmp_path / "source" / rows[3]["file_name"]
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"metadata.jsonl:4: .*3.png is damaged"):
         run(tmp_path, flux)
-    assert not list((tmp_path / "groups").glob("*.parquet"))
+    assert not (tmp_path / "groups").exists()
 
     Image.new("RGB", (64, 32)).save(path)
-    run(tmp_path, flux, guidance_scale=4.0)  # nothing was imported, so settings may change
-    assert GroupStore(tmp_path / "groups").settings["guidance_scale"] == 4.0
+    run(tmp_path, flux)
 
 
 def test_missing_and_empty_metadata(tmp_path: Path, flux: Any) -> None:
@@ -159,3 +158,21 @@ def test_store_of_another_origin_is_refused(tmp_path: Path, flux: Any) -> None:
     (tmp_path / "groups" / "groups-00000.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="holds groups of another origin"):
         run(tmp_path, flux)
+
+
+def test_pixels_are_those_a_viewer_shows(tmp_path: Path, flux: Any) -> None:
+    """A phone's upright picture is stored lying; a snapshot of the Hub is made of links; both are one group."""
+    rows = make_rows(tmp_path / "source")[:3:2]
+    write_rows(tmp_path / "source", rows)
+    exif = Image.Exif()
+    exif[274] = 6
+    first, second = (tmp_path / "source" / row["file_name"] for row in rows)
+    Image.open(first).transpose(Image.Transpose.ROTATE_90).save(first, exif=exif)
+    second.rename(tmp_path / "blob")
+    second.symlink_to(tmp_path / "blob")
+    run(tmp_path, flux)
+    store = GroupStore(tmp_path / "groups")
+    assert store.image_size("g1") == (32, 64)
+    for i, image in zip((0, 2), store.images("g1"), strict=True):
+        expected = np.random.default_rng(i).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+        assert np.array_equal(np.asarray(image), expected)

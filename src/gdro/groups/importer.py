@@ -7,16 +7,17 @@ prompt must be the same throughout a group.
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gdro.errors import UserError
 from gdro.files import fingerprint, sweep, write_json
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
+from gdro.images import open_image, path_inside
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
 from gdro.prompts import Prompt
@@ -34,12 +35,14 @@ class Row:
 
     where: str  # file:line
     path: Path
+    name: str  # its file_name
+    size: tuple[int, int]  # width and height
     reward: float
     prompt: Prompt  # its id is the group's
 
 
 def import_folder(
-    folder: Path,
+    members: Mapping[str, Sequence[Row]],
     model: FlowModel,
     groups: Path,
     rewards: Path,
@@ -48,19 +51,15 @@ def import_folder(
     max_sequence_length: int,
     reward_name: str = "imported",
 ) -> Path:
-    """Make a store in `groups` and `rewards/<reward_name>.parquet`; returns the latter. Goes on where it stopped.
+    """Make a store of what `read_metadata` found in `groups`, and `rewards/<reward_name>.parquet`; returns the latter.
 
     Latents and text embeddings are `model`'s, `guidance_scale` and `max_sequence_length` those training shall use.
-    Raises UserError naming the line of the first SHOWN mistakes in the folder: a bad row, an image that is missing,
-    damaged or of another size than its group's first, a group of one image.
+    Goes on where it stopped.
     """
-    members = read_metadata(folder)
-    for width, height in {_size(rows[0]) for rows in members.values()}:
+    for width, height in {rows[0].size for rows in members.values()}:
         model.latent_shape(height, width)
     begun: dict[str, Any] = {
-        "metadata": fingerprint(
-            [[str(r.path.relative_to(folder)), r.reward, r.prompt.to_json()] for rows in members.values() for r in rows]
-        ),
+        "metadata": fingerprint([[r.name, r.reward, r.prompt.to_json()] for rows in members.values() for r in rows]),
         "guidance_scale": guidance_scale,
         "max_sequence_length": max_sequence_length,
         "revision": model.weights,
@@ -78,7 +77,7 @@ def import_folder(
         for i in left:
             rows, text = [], {}
             for group in shards[i]:
-                images = [_image(row) for row in members[group]]
+                images = [open_image(row.path, f"{row.where}: {row.path}") for row in members[group]]
                 text[group] = model.encode_text([members[group][0].prompt.text], max_sequence_length)
                 for index, (image, latent) in enumerate(zip(images, model.encode_images(images).cpu(), strict=True)):
                     row = ImageRow(
@@ -115,7 +114,11 @@ def import_folder(
 
 
 def read_metadata(folder: Path) -> dict[str, list[Row]]:
-    """Group id -> its rows, everything checked but the pixels; UserError with the lines of the first mistakes."""
+    """Group id -> its rows, all of them checked and every image opened once.
+
+    Raises UserError naming the line of the first SHOWN mistakes in the folder: a bad row, an image that is missing,
+    damaged or of another size than its group's first, a group of one image.
+    """
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise UserError(f"{path} not found; expected one JSON object an image: file_name, prompt, reward, group")
@@ -135,12 +138,11 @@ def read_metadata(folder: Path) -> dict[str, list[Row]]:
             if row.path in seen:
                 raise UserError(f"{row.where} names {row.path.name} again, after {seen[row.path]}")
             seen[row.path] = row.where
-            found = _size(row)
             members = groups.setdefault(row.prompt.id, [])
-            expected = sizes.setdefault(row.prompt.id, found)
-            if found != expected:
+            expected = sizes.setdefault(row.prompt.id, row.size)
+            if row.size != expected:
                 raise UserError(
-                    f"{row.where}: {row.path.name} is {found[0]}x{found[1]}; the first of group "
+                    f"{row.where}: {row.path.name} is {row.size[0]}x{row.size[1]}; the first of group "
                     f'"{row.prompt.id}" is {expected[0]}x{expected[1]}'
                 )
             if members and members[0].prompt != row.prompt:
@@ -182,28 +184,11 @@ def _parse(line: str, where: str, folder: Path) -> Row:
         raise UserError(f'{where} has "group" {group!r}; expected a text or an integer')
     if "id" in row:
         raise UserError(f'{where} has "id" {row["id"]!r}; expected the group\'s id in "group" only')
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    path = path_inside(folder, name)
+    if path is None:
         raise UserError(f'{where} has "file_name" {name!r}; expected a file inside the folder')
-    return Row(where, path, float(reward), Prompt(str(group), prompt, row))
-
-
-def _size(row: Row) -> tuple[int, int]:
-    if not row.path.is_file():
-        raise UserError(f"{row.where}: {row.path} not found; expected an image")
-    try:
-        with Image.open(row.path) as image:
-            return image.size
-    except OSError as error:
-        raise UserError(f"{row.where}: {row.path} is no image ({error})") from None
-
-
-def _image(row: Row) -> Image.Image:
-    try:
-        with Image.open(row.path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{row.where}: {row.path} is damaged ({error})") from None
+    size = open_image(path, f"{where}: {path}").size
+    return Row(where, path, name, size, float(reward), Prompt(str(group), prompt, row))
 
 
 def _begin(groups: Path, begun: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ A row is an image and a row group is a group, so one group is read without touch
 checksums, and the footer's metadata a digest of the images, by which rewards know what they were given for.
 """
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from gdro.errors import UserError
+from gdro.images import open_image
 from gdro.prompts import Prompt
 
 SETTINGS = ("guidance_scale", "max_sequence_length", "generator", "revision")
@@ -162,8 +162,8 @@ def read_rows(path: Path, place: int, columns: Sequence[str]) -> pa.Table:
 def read_images(path: Path, place: int) -> list[Image.Image]:
     """The images (RGB) of the `place`-th group of a file."""
     with reading(path):
-        cells = read_rows(path, place, ["image"])["image"].to_pylist()
-        return [Image.open(io.BytesIO(cell["bytes"])).convert("RGB") for cell in cells]
+        rows = read_rows(path, place, ["image_id", "image"]).to_pylist()
+    return [open_image(row["image"]["bytes"], f'{path}: image "{row["image_id"]}"') for row in rows]
 
 
 @dataclass(frozen=True)

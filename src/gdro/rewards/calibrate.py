@@ -16,6 +16,7 @@ from PIL import Image
 
 from gdro.errors import UserError, did_you_mean
 from gdro.files import write_json
+from gdro.images import open_image, path_inside
 from gdro.progress import Progress
 from gdro.rewards.base import ImageFailure
 from gdro.rewards.ocr import OcrReward, edit_distance, ocr_score, target_text
@@ -117,11 +118,7 @@ def pictures_of_folder(folder: Path) -> Pictures:
         raise UserError(f"{path} has no row; expected one JSON object an image: file_name, text")
 
     def load(i: int) -> Image.Image:
-        try:
-            with Image.open(folder / names[i]) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            raise UserError(f"{folder / names[i]} is no image ({error})") from None
+        return open_image(folder / names[i], str(folder / names[i]))
 
     return Pictures(names, targets, load)
 
@@ -137,13 +134,10 @@ def _row(line: str, where: str, folder: Path) -> tuple[str, str]:
     text = row.get(key)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{where} has {text!r} in "{key}"; expected "text", what the image should show, or "prompt"')
-    path = folder / row["file_name"]
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+    path = path_inside(folder, row["file_name"])
+    if path is None:
         raise UserError(f'{where} has "file_name" {row["file_name"]!r}; expected an image inside the folder')
-    try:
-        Image.open(path).close()  # reads the head alone
-    except OSError as error:
-        raise UserError(f"{where}: {path} is no image ({error})") from None
+    open_image(path, f"{where}: {path}")
     try:
         return row["file_name"], target_text(text)
     except UserError as error:

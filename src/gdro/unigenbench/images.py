@@ -13,6 +13,7 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.files import fingerprint, write_json
 from gdro.hub import digest
+from gdro.images import open_image
 from gdro.prompts import Prompt
 from gdro.rundir import read_json
 from gdro.samplers.settings import Generation
@@ -40,26 +41,15 @@ class Folder:
                 f"expected {self.per_prompt} images a prompt, named <index>_<i>.png"
             )
         for path in paths:
-            try:
-                with Image.open(path) as image:
-                    image.verify()
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise UserError(f"--images-from: {path} is no image ({error})") from None
+            open_image(path, f"--images-from: {path}")
 
     def make(self, prompts: Sequence[Prompt]) -> None:
         """Nothing to do: they are there."""
 
     def images(self, prompt: Prompt) -> list[Image.Image]:
         """Raises UserError naming a file that is damaged."""
-        found = []
-        for i in range(self.per_prompt):
-            path = self._path(prompt, i)
-            try:
-                with Image.open(path) as image:
-                    found.append(image.convert("RGB"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"--images-from: {path} could not be read ({error})") from None
-        return found
+        paths = [self._path(prompt, i) for i in range(self.per_prompt)]
+        return [open_image(path, f"--images-from: {path}") for path in paths]
 
     @property
     def about(self) -> dict[str, Any]:
