@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gdro.images import to_rgb
 from gdro.rng import numpy_rng
 
 SHOWN = 320  # longest side of an embedded image; larger ones are reduced and kept as JPEG
@@ -39,7 +40,7 @@ def choose_groups(rewards: dict[str, np.ndarray], *, seed: int, count: int = 3) 
 def figure(image: Image.Image, reward: float, evidence: dict[str, Any], alt: str) -> dict[str, Any]:
     """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, and in `text` what was recognised (None:
     the reward recognises nothing): words, or GenEval's objects."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     buffer = io.BytesIO()
     if is_pixel_art(image):
         image.save(buffer, format="PNG", optimize=True)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from gdro.evaluation.statistics import compare, relative_change
+from gdro.images import to_rgb
 
 LONGEST = 512  # larger images are box-reduced by a whole factor first, so that "edge" means one scale everywhere
 DARK = 0.2  # luma below this is a dark pixel
@@ -41,12 +42,12 @@ def image_signs(images: Sequence[Image.Image], boxes: Sequence[Any] | None = Non
     """
     width, height = images[0].size
     factor = -(-max(width, height) // LONGEST)
-    rgb = np.stack([np.asarray(i.convert("RGB").reduce(factor) if factor > 1 else i.convert("RGB")) for i in images])
+    rgb = np.stack([np.asarray(to_rgb(i).reduce(factor) if factor > 1 else to_rgb(i)) for i in images])
     luma = (rgb.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)) / 255
     histograms = _histograms(rgb)
     text = near_strokes(luma) if boxes is None else np.array([box_share(b, width, height) for b in boxes])
     thumbnails = np.stack(
-        [np.asarray(i.convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.float64) for i in images]
+        [np.asarray(to_rgb(i).resize(THUMBNAIL, Image.Resampling.BOX), dtype=np.float64) for i in images]
     )
     return {
         "brightness": luma.mean(axis=(1, 2)).astype(np.float64),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gdro import distributed
 from gdro.errors import UserError
+from gdro.images import to_rgb
 from gdro.models import lora
 from gdro.models.base import Text
 from gdro.models.loading import revision_of
@@ -259,7 +260,7 @@ class DiffusersModel(ABC):
                     f"image: {image.size[0]}x{image.size[1]} pixels; expected {width}x{height} like the first"
                 )
         self.latent_shape(height, width)
-        pixels = self._image_processor.preprocess([image.convert("RGB") for image in images], height, width)
+        pixels = self._image_processor.preprocess([to_rgb(image) for image in images], height, width)
         return self._encode(pixels.to(self.device, self.dtype)).float()
 
     @cached_property

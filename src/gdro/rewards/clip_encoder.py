@@ -15,6 +15,7 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.hub import Source, digest, locate
+from gdro.images import to_rgb
 from gdro.rewards import pretrained
 from gdro.rewards.published import WEIGHTS, from_open_clip, tensor_names
 
@@ -61,7 +62,7 @@ class ClipEncoder:
         """(n, d) float32 on the CPU, each of length one."""
         import torch
 
-        fitted = [image.convert("RGB") for image in images]
+        fitted = [to_rgb(image) for image in images]
         if self.pad:
             fitted = [pad_to_square(image, self._config.vision_config.image_size) for image in fitted]
         rows = []

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from gdro.images import to_rgb
+
 if TYPE_CHECKING:
     import httpx
 
@@ -45,7 +47,7 @@ def request_body(model: str, text: str, images: Sequence[Image.Image], *, max_to
 
 def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG", compress_level=1)  # lossless at any level, and the way is short
+    to_rgb(image).save(file, "PNG", compress_level=1)  # lossless at any level, and the way is short
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

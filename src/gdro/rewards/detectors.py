@@ -18,6 +18,7 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.hub import Source
+from gdro.images import to_rgb
 from gdro.rewards import pretrained
 from gdro.rewards.colors import COLORS, ColorClassifier, crop
 from gdro.rewards.detection import Detection, Record
@@ -80,7 +81,7 @@ class TransformersDetector:
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Record]) -> list[list[Detection]]:
         """Detections above THRESHOLD, boxes in pixels; the best `count` of a class wanted in a colour have theirs."""
-        pictures = [image.convert("RGB") for image in images]
+        pictures = [to_rgb(image) for image in images]
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, picture in enumerate(pictures):
             by_size.setdefault(picture.size, []).append(i)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from gdro.errors import UserError, did_you_mean
 from gdro.files import fingerprint
+from gdro.images import to_rgb
 from gdro.rewards.completions import (
     Unread,
     base_url,
@@ -144,7 +145,7 @@ class Endpoint:
 
     def _key(self, question: Question) -> str:
         """Digest of what decides the reply. Not `max_tokens`: a reply that was not cut does not depend on it."""
-        pixels = [[i.size, hashlib.sha256(i.convert("RGB").tobytes()).hexdigest()] for i in question.images]
+        pixels = [[i.size, hashlib.sha256(to_rgb(i).tobytes()).hexdigest()] for i in question.images]
         content = [self.model, self.revision, self.temperature, question.text, pixels]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

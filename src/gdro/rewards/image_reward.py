@@ -17,6 +17,7 @@ from pydantic import PositiveInt
 from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.hub import Source, locate
+from gdro.images import to_rgb
 from gdro.prompts import Prompt
 from gdro.rewards import pretrained
 from gdro.rewards.base import Scores
@@ -81,7 +82,7 @@ class ImageReward:
 
         preprocess, vision, text, head = self._network
         device = vision.device
-        pixels = preprocess(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        pixels = preprocess(images=[to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
         tokens = tokenize(self._tokenizer, texts, TOKENS).to(device)
         with torch.inference_mode():
             seen = vision(pixel_values=pixels.to(device)).last_hidden_state

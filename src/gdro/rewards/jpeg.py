@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, features
 
 from gdro.files import fingerprint
+from gdro.images import to_rgb
 from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 
@@ -19,7 +20,7 @@ SCALE = 500.0  # kB: Flow-GRPO divides compressibility by it, and leaves incompr
 def jpeg_kilobytes(image: Image.Image) -> float:
     """Size in kB (1000 bytes) as JPEG of QUALITY, without metadata."""
     buffer = BytesIO()
-    bare = Image.fromarray(np.asarray(image.convert("RGB")))  # without what came with the file
+    bare = Image.fromarray(np.asarray(to_rgb(image)))  # without what came with the file
     bare.save(buffer, format="JPEG", quality=QUALITY)
     return buffer.tell() / 1000
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from gdro.errors import UserError
+from gdro.images import to_rgb
 from gdro.rewards.base import ImageFailure
 
 EngineName = Literal["rapidocr", "paddleocr"]
@@ -113,7 +114,7 @@ def read(index: int, image: Image.Image, name: EngineName = "rapidocr", lang: st
 
     An engine is used by one thread at a time, and kept for the next one.
     """
-    pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+    pixels = np.ascontiguousarray(np.asarray(to_rgb(image))[:, :, ::-1])
     with _lock:
         idle = _idle.setdefault((name, lang), [])
         engine = idle.pop() if idle else None
