@@ -7,20 +7,19 @@ Names are those of the exported file without its `transformer.` prefix, e.g.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from gdro.errors import UserError, did_you_mean
 from gdro.files import write_bytes
+from gdro.models.adapter_file import HEADER, WEIGHTS, read_adapter
 from gdro.rng import torch_rng
 
 ADAPTER = "default"
@@ -78,64 +77,40 @@ def own_in_float32(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_lora(pipeline_class: Any, transformer: Any, folder: Path) -> None:
-    """Add the adapter in `folder`/pytorch_lora_weights.safetensors, as diffusers itself reads it.
+    """Add the adapter in `folder`, of any form that diffusers reads or peft writes; UserError if it is not one."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
-    Raises UserError if it is missing, damaged, made for another model, or also trains text encoders.
-    """
-    path = folder / LORA_WEIGHT_NAME_SAFE
-    if not path.is_file():
-        raise UserError(f"adapter: {path} not found; expected a folder holding {LORA_WEIGHT_NAME_SAFE}")
-    # FLUX.1's reader hands the alphas of other trainers' files over apart; the others put them into the weights.
-    apart = "return_alphas" in signature(pipeline_class.lora_state_dict).parameters
-    try:
-        with safe_open(path, "pt") as file:
-            dora = [key for key in file.keys() if "dora_scale" in key]  # noqa: SIM118 (no mapping)
-        if dora:  # diffusers would drop them and give other images than the trainer's
-            raise UserError(f"adapter: {path} holds {dora[0]}; expected LoRA, not DoRA")
-        state, *alphas, metadata = pipeline_class.lora_state_dict(
-            str(folder),
-            weight_name=LORA_WEIGHT_NAME_SAFE,
-            use_safetensors=True,
-            local_files_only=True,
-            return_lora_metadata=True,
-            **({"return_alphas": True} if apart else {}),
-        )
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"adapter: {path} is damaged ({_first_line(error)}); expected a safetensors file") from None
-    foreign = [key for key in state if not key.startswith("transformer.") or ".lora_" not in key]
-    if foreign or not state:
-        found = foreign[0] if foreign else "no tensor"
-        raise UserError(f"adapter: {path} holds {found}; expected LoRA layers of the transformer only")
-    names = {key.removeprefix("transformer.") for key in state}
-    try:
-        pipeline_class.load_lora_into_transformer(
-            state,
-            transformer=transformer,
-            adapter_name=ADAPTER,
-            metadata=metadata,
-            **({"network_alphas": alphas[0]} if apart else {}),
-        )
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"adapter: {path} does not fit the model ({_first_line(error)})") from None
-    strange = names ^ set(own_in_float32(transformer))
-    if strange:
-        raise UserError(f"adapter: {path} does not fit the model (layer {min(strange)})")
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = pipeline_class.lora_state_dict(tensors)
+        return state
+
+    state = read_adapter(folder, layers, convert)
+    ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in state.items() if ".lora_A." in key}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
+    names = "|".join(map(re.escape, ranks))
+    config = LoraConfig(r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=others, target_modules=names)
+    transformer.add_adapter(config, ADAPTER)
+    for name, parameter in own_in_float32(transformer).items():
+        parameter.data.copy_(state[name])
 
 
 def write_lora(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
     """Write diffusers' `pytorch_lora_weights.safetensors` for the named tensors; atomic.
 
-    `config` holds peft's `r` and `lora_alpha` (and `rank_pattern`, `alpha_pattern` if any): without them in the file a
-    reader would take alpha = rank. `about` is kept beside it under "gdro". Both share one metadata entry, because
-    safetensors writes several in random order and the same adapter should be the same file.
+    `config` holds the `r` and `lora_alpha` they were trained with. Their ratio goes into B, so that a reader who looks
+    for alpha in the header (diffusers), in `.alpha` tensors (ComfyUI) or nowhere applies the same strength. `about` is
+    kept under "gdro" in the header's one entry: safetensors writes several in random order, and the same adapter should
+    be the same file.
     """
     modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in state})
-    header = {f"transformer.{k}": v for k, v in {**config, "target_modules": modules}.items()}
-    tensors = {f"transformer.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
-    path = folder / LORA_WEIGHT_NAME_SAFE
-    write_bytes(path, save(tensors, {LORA_ADAPTER_METADATA_KEY: json.dumps({**header, "gdro": dict(about)})}))
+    header = {"r": config["r"], "lora_alpha": config["r"], "target_modules": modules}
+    scales = {"A": 1.0, "B": config["lora_alpha"] / config["r"]}
+    tensors = {
+        f"transformer.{name}": (value.detach().float().cpu() * scales[name[-len("A.weight")]]).contiguous()
+        for name, value in state.items()
+    }
+    path = folder / WEIGHTS[0]
+    entry = {f"transformer.{key}": value for key, value in header.items()} | {"gdro": dict(about)}
+    write_bytes(path, save(tensors, {HEADER: json.dumps(entry)}))
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

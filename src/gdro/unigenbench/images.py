@@ -21,8 +21,6 @@ from gdro.samplers.settings import Generation
 if TYPE_CHECKING:  # which imports torch
     from gdro.groups.store import GroupStore
 
-LORA = "pytorch_lora_weights.safetensors"
-
 
 @dataclass(frozen=True)
 class Folder:
@@ -65,7 +63,7 @@ class Sampled:
 
     store: Path
     model: str
-    adapter: Path | None  # the folder that holds LORA
+    adapter: Path | None  # the folder that holds its files
     generation: Generation
     seed: int
     device: str
@@ -113,11 +111,10 @@ class Sampled:
 
     @cached_property
     def about(self) -> dict[str, Any]:
+        from gdro.models.adapter_file import adapter_files
         from gdro.models.loading import model_revision
 
-        adapter = (
-            None if self.adapter is None else {"folder": str(self.adapter), "digest": digest([self.adapter / LORA])}
-        )
+        adapter = self.adapter and {"folder": str(self.adapter), "digest": digest(adapter_files(self.adapter))}
         settings = self.generation.model_dump(exclude={"batch_size", "prompts_per_shard"})
         return {
             "model": self.model,
@@ -139,7 +136,11 @@ class Sampled:
 
 def find_adapter(path: Path) -> Path:
     """The folder with the adapter's weights: `path`, or what a run at `path` exported. Raises UserError without any."""
+    from gdro.models.adapter_file import WEIGHTS, adapter_files
+
     for folder in (path, path / "adapter"):
-        if (folder / LORA).is_file():
+        if adapter_files(folder):
             return folder
-    raise UserError(f"--adapter: {path} holds no {LORA}; expected a run that was exported, or an adapter's folder")
+    raise UserError(
+        f"--adapter: {path} holds no {' or '.join(WEIGHTS)}; expected a run that was exported, or an adapter's folder"
+    )
