@@ -102,7 +102,17 @@ def _dispatch(argv: list[str]) -> int:
         argv, overrides = _split(argv, commands[argv[0]])
     args = parser.parse_args(argv)
     act: Act = args.act
-    return act(args, overrides) or 0
+    try:
+        return act(args, overrides) or 0
+    except (RuntimeError, MemoryError) as error:
+        if "torch" not in sys.modules:
+            raise
+        from gdro.device import failure
+
+        line = failure(argv[0], error)  # outside of a run's stages, which tell of their own
+        if line is None:
+            raise
+        raise UserError(line) from error
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:

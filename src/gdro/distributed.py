@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gdro.device import is_of_device
 from gdro.errors import LostProcess, UserError
 
 T = TypeVar("T")
@@ -188,6 +189,8 @@ def _missing_no_one() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_of_device(error) and "NCCL" not in str(error):  # of a kernel begun before: told of here, being late
+            raise
         raise LostProcess(
             f"process {rank()} of {size()} lost another one ({str(error).splitlines()[0]}); if none has said why, it "
             "was killed: out of memory, perhaps"

@@ -10,6 +10,7 @@ from pathlib import Path
 from gdro import distributed
 from gdro.checks import check, check_sizes
 from gdro.config import RunConfig, check_unchanged, save_config
+from gdro.device import savings, telling
 from gdro.evaluation.measure import make_scored, measure
 from gdro.files import discard, sweep, write_json
 from gdro.groups.importer import import_folder, read_metadata
@@ -82,7 +83,7 @@ class Run(RunState):
 
         No process leaves it before all are done with it, so each finds the run directory as the others do.
         """
-        with self.clock.running(stage):
+        with self.clock.running(stage), telling(stage, savings(self.config, stage)):
             getattr(self, stage)()
             distributed.wait()
 
@@ -184,7 +185,7 @@ class Run(RunState):
             mark_stopped(self.checkpoints, step, reason, train)
 
     def _validate(self, model: FlowModel, step: int) -> dict[str, float]:
-        with self.clock.running("validate"):
+        with self.clock.running("validate"), telling("validate", savings(self.config, "validate")):
             return self._measure(model, step)
 
     def _measure(self, model: FlowModel, step: int) -> dict[str, float]:

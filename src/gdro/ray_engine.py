@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from gdro.device import telling
 from gdro.errors import UserError
 from gdro.files import write_bytes
 from gdro.groups.shard import Shard, read_shard
@@ -128,7 +129,7 @@ class _Worker:
                     f"{what}: one worker after another died, out of memory perhaps; finished work is kept, run again "
                     "with more memory for each"
                 )
-            with TemporaryDirectory(prefix="gdro-") as folder:
+            with TemporaryDirectory(prefix="gdro-") as folder, telling(what, [f"a smaller {what}.batch_size"]):
                 work(Path(folder))
                 # groups-* after the _* it refers to: so they must be written
                 files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

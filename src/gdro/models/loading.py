@@ -43,6 +43,9 @@ def load_model(
     source, commit = check_model(name)
     if quantisation is not None:
         check_quantisation(quantisation, device)
+    # torch would take it first on Hopper, where its backward pass fails on the FLUX family's shapes; flash attention
+    # takes over. It holds for the process: a model made on "meta" may be timed on a GPU later.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     hush()
     # These take seconds to import, which neither `--help` nor a misspelt name should cost.
     import diffusers
