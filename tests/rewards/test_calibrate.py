@@ -146,6 +146,8 @@ def test_missing_engine_is_told_of_unless_it_was_asked_for(folder: Path, tmp_pat
         ('{"file_name": "a.png", "text": 5}', r'metadata.jsonl:2 has 5 in "text"'),
         ('{"file_name": "z.png", "text": "x"}', r"metadata.jsonl:2: .*z.png not found; expected an image"),
         ('{"file_name": "../a.png", "text": "x"}', r"'../a.png'; expected an image inside the folder"),
+        (r'{"file_name": "a.png", "text": "a 12\" record, \"HELLO\""}', "metadata.jsonl:2: prompt .* an odd number"),
+        ('{"file_name": "a.png", "prompt": "x", "target": 5}', "metadata.jsonl:2: prompt 'x' has \"target\" 5"),
         ('{"file_name": "a.png", "prompt": "no quotes"}', "metadata.jsonl:2: prompt 'no quotes' has no text"),
     ],
 )

@@ -20,7 +20,7 @@ from gdro.files import fingerprint
 from gdro.prompts import Prompt
 from gdro.rewards import ocr_engines
 from gdro.rewards.base import ImageFailure
-from gdro.rewards.ocr import OcrReward, ocr, ocr_score, ocr_strict, target_text
+from gdro.rewards.ocr import OcrReward, ocr, ocr_score, ocr_strict, quoted_text, target_of
 from gdro.rewards.ocr_engines import RAPIDOCR, paddleocr, rapidocr
 
 PADDLE = all(importlib.util.find_spec(package) for package in ("paddleocr", "paddle"))
@@ -88,7 +88,7 @@ def test_rule_needs_a_target() -> None:
     ],
 )
 def test_target_is_the_first_quoted_text(prompt: str, target: str) -> None:
-    assert target_text(prompt) == target
+    assert quoted_text(prompt) == target
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,43 @@ def test_target_is_the_first_quoted_text(prompt: str, target: str) -> None:
 def test_prompt_without_target_is_refused_before_scoring(prompt: str) -> None:
     with pytest.raises(UserError, match=r'reward "ocr": prompt "p7": prompt '):
         OcrReward().check([Prompt("ok", '"fine"'), Prompt("p7", prompt)])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ('a 12" record that says "HELLO"', "3 double quotes, an odd number"),
+        ('"HELLO" on a 12" record', "3 double quotes, an odd number"),
+        ('a 12" record that says “HELLO”', "3 double quotes, an odd number"),
+        ("a 12” record that says “HELLO”", "3 double quotes, an odd number"),
+        ('say "HELLO and “BYE”', "3 double quotes, an odd number"),
+        ('a 12" by 8" sign that says "HELLO"', "a double quote after the digit 2, as if for inches"),
+        ('a 3½" badge 2" high that says “HI”', "a double quote after the digit ½, as if for inches"),
+        (r"a sign that says \"SALE\"", "a backslash before its first double quote"),
+    ],
+)
+def test_marks_that_can_be_read_in_two_ways_are_refused(prompt: str, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        OcrReward().check([Prompt("p7", prompt)])
+    assert str(error.value).startswith(f'reward "ocr": prompt "p7": prompt {prompt!r} has ')
+    assert told in str(error.value)
+    assert str(error.value).endswith('or the text in its "target"')
+    assert target_of(Prompt("p7", prompt, {"target": "HELLO"})) == "HELLO"
+
+
+@pytest.mark.parametrize("target", ["", "  ", 5, None, ["OPEN"]])
+def test_a_target_must_be_a_text(target: object) -> None:
+    with pytest.raises(UserError, match=r'prompt "p7": prompt .* has "target" .*; expected the text to read'):
+        OcrReward().check([Prompt("p7", 'a sign that says "OPEN"', {"target": target})])
+
+
+def test_a_records_target_is_what_is_read() -> None:
+    """Before what stands in quotes; digits inside quotes are part of the text."""
+    images = [sign("OPEN"), sign("OPEN")]
+    prompts = [Prompt("a", 'a "big" sign', {"target": "OPEN"}), Prompt("b", "a sign", {"target": "CLAM"})]
+    assert OcrReward()(images, prompts).values[0] == 1.0
+    assert OcrReward()(images, prompts).values[1] < 0.5
+    assert quoted_text('the words "Route 66" and "24h"') == "Route 66"
 
 
 WORDS = ["OPEN", "CAFE", "BOOK", "TAXI", "WEST", "HARP", "MUSK", "ZERO", "LAMB", "FROG", "DUNE", "VEST"]
@@ -158,7 +195,7 @@ def test_strict_reward_closes_the_substring_hole() -> None:
 
 def test_names_and_versions_differ() -> None:
     assert (OcrReward().name, OcrReward(strict=True).name) == ("ocr", "ocr_strict")
-    assert OcrReward().version == fingerprint("rule 1", "ocr", RAPIDOCR, installed("rapidocr"))
+    assert OcrReward().version == fingerprint("rule 2", "ocr", RAPIDOCR, installed("rapidocr"))
     assert len({one.version for one in (ocr(), ocr_strict(), ocr(normalize=True), ocr_strict(normalize=True))}) == 4
 
 

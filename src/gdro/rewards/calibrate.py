@@ -18,8 +18,9 @@ from gdro.errors import UserError, did_you_mean
 from gdro.files import write_json
 from gdro.images import open_image, path_inside
 from gdro.progress import Progress
+from gdro.prompts import Prompt
 from gdro.rewards.base import ImageFailure
-from gdro.rewards.ocr import OcrReward, edit_distance, ocr_score, target_text
+from gdro.rewards.ocr import OcrReward, edit_distance, ocr_score, quoted_text, target_of
 from gdro.rewards.ocr_engines import INSTALL, NAMES, identity, prepare, read
 
 Reader = Callable[[int, Image.Image], dict[str, Any]]
@@ -101,7 +102,7 @@ def pictures_of_folder(folder: Path) -> Pictures:
     """`metadata.jsonl` has one row an image: `file_name`, and `text`, what the image should show.
 
     A text with a part in double quotes is a prompt, and that part its target. A row may give it as `prompt` instead,
-    which must have such a part. Raises UserError naming the line.
+    which must have such a part, or a `target` beside it. Raises UserError naming the line.
     """
     path = folder / "metadata.jsonl"
     names, targets = [], []
@@ -139,11 +140,11 @@ def _row(line: str, where: str, folder: Path) -> tuple[str, str]:
         raise UserError(f'{where} has "file_name" {row["file_name"]!r}; expected an image inside the folder')
     open_image(path, f"{where}: {path}")
     try:
-        return row["file_name"], target_text(text)
+        if key == "text" and quoted_text(text) is None:
+            return row["file_name"], text
+        return row["file_name"], target_of(Prompt("", text, row))
     except UserError as error:
-        if key == "prompt":
-            raise UserError(f"{where}: {error}") from None
-        return row["file_name"], text
+        raise UserError(f"{where}: {error}") from None
 
 
 def pictures_of_store(folder: Path) -> Pictures:
@@ -154,7 +155,7 @@ def pictures_of_store(folder: Path) -> Pictures:
     names, targets, places = [], [], []
     for group in store.group_ids:
         try:
-            target = target_text(store.prompt(group).text)
+            target = target_of(store.prompt(group))
         except UserError as error:
             raise UserError(f'{folder}: group "{group}": {error}') from None
         for i, name in enumerate(store.image_ids(group)):

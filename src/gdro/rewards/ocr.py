@@ -22,24 +22,55 @@ _CLOSERS = {'"': '"＂', "＂": '"＂', "“": "”", "‟": "”", "„": "“�
 _STRAIGHT = str.maketrans("‘’‚‛“”„‟", "''''" + '""""')
 
 
-def target_text(prompt: str) -> str:
-    """The text between the first pair of double quotes; UserError if there is none in them.
+def target_of(prompt: Prompt) -> str:
+    """The text to read: the record's `target` if it has one, else what the prompt has in quotes (`quoted_text`)."""
+    if "target" not in prompt.fields:
+        text = quoted_text(prompt.text)
+        if text is None:
+            raise UserError(
+                f'prompt {prompt.text!r} has no text in double quotes; expected e.g. a sign that says "OPEN", '
+                'or the text in its "target"'
+            )
+        return text
+    target = prompt.fields["target"]
+    if not isinstance(target, str) or not _plain(target):
+        raise UserError(f'prompt {prompt.text!r} has "target" {target!r}; expected the text to read')
+    return target
+
+
+def quoted_text(prompt: str) -> str | None:
+    """The text between the first pair of double quotes, None without one. UserError where the marks can be read in two
+    ways: an odd number of them, one after a digit (inches) or a backslash that would begin the text.
 
     Straight marks pair as in the published rule, each with the next. Other marks may hold quotes of their own kind or
-    another: “ ”, „ “, 「 」, 『 』, ｢ ｣; double quotes without their partner end at the next of any kind.
+    another: “ ”, „ “, 「 」, 『 』, ｢ ｣; double quotes without their partner end at the next of any kind. A single
+    double quote is no pair, and is passed over.
     """
+    marks = sum(mark in _DOUBLE for mark in prompt)
     for start, mark in enumerate(prompt):
-        if mark not in _CLOSERS:
+        if mark not in _CLOSERS or (mark in _DOUBLE and marks == 1):
             continue
         end = _end(prompt, start, _CLOSERS[mark])
-        if end is None and mark in _DOUBLE:
-            end = next((i for i in range(start + 1, len(prompt)) if prompt[i] in _DOUBLE), None)
+        if mark in _DOUBLE:
+            before = prompt[start - 1 : start]
+            if marks % 2:
+                raise _ambiguous(prompt, f"{marks} double quotes, an odd number")
+            if unicodedata.category(before or " ").startswith("N"):
+                raise _ambiguous(prompt, f"a double quote after the digit {before}, as if for inches")
+            if before == "\\":
+                raise _ambiguous(prompt, "a backslash before its first double quote")
+            if end is None:
+                end = next((i for i in range(start + 1, len(prompt)) if prompt[i] in _DOUBLE), None)
         if end is None:
             continue
         if not _plain(prompt[start + 1 : end]):
             raise UserError(f"prompt {prompt!r} has nothing between its first double quotes; expected the text to read")
         return prompt[start + 1 : end]
-    raise UserError(f'prompt {prompt!r} has no text in double quotes; expected e.g. a sign that says "OPEN"')
+    return None
+
+
+def _ambiguous(prompt: str, what: str) -> UserError:
+    return UserError(f'prompt {prompt!r} has {what}; expected one text in a pair of them, or the text in its "target"')
 
 
 def _end(prompt: str, start: int, closers: str) -> int | None:
@@ -110,7 +141,7 @@ class OcrReward:
     @property
     def version(self) -> str:
         """Rule and engine: the package pins its models. UserError if it is not installed."""
-        rule = "rule 1, normalized" if self.normalize else "rule 1"
+        rule = "rule 2, normalized" if self.normalize else "rule 2"
         return fingerprint(rule, self.name, *identity(self.engine, self.lang))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -121,7 +152,7 @@ class OcrReward:
             )
         for prompt in prompts:
             try:
-                target_text(prompt.text)
+                target_of(prompt)
             except UserError as error:
                 raise UserError(f'reward "{self.name}": prompt "{prompt.id}": {error}') from None
         try:
@@ -130,7 +161,7 @@ class OcrReward:
             raise UserError(f'reward "{self.name}": {error}') from error
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        targets = [target_text(prompt.text) for prompt in prompts]
+        targets = [target_of(prompt) for prompt in prompts]
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images came with {len(targets)} prompts")
         threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1

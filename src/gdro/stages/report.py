@@ -20,7 +20,7 @@ from gdro.evaluation.statistics import AXES, pair_means
 from gdro.files import write_bytes
 from gdro.groups.store import GroupStore
 from gdro.progress import duration
-from gdro.rewards.ocr import target_text
+from gdro.rewards.ocr import target_of
 from gdro.rewards.store import read_rewards
 
 SIDES = ("base", "tuned")
@@ -195,7 +195,7 @@ def _prompt_card(
             figures.append(figure(image, value, evidence, f"{side.name}: {prompt.text}"))
         reward = float(mean[place]) if np.isfinite(mean[place]) else None
         shown.append({"name": side.name, "reward": reward, "images": figures})
-    target = target_text(prompt.text) if evaluation["reward"] in OCR else None
+    target = target_of(prompt) if evaluation["reward"] in OCR else None
     return {"text": prompt.text, "target": target, "sides": shown}
 
 
