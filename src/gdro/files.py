@@ -20,6 +20,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     permission).
     """
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    if "\0" in str(path):
+        raise UserError(f"{path} holds a NUL; expected the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp

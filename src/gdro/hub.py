@@ -1,6 +1,7 @@
 """Where weights come from: a folder, or a Hub repository at one commit."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ def locate(name: str, file: str, *, field: str, expected: str, revision: str | N
 
     Raises UserError naming `field` if there is none of it, without network if the Hub does not have it in its cache.
     """
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if not (folder / file).is_file():
+    folder = Path(os.path.expanduser(name))
+    if os.path.exists(folder):
+        if not os.path.isfile(folder / file):
             raise UserError(f"{field}: {name} has no {file}; expected {expected}")
         return Source(str(folder), None, folder / file)
     if not HUB_ID.fullmatch(name):

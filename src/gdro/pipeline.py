@@ -260,7 +260,9 @@ class Run(RunState):
         }
         lines = [f"{stage}: {left[stage]} ({duration(sum(self.clock.seconds.values()))} in all)"]
         summary = read_json(self.out / "summary.json")
-        for name in ("reward", "corrected") if summary and stage in ("evaluate", "report") else ():
+        for name in ("reward", "corrected") if stage in ("evaluate", "report") else ():
+            if summary is None:
+                break
             result = summary[name]
             if result["base"] is not None:
                 lines.append(

@@ -8,6 +8,8 @@ from typing import Any
 
 from gdro.errors import UserError
 from gdro.files import write_bytes
+from gdro.reading import parse_json, read_lines
+from gdro.validation import show
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     A prompt without an id gets its line number (`000001`). Raises UserError naming file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompts: {path} not found; expected a .txt or .jsonl file")
+    lines = read_lines(path, "a .txt or .jsonl file", f"prompts: {path}")
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"prompts: {path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in JSON
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         where = f"{path}:{number}"
         plain = path.suffix == ".txt"
         prompts.append(Prompt(f"{number:06d}", line.strip()) if plain else _parse_jsonl(line, where, number))
@@ -50,15 +45,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def _parse_jsonl(line: str, where: str, number: int) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"prompts: {where} is not JSON ({error.msg})") from None
+    row = parse_json(line, f"prompts: {where}", "a JSON object")
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise UserError(f'prompts: {where} has no text in "prompt"; expected an object with a non-empty "prompt"')
     identity = row.pop("id", f"{number:06d}")
     if not isinstance(identity, str | int) or isinstance(identity, bool) or str(identity) == "":
-        raise UserError(f'prompts: {where} has "id" {identity!r}; expected a string')
+        raise UserError(f'prompts: {where} has "id" {show(identity)}; expected a string')
     return Prompt(str(identity), row.pop("prompt"), row)
 
 

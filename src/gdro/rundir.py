@@ -1,7 +1,6 @@
 """The run directory as such: one process at a time, and the seconds each stage took."""
 
 import fcntl
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gdro import distributed
+from gdro import distributed, reading
 from gdro.errors import UserError
 from gdro.files import write_json
 
@@ -28,8 +27,8 @@ def alone(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")  # noqa: SIM115 (closed below; held until then)
-    except OSError as error:
-        raise UserError(f"--out is {out}: {error.strerror}; expected a folder that can be written") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out is {out}: {reading.cause(error)}; expected a folder that can be written") from None
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,11 +93,8 @@ class Clock:
             write_json(self.path, self.seconds)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any] | None:
     """What a JSON file of the run holds, None without the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError:
-        raise UserError(f"{path} is damaged; expected JSON written by gdro (delete it to make it again)") from None
+    return reading.read_json(path, "JSON written by gdro (delete it to make it again)")

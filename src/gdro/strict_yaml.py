@@ -1,14 +1,21 @@
-"""YAML without surprises: duplicate keys refused, `3e-4` a number, `no` a word (YAML 1.2's core scalars)."""
+"""YAML without surprises: duplicate keys refused, `3e-4` a number, `no` a word (YAML 1.2's core scalars).
+
+Aliases may stand for a value again, but what they expand to is limited: 500 bytes of them could fill any memory.
+"""
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gdro.errors import UserError
+from gdro.reading import DEPTH, DIGITS, cause, read_text
+from gdro.validation import show
 
+NODES = 10_000  # values of a document, every alias counted as what it stands for
 # tag, pattern, first characters. Neither infinities, sexagesimals, octals, dates nor yes/no/on/off: those stay words.
 _SCALARS: list[tuple[str, str, str]] = [
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
@@ -25,15 +32,52 @@ for _tag, _pattern, _firsts in _SCALARS:
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _RESOLVERS
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}  # of each finished node, aliases expanded
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {DEPTH} deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        if alias and node not in self._sizes:
+            raise yaml.MarkedYAMLError(problem="an alias inside what it stands for", problem_mark=mark)
+        if not alias:
+            self._sizes[node] = 1 + sum(self._sizes[child] for child in _children(node))
+        if self._sizes[node] > NODES:
+            raise yaml.MarkedYAMLError(problem=f"more than {NODES:,} values, aliases expanded", problem_mark=mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            if isinstance(node, yaml.ScalarNode):
+                node.value.encode()
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except UnicodeEncodeError:
+            problem = "half of a surrogate pair in a text, such as \\ud800"
+        except Exception as error:  # `!!float x` and whatever else a tag claims
+            problem = f"no {node.tag.rpartition(':')[2]} ({cause(error)})"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # else refused below
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r}; expected a word", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {show(key)}; expected a word", problem_mark=key_node.start_mark
+                )
             if key in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f'the key "{key}" a second time; expected it once', problem_mark=key_node.start_mark
+                    problem=f"the key {show(key)} a second time; expected it once", problem_mark=key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -48,12 +92,20 @@ class _Dumper(yaml.SafeDumper):
     }
 
 
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        yield from child if isinstance(child, tuple) else (child,)
+
+
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
+    text = loader.construct_scalar(node)
+    if len(text) > DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits; expected at most {DIGITS}")
+    return int(text)
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    value = float(node.value)
+    value = float(loader.construct_scalar(node))
     if not math.isfinite(value):
         raise yaml.MarkedYAMLError(problem=f"{node.value}; expected a finite number", problem_mark=node.start_mark)
     return value
@@ -70,23 +122,15 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{where}{line}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}; expected YAML") from None
+    except Exception as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}; expected YAML") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds."""
-    if not path.is_file():
-        raise UserError(f"{path} not found; expected a YAML file with the run's configuration")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); expected YAML") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    value = parse_yaml(text, str(path))
+    value = parse_yaml(read_text(path, "a YAML file with the run's configuration"), str(path))
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {value!r}; expected sections with fields, such as `train:`")
+        raise UserError(f"{path} holds {show(value)}; expected sections with fields, such as `train:`")
     return value
 
 

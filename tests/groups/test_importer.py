@@ -80,11 +80,11 @@ def test_every_bad_row_is_named(tmp_path: Path, flux: Any, monkeypatch: pytest.M
         ("{", "is not JSON"),
         ("[1]", "is a list; expected an object"),
         ({k: v for k, v in good.items() if k != "reward"}, 'has no "reward"'),
-        (good | {"reward": "0.5"}, "has \"reward\" '0.5'; expected a finite number"),
-        (good | {"reward": True}, 'has "reward" True'),
-        (json.dumps(good | {"reward": float("nan")}), 'has "reward" nan'),
-        (good | {"prompt": " "}, "has \"prompt\" ' '; expected a text"),
-        (good | {"group": None}, 'has "group" None'),
+        (good | {"reward": "0.5"}, 'has "reward" "0.5"; expected a finite number'),
+        (good | {"reward": True}, 'has "reward" true'),
+        (json.dumps(good | {"reward": float("nan")}), 'has "reward" NaN'),
+        (good | {"prompt": " "}, 'has "prompt" " "; expected a text'),
+        (good | {"group": None}, 'has "group" null'),
         (good | {"file_name": "none.png"}, "none.png not found"),
         (good | {"file_name": "text.png"}, "text.png is no image"),
         (good | {"file_name": "../source2/0.png"}, "expected a file inside the folder"),
@@ -107,7 +107,7 @@ def test_every_bad_row_is_named(tmp_path: Path, flux: Any, monkeypatch: pytest.M
 
 def test_of_many_mistakes_the_first_are_told(tmp_path: Path, flux: Any) -> None:
     write_rows(tmp_path / "source", [*make_rows(tmp_path / "source"), *["{"] * 20])
-    with pytest.raises(UserError, match=r"jsonl:7 .*jsonl:8 .*jsonl:9 .*\); and 17 more mistakes in .*metadata.jsonl$"):
+    with pytest.raises(UserError, match=r"jsonl:7 .*jsonl:8 .*jsonl:9 .*; and 17 more mistakes in .*metadata.jsonl$"):
         run(tmp_path, flux)
 
 

@@ -167,7 +167,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         GroupStore(tmp_path)
     write(tmp_path, [["a"], ["b"]])
     (tmp_path / "_embeddings-00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"_embeddings-00001.safetensors is missing"):
+    with pytest.raises(UserError, match=r"_embeddings-00001.safetensors not found"):
         GroupStore(tmp_path)
     (tmp_path / "groups-00000.parquet").unlink()
     with pytest.raises(UserError, match=r"no groups-00000.parquet"):

@@ -252,7 +252,7 @@ def test_a_missing_folder_is_refused(tmp_path: Path, folder: Path) -> None:
             reward.check(PROMPTS)
     with pytest.raises(UserError, match=r"score\.reward\.processor: /no/processor not found"):
         pickscore(model=str(folder), processor="/no/processor").check(PROMPTS)
-    with pytest.raises(UserError, match=r"score\.reward\.safe: .*nothing cannot be read"):
+    with pytest.raises(UserError, match=r"score\.reward\.safe: .*nothing not found"):
         safety(model=str(folder), processor=None, safe=str(tmp_path / "nothing")).check(PROMPTS)
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(UserError, match=r"score\.reward\.unsafe: .* has no phrase"):

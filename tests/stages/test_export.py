@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,7 @@ def run_dir(flux: FluxModel, tmp_path: Path) -> Path:
                     parameter.add_(0.05)
             states.append({name: parameter.detach().clone() for name, parameter in flux.adapter().items()})
         raw, ema = states
-        save_checkpoint(tmp_path / "checkpoints", step, adapter=raw, ema=ema, optimizer={}, settings={}, memory={})
-    (tmp_path / "checkpoints" / "best.json").write_text('{"step": 100, "corrected": 0.5}')
+        save(tmp_path, step, raw, ema, best={"step": 100, "corrected": 0.5})
     config = {
         "model": flux.name,
         "seed": 0,
@@ -50,6 +50,11 @@ def run_dir(flux: FluxModel, tmp_path: Path) -> Path:
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
+
+
+def save(run_dir: Path, step: int, raw: Any, ema: Any, *, best: dict[str, Any] | None) -> None:
+    memory = {"best": best}
+    save_checkpoint(run_dir / "checkpoints", step, adapter=raw, ema=ema, optimizer={}, settings={}, memory=memory)
 
 
 @pytest.mark.parametrize(("folder", "weights"), [(".", "ema"), ("raw", "adapter")])
@@ -80,8 +85,9 @@ def test_the_last_checkpoint_is_taken_if_that_is_asked_for(run_dir: Path) -> Non
     assert "None" not in card
 
 
-def test_the_last_checkpoint_is_taken_if_none_was_validated(run_dir: Path):
-    (run_dir / "checkpoints" / "best.json").unlink()
+def test_the_last_checkpoint_is_taken_if_none_was_validated(run_dir: Path, flux: FluxModel):
+    state = {name: parameter.detach().clone() for name, parameter in flux.adapter().items()}
+    save(run_dir, 200, state, state, best=None)
     state = load_file(export(run_dir, run_dir / "out") / FILE)
     ema = load_file(run_dir / "checkpoints" / "step-000200" / "ema.safetensors")
     assert state.keys() == {f"transformer.{name}" for name in ema}
@@ -143,7 +149,7 @@ def test_runs_without_whole_checkpoints_are_refused(run_dir: Path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"ema\.safetensors"):
         export(run_dir, run_dir / "adapter")
-    (run_dir / "checkpoints" / "best.json").write_text('{"step": 300}')
+    save(run_dir, 200, {}, {}, best={"step": 300})
     with pytest.raises(UserError, match="step-000300 not found"):
         export(run_dir, run_dir / "adapter")
     with pytest.raises(UserError, match=r"config\.yaml not found"):

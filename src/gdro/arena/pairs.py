@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -66,7 +67,7 @@ def _is_run(path: Path) -> bool:
     """Whether it is a run with a finished evaluation; False for a store. UserError for anything else."""
     if any(path.glob("groups-*.parquet")):
         return False
-    if not (path / "evaluation.json").is_file():
+    if not os.path.isfile(path / "evaluation.json"):
         raise UserError(
             f"{path} has neither evaluation.json nor groups-*.parquet; expected a run whose evaluation is finished "
             "(`gdro evaluate`), or a store of groups"

@@ -24,6 +24,7 @@ from gdro.arena.votes import FILE, QUESTIONS, Votes
 from gdro.errors import UserError
 from gdro.evaluation.gallery import PIXEL_ART
 from gdro.files import fingerprint
+from gdro.reading import parse_json
 from gdro.rundir import alone
 
 MAX_BODY = 4096  # bytes of a request; a vote takes some two hundred
@@ -147,8 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > MAX_BODY:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {MAX_BODY} bytes")
         try:
-            body = json.loads(self.rfile.read(int(length)))
-        except ValueError:
+            body = parse_json(self.rfile.read(int(length)), "the body")
+        except UserError:
             raise Refused(HTTPStatus.BAD_REQUEST, "expected JSON") from None
         if not isinstance(body, dict):
             raise Refused(HTTPStatus.BAD_REQUEST, "expected a JSON object")

@@ -4,6 +4,7 @@ A vote is committed (write-ahead log, synced) before `record` returns, so before
 """
 
 import json
+import os
 import secrets
 import sqlite3
 import threading
@@ -76,7 +77,7 @@ class Votes:
 
     def __init__(self, folder: Path, *, begin: bool = False) -> None:
         self.path = folder / FILE
-        if not begin and not self.path.is_file():
+        if not begin and not os.path.isfile(self.path):
             raise UserError(f"{folder} has no {FILE}; expected the folder of a study (`gdro arena RUN --out {folder}`)")
         self._lock = threading.Lock()
         try:

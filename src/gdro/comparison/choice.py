@@ -1,12 +1,12 @@
 """Which candidate of a method's search is taken: a rule on validation figures, the same for every method."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gdro.errors import UserError
 from gdro.evaluation.statistics import AXES
+from gdro.training.log import read_metrics
 
 JUDGE_FALL = 0.25
 RULE = (
@@ -17,20 +17,8 @@ RULE = (
 
 def validations(run: Path) -> list[dict[str, Any]]:
     """The validation figures in `run`/metrics.jsonl with their `step`, in order; [] if there are none."""
-    path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut by a kill
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if "validation" in row:
-                rows.append({"step": row["step"], **row["validation"]})
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number} is damaged; expected one JSON object a line") from None
-    return rows
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{"step": row["step"], **row["validation"]} for row in rows if "validation" in row]
 
 
 def figures(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> dict[str, Any]:

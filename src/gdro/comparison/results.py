@@ -14,8 +14,9 @@ from gdro.comparison.bench import Bench, run_name
 from gdro.comparison.choice import validations
 from gdro.errors import UserError
 from gdro.evaluation.statistics import AXES
-from gdro.rundir import read_json
+from gdro.reading import read_json
 
+EVALUATION = "the evaluation of a finished run"
 COSTS = ("evaluations", "seconds")
 SCORES = ("reward", "corrected", *AXES)
 LIBRARIES = ("gdro", "torch", "diffusers", "transformers", "peft", "numpy", "rapidocr", "onnxruntime")
@@ -68,7 +69,8 @@ def cost_to_reach(points: Sequence[Mapping[str, Any]], target: float, cost: str)
 
 def run_results(run: Path, target: float) -> dict[str, Any]:
     """Everything the table and the page need of one finished run directory."""
-    evaluation, summary = read_json(run / "evaluation.json"), read_json(run / "summary.json")
+    evaluation = read_json(run / "evaluation.json", EVALUATION)
+    summary = read_json(run / "summary.json", "the summary of a finished run")
     points = curve(validations(run))
     if not points:
         raise UserError(f"{run / 'metrics.jsonl'} holds no validation; expected one at least")
@@ -79,7 +81,7 @@ def run_results(run: Path, target: float) -> dict[str, Any]:
         "verdict": evaluation["verdict"],
         "evaluations": summary["evaluations"],
         "seconds": summary["seconds"],
-        "stopped": read_json(run / "checkpoints" / "stopped.json"),
+        "stopped": read_json(run / "checkpoints" / "stopped.json", "the end of a finished training"),
         "curve": points,
         "to_target": {cost: cost_to_reach(points, target, cost) for cost in COSTS},
         "spent": {cost: last[cost] for cost in COSTS},

@@ -7,6 +7,7 @@ from typing import Any
 from gdro.errors import UserError
 from gdro.evaluation.statistics import AXES
 from gdro.files import write_bytes
+from gdro.reading import read_text
 
 HEAD = (
     "method",
@@ -132,10 +133,7 @@ def geneval_rows(task: Mapping[str, Any]) -> list[list[str]]:
 
 def put_into(path: Path, text: str) -> None:
     """Replace what stands between the bench's markers in the Markdown file `path`."""
-    try:
-        page = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a Markdown file with {START} and {END}") from None
+    page = read_text(path, f"a Markdown file with {START} and {END}")
     if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
         raise UserError(f"{path} has no one place for the table; expected {START} and then {END}, once each")
     before, _, rest = page.partition(START)

@@ -3,7 +3,6 @@
 Used for the test prompts (base and tuned) and for validation during training.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,12 @@ from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
 from gdro.prompts import Prompt
+from gdro.reading import parse_json
 from gdro.rewards.base import ImageFailure, Judge
 from gdro.rewards.derived import Scorer
 from gdro.rewards.scoring import score_groups
 from gdro.rewards.store import read_header, read_rewards, read_scored
-from gdro.samplers.generate import STARTED, Generation, sample_groups
+from gdro.samplers.generate import STARTED, Generation, read_begun, sample_groups
 
 
 class EvaluateConfig(BaseModel):
@@ -193,8 +193,9 @@ def read_evidence(path: Path) -> dict[str, dict[str, Any]]:
     """Image id -> what its score in the file of rewards rests on."""
     evidence: dict[str, dict[str, Any]] = {}
     for place in range(len(read_header(path).contents)):
-        table = read_scored(path, place)
-        evidence |= zip(table["image_id"].to_pylist(), map(json.loads, table["evidence"].to_pylist()), strict=True)
+        table = read_scored(path, place).select(["image_id", "evidence"])
+        for row in table.to_pylist():
+            evidence[row["image_id"]] = parse_json(row["evidence"], f'{path}: image "{row["image_id"]}"')
     return evidence
 
 
@@ -211,11 +212,6 @@ def _judged(judge: Judge, images: Sequence[Sequence[Image.Image]], prompts: Sequ
 
 def _discard_other_weights(folder: Path, model: FlowModel) -> None:
     """Remove what other weights left in `folder`: an evaluation is of the model at hand, and easily made again."""
-    try:
-        begun = json.loads((folder / STARTED).read_text(encoding="utf-8"))["settings"]["weights"]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / STARTED} is damaged; remove {folder} to evaluate anew") from None
-    if begun != model.weights:
+    begun = read_begun(folder / STARTED) if folder.is_dir() else None
+    if begun is not None and begun[0].get("weights") != model.weights:
         discard(folder)

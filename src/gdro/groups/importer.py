@@ -5,7 +5,6 @@ number) and `group` (the images of one prompt that are compared). Other keys go 
 prompt must be the same throughout a group.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from gdro.images import open_image, path_inside
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
 from gdro.prompts import Prompt
+from gdro.reading import parse_json, read_json, read_lines
 from gdro.rewards.base import Scores
 from gdro.rewards.store import Header, rewards_table, write_rewards
+from gdro.validation import show
 
 BEGUN = "_importing.json"
 GROUPS_PER_SHARD = 16
@@ -120,19 +121,11 @@ def read_metadata(folder: Path) -> dict[str, list[Row]]:
     damaged or of another size than its group's first, a group of one image.
     """
     path = folder / "metadata.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path} not found; expected one JSON object an image: file_name, prompt, reward, group")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in JSON
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     mistakes: list[str] = []
     groups: dict[str, list[Row]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     seen: dict[Path, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path, "one JSON object an image: file_name, prompt, reward, group"):
         try:
             row = _parse(line, f"{path}:{number}", folder)
             if row.path in seen:
@@ -165,10 +158,7 @@ def read_metadata(folder: Path) -> dict[str, list[Row]]:
 
 
 def _parse(line: str, where: str, folder: Path) -> Row:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg})") from None
+    row = parse_json(line, where, "a JSON object")
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}; expected an object")
     for key in ("file_name", "prompt", "reward", "group"):
@@ -177,16 +167,16 @@ def _parse(line: str, where: str, folder: Path) -> Row:
     name, prompt, reward, group = (row.pop(key) for key in ("file_name", "prompt", "reward", "group"))
     for key, value in (("file_name", name), ("prompt", prompt)):
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f'{where} has "{key}" {value!r}; expected a text')
+            raise UserError(f'{where} has "{key}" {show(value)}; expected a text')
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise UserError(f'{where} has "reward" {reward!r}; expected a finite number')
+        raise UserError(f'{where} has "reward" {show(reward)}; expected a finite number')
     if isinstance(group, bool) or not isinstance(group, str | int) or str(group) == "":
-        raise UserError(f'{where} has "group" {group!r}; expected a text or an integer')
+        raise UserError(f'{where} has "group" {show(group)}; expected a text or an integer')
     if "id" in row:
-        raise UserError(f'{where} has "id" {row["id"]!r}; expected the group\'s id in "group" only')
+        raise UserError(f'{where} has "id" {show(row["id"])}; expected the group\'s id in "group" only')
     path = path_inside(folder, name)
     if path is None:
-        raise UserError(f'{where} has "file_name" {name!r}; expected a file inside the folder')
+        raise UserError(f'{where} has "file_name" {show(name)}; expected a file inside the folder')
     size = open_image(path, f"{where}: {path}").size
     return Row(where, path, name, size, float(reward), Prompt(str(group), prompt, row))
 
@@ -197,10 +187,7 @@ def _begin(groups: Path, begun: dict[str, Any]) -> None:
     if groups.is_dir() and any(groups.glob("*.parquet")):  # else there is nothing yet, and it may be begun anew
         if not path.exists():
             raise UserError(f"{groups} holds groups of another origin; expected an empty or new folder")
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is damaged; expected what {groups} was imported from") from None
+        before = read_json(path, f"what {groups} was imported from")
         for field, value in begun.items():
             if before.get(field) != value:
                 raise UserError(

@@ -6,7 +6,6 @@ checksums, and the footer's metadata a digest of the images, by which rewards kn
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.images import open_image
 from gdro.prompts import Prompt
+from gdro.reading import parse_json, reading
 
 SETTINGS = ("guidance_scale", "max_sequence_length", "generator", "revision")
 """Columns that hold one value throughout a store: training must use the same."""
@@ -89,28 +89,18 @@ def is_stochastic(sampler: str | None) -> bool:
     return sampler not in (None, "ode")
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes the reader raise into one line that names it."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is damaged or truncated ({reason}); expected a whole file, as gdro wrote it: "
-            "delete it and run what made it (`gdro sample`) again"
-        ) from None
+WHOLE = "a whole file, as gdro wrote it: delete it and run what made it (`gdro sample`) again"
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """The file, memory-mapped, with its footer read and its page checksums armed. Read it inside `reading(path)`."""
+    """The file, memory-mapped, with its footer read and its page checksums armed; inside `reading(path, WHOLE)`."""
     return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 def read_shard(path: Path) -> Shard:
     """Check a file's footer, schema and index. Raises UserError naming the file and what is wrong in it."""
     light = ["image_id", "group_id", "index", "prompt_id", "record", "text", "sampler", *AXES, *SETTINGS]
-    with reading(path), open_parquet(path) as file:
+    with reading(path, WHOLE), open_parquet(path) as file:
         schema = file.schema_arrow
         if not schema.equals(SCHEMA):
             wrong = [f.name for f in SCHEMA if f.name not in schema.names or not schema.field(f.name).equals(f)]
@@ -138,7 +128,7 @@ def read_shard(path: Path) -> Shard:
             told = " and ".join(f"{width}x{height}" for height, width in sorted(measured))
             raise UserError(f'{path} has images of {told} in group "{group}"; expected one size throughout a group')
         groups[group], text[group], images[group] = size, first["text"], measured.pop()
-        record = json.loads(first["record"])
+        record = parse_json(first["record"], f'{path}: record of group "{group}"', "a prompt's record")
         prompts[group] = Prompt(record.pop("id"), record.pop("prompt"), record)
         start += size
     if not groups:
@@ -155,13 +145,13 @@ def read_shard(path: Path) -> Shard:
 
 def read_rows(path: Path, place: int, columns: Sequence[str]) -> pa.Table:
     """The chosen columns of the `place`-th group of a file."""
-    with reading(path), open_parquet(path) as file:
+    with reading(path, WHOLE), open_parquet(path) as file:
         return file.read_row_group(place, columns=list(columns))
 
 
 def read_images(path: Path, place: int) -> list[Image.Image]:
     """The images (RGB) of the `place`-th group of a file."""
-    with reading(path):
+    with reading(path, WHOLE):
         rows = read_rows(path, place, ["image_id", "image"]).to_pylist()
     return [open_image(row["image"]["bytes"], f'{path}: image "{row["image_id"]}"') for row in rows]
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from gdro.groups.shard import SCHEMA, Shard, is_stochastic, read_images, read_ro
 from gdro.images import to_rgb
 from gdro.models.base import Text
 from gdro.prompts import Prompt
+from gdro.reading import reading
 
 DISCARDED = {"gdro": "discarded"}  # metadata of an emptied file of trajectories
 PARTS = ("states", "log_probs", "times")
@@ -209,7 +210,8 @@ class GroupStore:
         """The text embeddings the images were made with; first axis 1."""
         shard, _ = self._places[group_id]
         name, _, key = shard.text[group_id].partition("#")
-        with safe_open(self.folder / name, framework="pt") as file:
+        path = self.folder / name
+        with reading(path, f'the text of group "{group_id}"'), safe_open(path, framework="pt") as file:
             return {full[len(key) + 1 :]: file.get_tensor(full) for full in sorted(file.keys()) if _owner(full) == key}
 
     def trajectory(self, group_id: str) -> Trajectory:
@@ -220,13 +222,8 @@ class GroupStore:
                 "or flow_cps, whose trajectories were not discarded"
             )
         path = _trajectories_path(self._places[group_id][0].path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return Trajectory(*(file.get_tensor(f"{group_id}/{part}") for part in PARTS))
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f'{path} is damaged ({str(error).splitlines()[0]}); expected the trajectory of group "{group_id}"'
-            ) from None
+        with reading(path, f'the trajectory of group "{group_id}"'), safe_open(path, framework="pt") as file:
+            return Trajectory(*(file.get_tensor(f"{group_id}/{part}") for part in PARTS))
 
 
 def discard_trajectories(folder: Path) -> None:
@@ -264,7 +261,8 @@ def _trajectories_path(groups: Path) -> Path:
 
 
 def _discarded(groups: Path) -> bool:
-    with safe_open(_trajectories_path(groups), framework="np") as file:
+    path = _trajectories_path(groups)
+    with reading(path, f"the trajectories of {groups.name}"), safe_open(path, framework="np") as file:
         return bool(file.metadata() == DISCARDED)
 
 
@@ -286,16 +284,11 @@ def _checked(path: Path) -> Shard:
 
 def _check_tensors(tensors: Path, groups: Iterable[str], what: str, path: Path) -> None:
     """Raise UserError if the file `tensors`, beside `path`, is not whole or has nothing of one of `groups`."""
-    try:
+    expected = f"the {what} of {path.name}: delete {path} and run what made it (`gdro sample`) again"
+    with reading(tensors, expected), safe_open(tensors, framework="np") as file:
         # opening compares the header with the file's length
-        with safe_open(tensors, framework="np") as file:
-            held = {_owner(key) for key in sorted(file.keys())}
-            discarded = file.metadata() == DISCARDED
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{tensors} is missing, damaged or truncated ({str(error).splitlines()[0]}); "
-            f"expected the {what} of {path.name}: delete {path} and run what made it (`gdro sample`) again"
-        ) from None
+        held = {_owner(key) for key in sorted(file.keys())}
+        discarded = file.metadata() == DISCARDED
     for group in groups:
         if group not in held and not discarded:
             raise UserError(f'{tensors} has no {what} of group "{group}"; expected those of {path.name}')

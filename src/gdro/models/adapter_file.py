@@ -4,7 +4,6 @@ The strength of a layer, alpha / rank, is kept in as many places as there are tr
 adapter_config.json (peft), in a tensor `<layer>.alpha` (kohya and others), or nowhere, which means 1.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gdro.errors import UserError
+from gdro.reading import cause, parse_json, read_json, reading
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name and peft's
 CONFIG = "adapter_config.json"
@@ -76,12 +76,9 @@ def read_adapter(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in float32 and the header. Raises UserError naming a tensor that is not finite."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (no mapping)
-            header = dict(file.metadata() or {})
-    except Exception as error:
-        raise UserError(f"adapter: {path} is damaged ({_line(error)}); expected a safetensors file") from None
+    with reading(path, "a safetensors file", f"adapter: {path}"), safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (no mapping)
+        header = dict(file.metadata() or {})
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"adapter: {path}: {key} holds values that are not finite; expected a trained LoRA")
@@ -131,7 +128,7 @@ def _strengths(
                 said[place] = _configured(config, _PREFIX.sub("", layer), rank)
         except Exception as error:
             where = place if config is not None else path
-            raise UserError(f"adapter: {where} makes no sense for {layer} of rank {rank} ({_line(error)})") from None
+            raise UserError(f"adapter: {where} makes no sense for {layer} of rank {rank} ({cause(error)})") from None
         values = list(said.values()) or [1.0]
         if not (0 < values[0] < math.inf and math.isclose(values[0], values[-1], rel_tol=1e-3)):
             found = ", ".join(f"{value:g} in {where}" for where, value in said.items())
@@ -144,18 +141,18 @@ def _config(files: list[Path], header: Mapping[str, str]) -> tuple[str, dict[str
     """peft's configuration of the adapter and where it stands: in the file's header, or beside the file."""
     place = f"the header of {files[0]}"
     try:
-        config = json.loads(header.get(HEADER, "{}"))
+        config = parse_json(header.get(HEADER, "{}"), "it")
         own = {
             key.removeprefix("transformer."): value for key, value in config.items() if key.startswith("transformer.")
         }
         config = own or config
         if "r" not in config and len(files) > 1:
             place = str(files[1])
-            config = json.loads(files[1].read_text(encoding="utf-8"))
+            config = read_json(files[1], "a JSON object")
         if not isinstance(config, dict):
             raise ValueError(f"it is a {type(config).__name__}")
     except Exception as error:
-        raise UserError(f"adapter: {place} is damaged ({_line(error)}); expected peft's configuration") from None
+        raise UserError(f"adapter: {place} is damaged ({cause(error)}); expected peft's configuration") from None
     for field in _OTHER_METHODS:
         if config.get(field):
             raise UserError(f"adapter: {place} says {field}: {config[field]}; expected plain LoRA")
@@ -189,7 +186,7 @@ def _converted(
     try:
         state = {key: value for key, value in convert(dict(tensors)).items() if not key.endswith(".alpha")}
     except Exception as error:  # it asserts, indexes and splits as one model's names and widths need
-        raise UserError(f"adapter: {path} does not fit the model ({_line(error)})") from None
+        raise UserError(f"adapter: {path} does not fit the model ({cause(error)})") from None
     for key in state:
         if not (key.startswith("transformer.") and _MATRIX.fullmatch(key)):
             raise UserError(f"adapter: {path} holds {key}; expected LoRA layers of the transformer only")
@@ -212,7 +209,3 @@ def _fitting(path: Path, state: Mapping[str, Tensor], layers: Mapping[str, nn.Li
                 f"adapter: {path} does not fit the model ({key} is {tuple(value.shape)}, expected {expected})"
             )
     return dict(state)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())

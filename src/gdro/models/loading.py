@@ -1,7 +1,6 @@
 """From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
 
 import importlib.util
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from gdro.errors import UserError
 from gdro.hub import digest, locate
 from gdro.models.base import FlowModel
 from gdro.models.quantisation import Quantisation, check_quantisation, hush
+from gdro.reading import read_json
 
 FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
     "FluxPipeline": ("gdro.models.flux", "FluxModel"),
@@ -121,14 +121,4 @@ def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
         found = locate(str(MODEL_FOLDER), "model_index.json", field="model", expected=EXPECTED)
     else:
         found = locate(name, "model_index.json", field="model", expected=EXPECTED)
-    return found.name, found.commit, _read_index(found.index)
-
-
-def _read_index(path: Path) -> dict[str, object]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model: {path} is not JSON ({error})") from None
-    if not isinstance(index, dict):
-        raise UserError(f"model: {path} is not a JSON object")
-    return index
+    return found.name, found.commit, read_json(found.index, "a JSON object", f"model: {found.index}")

@@ -3,7 +3,7 @@
 Every engine reads every image in turn, on one thread, after one image that is not timed.
 """
 
-import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from gdro.files import write_json
 from gdro.images import open_image, path_inside
 from gdro.progress import Progress
 from gdro.prompts import Prompt
+from gdro.reading import parse_json, read_lines
 from gdro.rewards.base import ImageFailure
 from gdro.rewards.ocr import OcrReward, edit_distance, ocr_score, quoted_text, target_of
 from gdro.rewards.ocr_engines import INSTALL, NAMES, identity, prepare, read
@@ -93,7 +94,7 @@ def pictures_of(source: Path) -> Pictures:
     for folder in (source, source / "groups"):
         if any(folder.glob("groups-*.parquet")):
             return pictures_of_store(folder)
-    if not (source / "metadata.jsonl").is_file():
+    if not os.path.exists(source / "metadata.jsonl"):
         raise UserError(f"{source} has no images to read; expected metadata.jsonl, a store of groups or a run in it")
     return pictures_of_folder(source)
 
@@ -106,15 +107,10 @@ def pictures_of_folder(folder: Path) -> Pictures:
     """
     path = folder / "metadata.jsonl"
     names, targets = [], []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in JSON
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            name, target = _row(line, f"{path}:{number}", folder)
-            names.append(name)
-            targets.append(target)
+    for number, line in read_lines(path, "one JSON object an image: file_name, text"):
+        name, target = _row(line, f"{path}:{number}", folder)
+        names.append(name)
+        targets.append(target)
     if not names:
         raise UserError(f"{path} has no row; expected one JSON object an image: file_name, text")
 
@@ -125,10 +121,7 @@ def pictures_of_folder(folder: Path) -> Pictures:
 
 
 def _row(line: str, where: str, folder: Path) -> tuple[str, str]:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg})") from None
+    row = parse_json(line, where, "a JSON object")
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise UserError(f'{where} has no text in "file_name"; expected an object with file_name and text')
     key = "text" if "text" in row else "prompt"

@@ -10,6 +10,7 @@
 26 and 30 are Flow-GRPO's: they bring good images near 1.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +25,11 @@ from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.hub import Source, locate
 from gdro.prompts import Prompt
+from gdro.reading import read_text, reading
 from gdro.rewards.base import Scores
 from gdro.rewards.clip_encoder import ClipEncoder, DType, unit
 from gdro.rewards.pretrained import Device
-from gdro.rewards.published import WEIGHTS, linear_chain, read_chain, tensor_names
+from gdro.rewards.published import WEIGHTS, linear_chain, read_chain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,8 +132,10 @@ class AestheticReward:
     def _chain(self) -> "list[tuple[Tensor, Tensor]]":
         from safetensors.torch import load_file
 
-        tensor_names(self._source.index, self.field)  # refuses a damaged file
-        return read_chain(load_file(self._source.index), "layers.", f"{self.field}: {self._source.index}")
+        path, name = self._source.index, f"{self.field}: {self._source.index}"
+        with reading(path, "a safetensors file", name):
+            tensors = load_file(path)
+        return read_chain(tensors, "layers.", name)
 
 
 @dataclass(frozen=True)
@@ -184,10 +188,8 @@ def read_phrases(given: tuple[str, ...] | Path, field: str) -> tuple[str, ...]:
     """The lines of a text file that are not empty."""
     if isinstance(given, tuple):
         return given
-    try:
-        lines = given.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{field}: {given} cannot be read ({error}); expected a text file, a phrase a line") from None
+    path = Path(os.path.expanduser(given))
+    lines = read_text(path, "a text file, a phrase a line", f"{field}: {given}").splitlines()
     if not (phrases := tuple(line.strip() for line in lines if line.strip())):
         raise UserError(f"{field}: {given} has no phrase in it; expected one a line")
     return phrases

@@ -4,6 +4,7 @@ A checkpoint is a CLIPModel of transformers (config.json, model.safetensors and 
 alone with open_clip's names, whose architecture and processor are then those of another CLIPModel.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.hub import Source, digest, locate
 from gdro.images import to_rgb
+from gdro.reading import reading
 from gdro.rewards import pretrained
 from gdro.rewards.published import WEIGHTS, from_open_clip, tensor_names
 
@@ -111,7 +113,7 @@ class ClipEncoder:
         try:
             source, _ = pretrained.find(self.model, self.revision, field=MODEL, expected=EXPECTED)
         except UserError:
-            if self.processor is None or (Path(self.model).expanduser() / "config.json").exists():
+            if self.processor is None or os.path.exists(os.path.expanduser(os.path.join(self.model, "config.json"))):
                 raise
             weights = locate(self.model, WEIGHTS, field=MODEL, expected=EXPECTED, revision=self.revision)
             expected = "a CLIPModel's folder or Hub id"
@@ -152,7 +154,8 @@ class ClipEncoder:
         if is_open_clip:
             from safetensors.torch import load_file
 
-            state = from_open_clip(load_file(weights.index))
+            with reading(weights.index, "a safetensors file", f"{MODEL}: {weights.index}"):
+                state = from_open_clip(load_file(weights.index))
             try:
                 model, info = CLIPModel.from_pretrained(None, config=self._config, state_dict=state, **options)
             except RuntimeError as error:

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from gdro.errors import UserError
+from gdro.reading import parse_json, read_lines
 from gdro.rewards.detection import Detection, Record
 from gdro.rewards.geneval import TAGS, Verdict, assess, kept, summary
 
@@ -51,13 +52,8 @@ def read_official(path: Path) -> list[Result]:
     Its `details` (boxes and scores by class) give the verdict again; the colours, which it does not store, are taken
     from its reasons.
     """
-    if not path.is_file():
-        raise UserError(f"{path} not found; expected the results of GenEval's evaluate_images.py")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    results = [_official(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    lines = read_lines(path, "the results of GenEval's evaluate_images.py")
+    results = [_official(line, f"{path}:{number}") for number, line in lines]
     if not results:
         raise UserError(f"{path} is empty; expected a line for each image")
     return results
@@ -75,7 +71,8 @@ def rescore(path: Path, groups: Path | None = None) -> list[Result]:
     results = []
     for place in range(len(read_header(path).contents)):
         for row in read_scored(path, place).select(["image_id", "group_id", "evidence"]).to_pylist():
-            where, evidence = f'{path}: image "{row["image_id"]}"', json.loads(row["evidence"])
+            where = f'{path}: image "{row["image_id"]}"'
+            evidence = parse_json(row["evidence"], where)
             if "detections" not in evidence:
                 raise UserError(f"{where} has no detections in its evidence; expected a file of GenEval rewards")
             asked = evidence.get("record")
@@ -118,10 +115,7 @@ def _number(value: float | None) -> str:
 
 
 def _official(line: str, where: str) -> Result:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg})") from None
+    row = parse_json(line, where, "a JSON object")
     if not isinstance(row, dict) or not isinstance(row.get("correct"), bool):
         found = row.get("correct") if isinstance(row, dict) else row
         raise UserError(f'{where} has {found!r} in "correct"; expected true or false')
@@ -145,10 +139,8 @@ def _official(line: str, where: str) -> Result:
 def _nested(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """The object under `key`, which the official script writes as a string of JSON."""
     value = row.get(key)
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise UserError(f'{where} has no JSON in "{key}" ({error.msg})') from None
+    if isinstance(value, str):
+        value = parse_json(value, f'{where}, "{key}"', "a JSON object")
     if not isinstance(value, dict):
         raise UserError(f'{where} has {value!r} in "{key}"; expected an object')
     return value

@@ -19,6 +19,7 @@ from gdro.files import fingerprint
 from gdro.hub import Source, locate
 from gdro.images import to_rgb
 from gdro.prompts import Prompt
+from gdro.reading import reading
 from gdro.rewards import pretrained
 from gdro.rewards.base import Scores
 from gdro.rewards.clip_encoder import settings_version, token_counts, tokenize
@@ -114,7 +115,8 @@ class ImageReward:
         from transformers import BlipTextModel, BlipVisionModel
 
         path = self._sources[0].index
-        state = load_file(path)
+        with reading(path, "a safetensors file", f"{self.field}: {path}"):
+            state = load_file(path)
         vision_state, text_state = from_blip(state)
         device = pretrained.torch_device(self.device)
         vision = self._tower(BlipVisionModel, vision_config(vision_state), vision_state)

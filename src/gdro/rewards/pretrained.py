@@ -1,10 +1,10 @@
 """Loading transformers' models for a reward, with errors that name the field they come from."""
 
-import json
 from typing import Any, Literal
 
 from gdro.errors import UserError
 from gdro.hub import Source, locate
+from gdro.reading import cause, read_json
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -13,28 +13,20 @@ def find(name: str, revision: str | None, *, field: str, expected: str) -> tuple
     """(the model's place, its config.json); from the Hub, its weights are then here. UserError if there is none."""
     source = locate(name, "config.json", field=field, expected=expected, revision=revision)
     locate(name, "model.safetensors", field=field, expected=f"{expected}, in safetensors", revision=source.commit)
-    try:
-        config = json.loads(source.index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{field}: {source.index} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{field}: {source.index} holds a {type(config).__name__}; expected a JSON object")
-    return source, config
+    return source, read_json(source.index, "a JSON object", f"{field}: {source.index}")
 
 
 def load(kind: Any, source: Source, *, field: str, **options: Any) -> Any:
     """`kind.from_pretrained`; what it stumbles over is a file of the user's, so a UserError."""
     import transformers
-    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         return kind.from_pretrained(source.name, revision=source.commit, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
+    except Exception as error:
         raise UserError(
-            f"{field}: {source.name} does not load as {kind.__name__} ({type(error).__name__}: {reason})"
+            f"{field}: {source.name} does not load as {kind.__name__} ({type(error).__name__}: {cause(error)})"
         ) from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdro.errors import UserError
+from gdro.reading import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +51,10 @@ _BLIP_VISION = (
 
 def tensor_names(path: Path, field: str) -> list[str]:
     """Of a safetensors file, from its header alone; UserError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{field}: {path} is damaged or truncated ({error}); expected a safetensors file") from None
+    with reading(path, "a safetensors file", f"{field}: {path}"), safe_open(path, "np") as file:
+        return list(file.keys())
 
 
 def from_open_clip(state: "State") -> "dict[str, Tensor]":

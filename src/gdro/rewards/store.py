@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gdro.errors import UserError
 from gdro.files import atomic_path
+from gdro.reading import parse_json, reading
 from gdro.rewards.base import Scores
 
 SCHEMA = pa.schema(
@@ -30,6 +31,9 @@ SCHEMA = pa.schema(
         ("evidence", pa.string()),
     ]
 )
+
+
+WHOLE = "a whole file of rewards, as `gdro score` writes it"
 
 
 class Images(Protocol):
@@ -80,17 +84,13 @@ def write_rewards(path: Path, header: Header, tables: Iterable[pa.Table]) -> Non
 
 def read_header(path: Path) -> Header:
     """UserError if the file is missing, damaged, truncated or not one of rewards."""
-    if not path.is_file():
-        raise UserError(f"{path} not found; expected a file of rewards")
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, row_groups = file.schema_arrow, file.num_row_groups
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
+    with reading(path, WHOLE), pq.ParquetFile(path) as file:
+        schema, row_groups = file.schema_arrow, file.num_row_groups
     meta = (schema.metadata or {}).get(b"gdro.rewards")
     if meta is None or not schema.equals(SCHEMA):
         raise UserError(f"{path} is not a file of rewards; expected the columns {', '.join(SCHEMA.names)}")
-    header = Header(**json.loads(meta))
+    with reading(path, WHOLE):
+        header = Header(**parse_json(meta, f"{path}: metadata"))
     if len(header.contents) != row_groups:
         raise UserError(
             f"{path} holds {row_groups} row groups for {len(header.contents)} files of groups; it is damaged"
@@ -100,11 +100,8 @@ def read_header(path: Path) -> Header:
 
 def read_scored(path: Path, place: int) -> pa.Table:
     """The rows of the `place`-th of `read_header(path).contents`."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read_row_group(place)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
+    with reading(path, WHOLE), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read_row_group(place)
 
 
 def read_rewards(path: Path, store: Images) -> dict[str, Tensor]:
@@ -135,7 +132,3 @@ def read_rewards(path: Path, store: Images) -> dict[str, Tensor]:
     if scores:
         raise UserError(f'{path} has a reward of image "{next(iter(scores))}", which is not among the groups')
     return rewards
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged or truncated ({str(error).splitlines()[0]}); expected a whole file of rewards")

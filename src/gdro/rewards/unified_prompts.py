@@ -6,6 +6,7 @@ A model answers best the text it was trained on; the option `template` takes tha
 from pathlib import Path
 
 from gdro.errors import UserError
+from gdro.reading import read_text
 
 _AXES = """\
 - Alignment: does the image show what the caption says?
@@ -77,12 +78,7 @@ def template_text(own: str, path: str | None) -> str:
     """The text of the user's file, or `own`; UserError if it cannot be read or does not name {prompt} once."""
     if path is None:
         return own
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"template: {path} cannot be read ({error}); expected a text file with {{prompt}} in it"
-        ) from None
+    text = read_text(Path(path), "a text file with {prompt} in it", f"template: {path}")
     if text.count("{prompt}") != 1:
         raise UserError(f"template: {path} has {{prompt}} {text.count('{prompt}')} times; expected once")
     return text

@@ -1,6 +1,5 @@
 """Groups of images of prompts, written shard by shard into a store; shared by sampling and evaluation."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from gdro.groups.store import GroupWriter, ImageRow, Trajectory
 from gdro.models.base import FlowModel, Text
 from gdro.progress import Progress, say
 from gdro.prompts import Prompt, check_unique_ids
+from gdro.reading import read_json
 from gdro.rng import torch_rng
 from gdro.samplers.ode import generate
 from gdro.samplers.rollout import rollout
@@ -302,9 +302,10 @@ def _plan(
     """Where each file's prompts end: those the store was begun with as they were, then any new ones."""
     path = folder / STARTED
     filled = folder.is_dir() and any(folder.glob("*.parquet"))
-    if filled and not path.exists():
+    old = read_begun(path) if filled else (begun, [])  # nothing yet: begun anew
+    if old is None:
         raise UserError(f"{label}: {folder} holds groups of another origin; expected an empty or new folder")
-    old_settings, old_shards = _begun(path) if filled else (begun, [])  # nothing yet: begun anew
+    old_settings, old_shards = old
     for field, value in begun.items():
         if old_settings.get(field) != value:
             raise UserError(
@@ -329,10 +330,12 @@ def _plan(
     return list(accumulate(len(shard) for shard in shards))
 
 
-def _begun(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The settings and shards a store was begun with."""
+def read_begun(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """The settings and shards a store was begun with; None without the file."""
+    if not path.exists():
+        return None
+    begun = read_json(path, "the settings its folder was sampled with")
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
         return dict(begun["settings"]), list(begun["shards"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; expected the settings its folder was sampled with") from None

@@ -1,6 +1,5 @@
 """Last stage: the adapter as plain diffusers reads it (EMA and raw), with a model card."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from gdro.groups.store import GroupStore
 from gdro.models.loading import family as family_of
 from gdro.models.lora import write_lora
 from gdro.progress import interval
+from gdro.rundir import read_json
 from gdro.strict_yaml import dump_yaml, read_yaml
 from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, steps_saved
 from gdro.training.config import HYPERPARAMETERS
@@ -34,11 +34,10 @@ def export(run_dir: Path, out: Path) -> Path:
     about = {"model": config["model"], "objective": config["train"]["objective"], "step": checkpoint.step}
     write_lora(out, checkpoint.ema, lora, about | {"weights": "ema"})
     write_lora(out / "raw", checkpoint.adapter, lora, about | {"weights": "raw"})
-    summary = run_dir / "summary.json"
     card = model_card(
         config,
         checkpoint.step,
-        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
+        read_json(run_dir / "summary.json"),
         _gallery(run_dir, out / "images"),
     )
     write_bytes(out / "README.md", card.encode())
@@ -47,13 +46,12 @@ def export(run_dir: Path, out: Path) -> Path:
 
 def _chosen(checkpoints: Path, which: str) -> Checkpoint:
     """The checkpoint to export: the "best" or the "last"."""
-    best = checkpoints / "best.json"
     saved = steps_saved(checkpoints)
-    if best.exists() and which == "best":
-        return load_checkpoint(checkpoint_path(checkpoints, json.loads(best.read_text(encoding="utf-8"))["step"]))
     if not saved:
         raise UserError(f"{checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
-    return load_checkpoint(checkpoint_path(checkpoints, saved[-1]))
+    last = load_checkpoint(checkpoint_path(checkpoints, saved[-1]))
+    best = last.memory["best"] if which == "best" else None
+    return last if best is None else load_checkpoint(checkpoint_path(checkpoints, best["step"]))
 
 
 def _gallery(run_dir: Path, folder: Path) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """Stage 5: one self-contained HTML page of a run, from whatever files the run has so far."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,8 +19,11 @@ from gdro.evaluation.statistics import AXES, pair_means
 from gdro.files import write_bytes
 from gdro.groups.store import GroupStore
 from gdro.progress import duration
+from gdro.reading import read_text
 from gdro.rewards.ocr import target_of
 from gdro.rewards.store import read_rewards
+from gdro.rundir import read_json
+from gdro.training.log import read_metrics
 
 SIDES = ("base", "tuned")
 OCR = ("ocr", "ocr_strict")  # rewards whose prompts name a target
@@ -50,9 +52,9 @@ def report(run_dir: Path, rewards: Path) -> Path:
     """
     if not run_dir.is_dir():
         raise UserError(f"report: {run_dir} is not a folder; expected the folder of a run")
-    evaluation = _read_json(run_dir / "evaluation.json")
+    evaluation = read_json(run_dir / "evaluation.json")
     config = _text(run_dir / "config.yaml")
-    seconds = _read_json(run_dir / "seconds.json")
+    seconds = read_json(run_dir / "seconds.json")
     rounds = 1 + len(list((run_dir / "rounds").glob("[0-9]*")))
     page: dict[str, Any] = {
         "evaluation": evaluation,
@@ -112,13 +114,8 @@ def _cost(seconds: Mapping[str, float]) -> dict[str, Any]:
 def _training(path: Path, rounds: int) -> dict[str, Any]:
     rows: dict[int, dict[str, Any]] = {}
     validations: dict[int, dict[str, Any]] = {}
-    lines = (_text(path) or "").split("\n")[:-1]  # what follows the last newline was cut short by a kill
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            step = row["step"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}:{number} is not an object with "step"; expected one JSON object a line') from None
+    for row in read_metrics(path):
+        step = row["step"]
         if "validation" in row:
             validations[step] = {"step": step, **row["validation"]}
         else:
@@ -220,20 +217,4 @@ def _training_groups(groups: Path, scores: Path, seed: int) -> list[dict[str, An
 
 
 def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    text = _text(path)
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); expected the file that gdro wrote") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; expected an object")
-    return value
+    return read_text(path, "the run's configuration") if path.exists() else None

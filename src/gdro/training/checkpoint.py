@@ -6,7 +6,6 @@ processes each writes its share of the tensors, `adapter-00001-of-0000n` and so 
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import discard, write_bytes, write_json
+from gdro.reading import read_bytes, read_json
 from gdro.training.config import TrainConfig
 
 FIELD = "train.resume_from_checkpoint"
@@ -95,21 +95,21 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint. Raises UserError naming the file that is missing or damaged."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{FIELD}: {path} not found; expected a checkpoint folder")
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_json(path / "state.json", "the state of a checkpoint")
         digests = {path / f"{file}.safetensors": digest for file, digest in state["sha256"].items()}
         tensors: dict[str, dict[str, Tensor]] = {file.stem.partition("-")[0]: {} for file in digests}
         if set(tensors) != set(TENSORS):
             raise ValueError(f"it names {', '.join(tensors)}")
         step, settings, memory = int(state["step"]), dict(state["settings"]), dict(state["memory"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(_damaged(path / "state.json", error)) from None
     for file, digest in digests.items():
         try:
-            data = file.read_bytes()
-        except OSError as error:
+            data = read_bytes(file, "what state.json names")
+        except UserError as error:
             raise UserError(_damaged(file, error)) from None
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(_damaged(file, "its bytes are not those written"))
@@ -164,12 +164,10 @@ def mark_stopped(folder: Path, step: int, reason: str, config: TrainConfig) -> N
 
 def stopped_at(folder: Path, config: TrainConfig) -> int | None:
     """The step at which training ended under the limits of `config`; None if it has not, or they have changed."""
-    try:
-        stopped = json.loads((folder / "stopped.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / "stopped.json"
+    if not path.exists():
         return None
-    except ValueError:
-        raise UserError(f"{folder / 'stopped.json'} is damaged; delete it to go on") from None
+    stopped = read_json(path, "the step at which training ended; delete it to go on")
     under = {name: stopped.get(name) for name in _limits(config)}
     return int(stopped["step"]) if under == _limits(config) and stopped["step"] in steps_saved(folder) else None
 

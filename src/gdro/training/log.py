@@ -13,6 +13,7 @@ from gdro import distributed
 from gdro.errors import UserError
 from gdro.files import write_bytes
 from gdro.progress import say
+from gdro.reading import parse_json, read_text
 
 
 def require_trackers(report_to: Sequence[str]) -> None:
@@ -81,18 +82,23 @@ def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
             yield f"{prefix}/{name}", float(value)
 
 
-def _rows_until(path: Path, step: int) -> bytes:
-    if not path.exists():
-        return b""
-    lines = path.read_bytes().split(b"\n")
-    kept = []
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, without a last one that a kill cut short; none without the file."""
+    return [row for row, _ in _rows(path)] if path.exists() else []
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every row and its line."""
+    lines = read_text(path, "the log of a training").split("\n")
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is a row cut short
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f'{path}:{number} is damaged; expected a JSON object with "step"') from None
-    return b"".join(kept)
+        row = parse_json(line, f"{path}:{number} is damaged: it")
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f'{path}:{number} is damaged; expected a JSON object with "step"')
+        yield row, line + "\n"
+
+
+def _rows_until(path: Path, step: int) -> bytes:
+    return "".join(line for row, line in _rows(path) if row["step"] <= step).encode() if path.exists() else b""
 
 
 class DriftAlarm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ class Folder:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError if an image is missing or none."""
         paths = [self._path(prompt, i) for prompt in prompts for i in range(self.per_prompt)]
-        missing = [path for path in paths if not path.is_file()]
+        missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise UserError(
                 f"--images-from: {missing[0]} not found, nor {len(missing) - 1} others of {len(paths)}; "

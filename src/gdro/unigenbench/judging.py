@@ -15,6 +15,7 @@ from pathlib import Path
 from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.prompts import Prompt
+from gdro.reading import read_text, reading
 from gdro.unigenbench.criteria import MEANINGS
 
 FIELDS = ("prompt", "testpoint", "explanation", "test_explanation")
@@ -126,12 +127,10 @@ def published_prompt(path: Path) -> JudgePrompt:
     Reads its syntax tree: the f-string `system_prompt`, the dict `explanation_dict`, and what the strings `explanation`
     and `test_explanation` begin and end with. Raises UserError if one of them is not there in that form.
     """
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--judge-prompt: {path} not found; expected UniGenBench's eval/*_eval.py") from None
-    except (SyntaxError, ValueError, OSError) as error:
-        raise UserError(f"--judge-prompt: {path} is not a Python file ({error})") from None
+    name, expected = f"--judge-prompt: {path}", "UniGenBench's eval/*_eval.py"
+    text = read_text(path, expected, name)
+    with reading(path, expected, name):
+        tree = ast.parse(text)
     template, meanings = "", {}
     begin: dict[str, str] = {}
     end: dict[str, str] = {}

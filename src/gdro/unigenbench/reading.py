@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from gdro.errors import UserError, did_you_mean
 from gdro.prompts import Prompt
+from gdro.reading import parse_json, read_text
 from gdro.unigenbench.criteria import ENGLISH
 
 KEYS = {"en": ("Testpoints", "Testpoint Description"), "zh": ("考点", "考点对应描述")}
@@ -20,12 +21,7 @@ def read_benchmark(path: Path) -> tuple[str, list[Prompt]]:
     A prompt's id is its index; its fields are `points` (names as in the file) and `descriptions`, one a point. Raises
     UserError naming file, line and column.
     """
-    if not path.is_file():
-        raise UserError(f"{path} not found; expected a .csv file of UniGenBench, such as data/test_prompts_en.csv")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = read_text(path, "a .csv file of UniGenBench, such as data/test_prompts_en.csv")
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         language = _language(path, rows.fieldnames or [])
@@ -71,10 +67,7 @@ def _points(where: str, about: str, language: str) -> tuple[list[str], list[str]
     def refuse(found: str, expected: str) -> NoReturn:
         raise UserError(f"{where}: {found}; expected {expected}")
 
-    try:
-        value = json.loads(about)
-    except ValueError as error:
-        refuse(f"not JSON ({error})", "the JSON object of the published file")
+    value = parse_json(about, where, "the JSON object of the published file")
     names, texts = KEYS[language]
     if not isinstance(value, dict):
         refuse("not a JSON object", f"one with {names} and {texts}")
