@@ -1,11 +1,13 @@
 """UnifiedReward: replies as the published models give them, and the reward, judge and pairs over a real HTTP server."""
 
+import itertools
 import json
 import math
 import pickle
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from gdro.rewards.unified import (
     unified_pairs,
     unified_reward,
 )
+from gdro.unigenbench.judging import read_scores
 
 AXES_REPLY = """Alignment Score (1-5): 2.694700002670288
 Coherence Score (1-5): 2.371500015258789
@@ -77,6 +80,8 @@ def test_axes(reply: str) -> None:
         "**Alignment Score (1-5): 4**\n**Coherence Score (1-5):** 3\n**Style Score (1-5)**: 5.",
         "Alignment Score (1-5): 4, Coherence Score (1-5): 3; Style Score (1-5): 5",
         "Alignment Score (1-5): 4\nAlignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 5",
+        "In the form Alignment Score (1-5): X, that is\nAlignment Score (1-5): 4/5\nCoherence Score (1-5): 3 out of 5\n"
+        "Style Score (1-5): 1\nor rather\nStyle Score (1-5): 5",
     ],
 )
 def test_axes_in_other_dress(reply: str) -> None:
@@ -100,7 +105,7 @@ def test_axes_in_other_dress(reply: str) -> None:
         ("Coherence Score (1-5): 2.371500015258789\n", ""),
         ("Style Score (1-5)", "Style Score (1-10)"),
         ("Style Score", "Lifestyle Score"),
-        ("Style Score", "Style Score (1-5): 4\nStyle Score"),
+        ("2.694700002670288", ".5"),
     ],
 )
 def test_axes_are_missing_if_one_is(old: str, new: str) -> None:
@@ -117,7 +122,8 @@ def test_axes_are_missing_if_one_is(old: str, new: str) -> None:
         ("Final Score: 0", None),
         ("Final Score: 5.5", None),
         ("Final Score: nan", None),
-        ("Final Score: 3\nFinal Score: 4", None),
+        ("Final Score: .3", None),  # 3 before
+        ("Final Score: 3\nFinal Score: 4", 4.0),
         ("Score: 3", None),
         ("", None),
     ],
@@ -143,6 +149,8 @@ def relative(*pairs: tuple[Any, Any]) -> str:
         (relative((1.5, -0.5), (0.5, 0.5), (0.5, 0.5)), None),
         (relative(("nan", 0.5), (0.5, 0.5), (0.5, 0.5)), None),
         (relative((3, 4), (3, 4), (3, 4)), None),
+        (relative((".9", ".1"), ("0.4/1", "0.6/1"), ("**.4**", "**.6**")), 1.0),
+        (relative((0.1, 0.9), (0.1, 0.9), (0.1, 0.9)) + "\nno:\n" + relative((0.9, 0.1), (0.9, 0.1), (0.9, 0.1)), 1.0),
         (relative((0.9, 0.1), (0.4, 0.6), (0.4, 0.6)).replace(" Image 2: 0.1\n", ""), None),
         ("Image 1: 0.9\nImage 2: 0.1", None),
     ],
@@ -183,12 +191,31 @@ def test_think(reply: str, preference: float | None) -> None:
         ('{"winner": ""}', None),
         ('{"winner": null}', None),
         ('{"cat_winner": "Image 1"}', None),
-        ('{"winner": "Image 1", "categories": [{"winner": "Image 2"}]}', None),
+        ('{"winner": "Image 1", "categories": [{"winner": "Image 2"}]}', 1.0),
+        ('{"categories": [{"winner": "Image 2"}, {"winner": "Image 2"}], "winner": "Image 1"}', 1.0),
+        ('{"categories": [{"reason": "a "sign"", "winner": "Image 2"}], "reason": "", "winner": "Image 1"}', 1.0),
+        ('{"categories": [{"reason": "a "sign"", "winner": "Image 2"}], "reason": "cut', None),
+        ('{"categories": [{"winner": "Image 2"}]}', None),
+        ('{"winner": "Image 2"} no: {"winner": "Image 1"}', 1.0),
+        ('{"winner": 1}', 1.0),
+        ('{"reason": "looks like :}", "winner": "Image 2"}', 0.0),
+        ("[" * 100_000 + '"winner"', None),
         ("Image 1", None),
     ],
 )
 def test_flex(reply: str, preference: float | None) -> None:
     assert parse_winner(reply) == preference
+
+
+def test_the_overall_winner_counts_whatever_the_categories_say() -> None:
+    """With the keys of gdro's own question; a judge that calls them all "winner" is understood as well."""
+    assert '"cat_winner"' in PAIRWISE["flex"].text
+    assert PAIRWISE["flex"].text.count('"winner"') == 1
+    for key in ("cat_winner", "winner"):
+        for *categories, overall in itertools.product((1, 2), repeat=4):
+            reply: dict[str, Any] = {"categories": [{key: f"Image {n}"} for n in categories]}
+            assert parse_winner(json.dumps(reply)) is None
+            assert parse_winner(json.dumps(reply | {"winner": f"Image {overall}"})) == float(overall == 1)
 
 
 def test_every_question_names_the_caption_once() -> None:
@@ -197,6 +224,69 @@ def test_every_question_names_the_caption_once() -> None:
         question = form.question(Prompt("p", "a {braced} caption"))
         assert "a {braced} caption" in question.text
         assert "{prompt}" not in question.text
+
+
+READABLE: list[tuple[Callable[[str], Any], str, str]] = [  # parser, a reply it reads, one that says something else
+    (parse_axes, AXES_REPLY, AXES_REPLY.replace(": 2", ": 1")),
+    (parse_final, FINAL_REPLY, "Final Score: 1"),
+    (parse_relative, RELATIVE_REPLY, RELATIVE_REPLY.replace("Image 1", "Image 3").replace("Image 2", "Image 1")),
+    (parse_think, "<answer>Image 1 is better</answer>", "Image 2 is better"),
+    (parse_winner, FLEX_REPLY, FLEX_REPLY.replace('"winner": "Image 1"', '"winner": "Image 2"')),
+    (partial(read_scores, count=2), "<score>[1, 0]</score>", "<score>[0, 0]</score>"),
+]
+
+
+@pytest.mark.parametrize(("parse", "reply", "thought"), READABLE)
+def test_thoughts_are_no_answer(parse: Callable[[str], Any], reply: str, thought: str) -> None:
+    value = parse(reply)
+    assert value is not None
+    for tag in ("think", "thinking", "Thought", "reasoning", "analysis", "seed:think", 'think mode="slow"'):
+        begin, end = f"<{tag}>", f"</{tag.partition(' ')[0]}>"
+        assert parse(f"{begin}{thought}{end}\n{reply}") == value
+        assert parse(f"{begin}{end}{reply}") == value
+        assert parse(f"{thought}{end}{reply}") == value  # begun by the chat template
+        assert parse(f"{begin}{thought}{begin}{thought}{end}{reply}") == value
+        for silent in (f"{begin}{thought}", f"{begin}{thought}{end}", f"{begin}{thought}{end}I cannot tell.", begin):
+            assert parse(silent) is None
+        assert parse(f"{begin}{thought}{end}{reply}{begin}{thought}") is None  # never ended
+    for begin, end in (
+        ("[THINK]", "[/THINK]"),
+        ("◁think▷", "◁/think▷"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ):
+        assert parse(f"{begin}{thought}{end}{reply}") == value
+        assert parse(f"{begin}{thought}") is None
+    assert parse(f"{reply}<think>{thought}</think>") is None  # the answer comes after the thought
+    assert parse(f"{reply}\n<analysis>{thought}</analysis>") == value  # which an analysis may follow
+    assert parse(f"{thought}<answer>{reply}</answer> {thought}") == value
+    assert parse("") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        *[(text, 4.0) for text in ("4", "4.", "4.0.", "**4**", "`4`", "[4]", "4,", "4; good", "4 (good)", "4 - good")],
+        *[
+            (text, 4.0)
+            for text in ("4/5", "4 / 5.0.", "4 out of 5", "4 (out of 5)", "**4**/5", "4 stars", "\n4", "\n\n**4.**")
+        ],
+        ("3.5/5", 3.5),
+        ("1", 1.0),
+        ("5.", 5.0),
+        ("<|begin_of_box|>4.25<|end_of_box|>", 4.25),
+        *[
+            (text, None)
+            for text in ("", "-4", "- 4", "+4", "0", ".5", "0.99", "5.01", "9" * 400, "nan", "inf", "four", "X")
+        ],
+        *[(text, None) for text in ("1e1", "1e0", "4e", "4x", "4th", "4%", "4 %", "4²", "04", "4.5.6", "4..5", "４")],
+        *[(text, None) for text in ("4,5", "4, 5", "4 5", "4-5", "4 – 5", "4~5", "4 to 5", "4 or 5", "4 and 5", "4+1")],
+        *[(text, None) for text in ("4/10", "4 out of 10", "4/5/10", "4:1", "4/", "2^2")],
+        *[(text, None) for text in ("\n1. The image shows a cat", "\n1 cat", "\nCoherence: 4", "\n1/10")],
+    ],
+)
+def test_a_number_is_read_or_missing(said: str, value: float | None) -> None:
+    assert parse_final(f"Final Score: {said}") == (None if value is None else {"final": value})
+    assert parse_final(f"Final Score: 2\n**Final Score**:{said}") == (None if value is None else {"final": value})
 
 
 def test_the_words_may_come_from_a_file(tmp_path: Path) -> None:

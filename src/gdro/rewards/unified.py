@@ -4,6 +4,7 @@ Forms of reply are those of the published models; a reply that is not of its for
 its range, is missing. The parsers are pure functions from a reply to what it says, None if it does not say it.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,49 +18,44 @@ from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.prompts import Prompt
 from gdro.rewards import unified_prompts as texts
+from gdro.rewards.answers import answer, labelled
 from gdro.rewards.base import Scores
 from gdro.rewards.endpoint import Endpoint, Question
 
 AXES = ("alignment", "coherence", "style")
 SUM_TOLERANCE = 0.02  # of an axis's two relative scores, which "must sum to exactly 1.0"
-_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
 def parse_axes(reply: str) -> dict[str, float] | None:
     """`Alignment Score (1-5): X`, `Coherence Score (1-5): Y`, `Style Score (1-5): Z`, whatever else is said."""
-    found = {axis: _grade(rf"\b{axis} score \(1-5\)", reply) for axis in AXES}
+    said = answer(reply) or ""
+    found = {axis: labelled(rf"{axis} score \(1-5\)", said, 1, 5) for axis in AXES}
     axes = {axis: grade for axis, grade in found.items() if grade is not None}
     return axes if len(axes) == len(AXES) else None
 
 
 def parse_final(reply: str) -> dict[str, float] | None:
     """`Final Score: X`, X from 1 to 5."""
-    grade = _grade(r"\bfinal score", reply)
+    grade = labelled("final score", answer(reply) or "", 1, 5)
     return None if grade is None else {"final": grade}
 
 
 def parse_relative(reply: str) -> float | None:
     """2.0's pairs: for each axis `Image 1: X`, `Image 2: Y` in [0, 1], X + Y = 1; which has the greater mean."""
-    sections = re.split(r"\b(alignment|coherence|style) score\**\s*:", reply, flags=re.IGNORECASE)
-    names, bodies = [name.lower() for name in sections[1::2]], sections[2::2]
-    if sorted(names) != sorted(AXES):
-        return None
+    sections = re.split(r"\b(alignment|coherence|style) score[*_\s]*:", answer(reply) or "", flags=re.IGNORECASE)
+    bodies = {name.lower(): body for name, body in zip(sections[1::2], sections[2::2], strict=True)}  # the last of each
     lead = 0.0
-    for body in bodies:
-        first, second = _value(r"\bimage 1", body), _value(r"\bimage 2", body)
-        if first is None or second is None or max(first, second) > 1 or abs(first + second - 1) > SUM_TOLERANCE:
+    for axis in AXES:
+        first, second = (labelled(f"image {n}", bodies.get(axis, ""), 0, 1) for n in (1, 2))
+        if first is None or second is None or abs(first + second - 1) > SUM_TOLERANCE:
             return None
         lead += first - second
     return 0.5 if math.isclose(lead, 0, abs_tol=1e-6) else float(lead > 0)
 
 
 def parse_think(reply: str) -> float | None:
-    """`Image 1 is better` or `Image 2 is better` (or a tie), in <answer> if there is one, after any <think>."""
-    _, thought, said = reply.rpartition("</think>")
-    if not thought and "<think>" in reply:
-        return None
-    answers = re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL)
-    said = said if not answers else answers[-1]
+    """`Image 1 is better` or `Image 2 is better` (or a tie), after any thoughts, in `<answer>` if there is one."""
+    said = re.sub(r"[*_`]", "", answer(reply) or "")
     better = set(re.findall(r"\bimage\s*([12])\s+is\s+better\b", said, re.IGNORECASE))
     tie = re.search(r"\bequally\s+good\b|\btie\b", said, re.IGNORECASE)
     if tie:
@@ -68,25 +64,27 @@ def parse_think(reply: str) -> float | None:
 
 
 def parse_winner(reply: str) -> float | None:
-    """Flex's JSON, by its `"winner": "Image 1"` alone: the long reasons in it are often not quite JSON."""
-    winners = {w.strip().lower() for w in re.findall(r'(?<!\\)"winner"\s*:\s*"([^"\n]*)"', reply)}
-    winner = winners.pop() if len(winners) == 1 else ""
+    """Flex's JSON, by the overall `"winner": "Image 1"` alone: categories may have winners of their own."""
+    winner = _overall_winner(answer(reply) or "").strip().lower()
     if re.fullmatch(r"tie|equal|both|neither|draw", winner):
         return 0.5
-    which = re.fullmatch(r"image\s*([12])(?: is better)?\.?", winner)
+    which = re.fullmatch(r"(?:image\s*)?([12])(?: is better)?\.?", winner)
     return None if which is None else float(which[1] == "1")
 
 
-def _grade(label: str, reply: str) -> float | None:
-    value = _value(label, reply)
-    return value if value is not None and 1 <= value <= 5 else None
-
-
-def _value(label: str, reply: str) -> float | None:
-    """The number after `label:`, a plain decimal; None if there is none, or the reply has two that differ."""
-    found = {token.strip("*.,;") for token in re.findall(rf"{label}\**\s*:[*\s]*(\S+)", reply, re.IGNORECASE)}
-    token = found.pop() if len(found) == 1 else ""
-    return float(token) if _NUMBER.fullmatch(token) else None
+def _overall_winner(said: str) -> str:
+    """What the outermost object's last "winner" is; empty if it has none."""
+    try:
+        value = json.loads(said[said.find("{") : said.rfind("}") + 1])
+        return str(value.get("winner", ""))
+    except (ValueError, AttributeError, RecursionError):
+        pass  # the long reasons in it are often not quite JSON, so its braces have to do
+    winner, depth, place = "", 0, 0
+    for found in re.finditer(r'(?<!\\)"winner"\s*:\s*"([^"\n]*)"', said):
+        depth += said.count("{", place, found.start()) - said.count("}", place, found.start())
+        place = found.start()
+        winner = found[1] if depth <= 1 else winner
+    return winner
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ PAIRWISE = {
     "2.0": _Form(texts.PAIR_2, parse_relative),
     "flex": _Form(texts.PAIR_FLEX, parse_winner),
 }
-RULE = "1"  # of reading the replies; part of every version
+RULE = "2"  # of reading the replies; part of every version
 
 
 @dataclass(frozen=True)
@@ -138,14 +136,14 @@ class UnifiedReward:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         values, evidence = [], []
-        for scores, answer in _point(self, images, prompts):
+        for scores, reply in _point(self, images, prompts):
             if scores is None:
                 values.append(math.nan)
-                evidence.append({"missing": answer.reason})
+                evidence.append({"missing": reply.reason})
                 continue
             total = sum(self.weights[key] for key in scores)
             values.append(sum(self.weights[key] * score for key, score in scores.items()) / total)
-            evidence.append({"reply": answer.text, "scores": scores})
+            evidence.append({"reply": reply.text, "scores": scores})
         return Scores(np.asarray(values, np.float64), evidence)
 
 

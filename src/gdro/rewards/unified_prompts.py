@@ -70,8 +70,9 @@ PAIR_FLEX = """\
 Compare two generated images of a prompt: first how well they show it, then their quality and realism, then their
 beauty, each by a few points of your own choice, with reasons from what can be seen.
 Prompt: [{prompt}]
-Answer with one JSON object:
-{"categories": [{"name": "...", "reason": "...", "winner": "Image 1 or Image 2"}], "winner": "Image 1 or Image 2"}"""
+Answer with one JSON object; cat_winner is of the category, winner of the whole comparison:
+{"categories": [{"name": "...", "cat_reason": "...", "cat_winner": "Image 1 or Image 2"}],
+ "reason": "...", "winner": "Image 1 or Image 2"}"""
 
 
 def template_text(own: str, path: str | None) -> str:

@@ -16,6 +16,7 @@ from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.prompts import Prompt
 from gdro.reading import read_text, reading
+from gdro.rewards.answers import answer, listed
 from gdro.unigenbench.criteria import MEANINGS
 
 FIELDS = ("prompt", "testpoint", "explanation", "test_explanation")
@@ -167,14 +168,14 @@ def _piece(node: ast.expr) -> str:
 
 
 def read_scores(reply: str, count: int) -> list[int] | None:
-    """The `count` zeros and ones between `<score>` and `</score>`, None if they are not there in that form.
+    """The `count` zeros and ones between the last `<score>` and `</score>`, None if they are not there in that form.
 
-    Thoughts before `</think>` are left out. The published code takes a reply only if its analyses form a Python list
-    too, which a quotation mark in them can spoil; the scores do not depend on them.
+    The published code takes a reply only if its analyses form a Python list too, which a quotation mark in them can
+    spoil; the scores do not depend on them.
     """
-    answer = reply.rpartition("</think>")[2]
-    found = re.search(r"<score>(.*?)</score>", answer, re.DOTALL)
-    if found is None or not re.fullmatch(r"\s*\[\s*[01]\s*(,\s*[01]\s*)*\]\s*", found[1]):
+    begun = re.split("<score>", answer(reply) or "", flags=re.IGNORECASE)
+    inside = re.split("</score>", begun[-1], maxsplit=1, flags=re.IGNORECASE)
+    if len(begun) < 2 or len(inside) < 2:
         return None
-    scores = [int(digit) for digit in re.findall(r"[01]", found[1])]
-    return scores if len(scores) == count else None
+    scores = listed(inside[0])
+    return [int(score) for score in scores] if scores and len(scores) == count and set(scores) <= {0, 1} else None
