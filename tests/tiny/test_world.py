@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gdro.errors import UserError
+from gdro.files import fingerprint
 from gdro.rng import numpy_rng
 from gdro.tiny import world
 from gdro.tiny.prompts import tiny_prompts
@@ -71,6 +72,9 @@ def test_prompts_are_stable_unique_and_split():
     assert len({p.text for p in ocr}) == len({p.id for p in ocr}) == 64
     assert {p.text for p in ocr} != {p.text for p in tiny_prompts("tiny:ocr:test:64:1")}
     assert all(f'"{p.fields["target"]}"' in p.text and world.word_split(p.fields["target"]) == "test" for p in ocr)
+    # the very prompts of the published results
+    assert fingerprint([p.to_json() for p in ocr]) == "1a74aa3b4bbd"
+    assert fingerprint([p.to_json() for p in tiny_prompts("tiny:geneval:test:24")]) == "6aa7230561ac"
     geneval = {split: {p.text for p in tiny_prompts(f"tiny:geneval:{split}:150")} for split in world.SPLITS}
     assert not geneval["train"] & geneval["test"]
     prompts = tiny_prompts("tiny:geneval:test:150")
@@ -105,6 +109,15 @@ def test_bad_specs_name_the_part(spec, message):
     with pytest.raises(UserError, match=None) as error:
         tiny_prompts(spec)
     assert message in str(error.value)
+
+
+def test_more_prompts_than_captions_are_refused_at_once():
+    seen = {world.caption(world.random_shape_scene(numpy_rng(0, tag, i), tag)) for tag in world.TAGS for i in range(99)}
+    captions = {world.caption(scene) for scene in world.shape_scenes()}
+    assert seen < captions
+    here = sum(world.word_split(f"caption:{text}") == "test" for text in captions)
+    with pytest.raises(UserError, match=f"asks for 2000 prompts, but the test split has {here} captions"):
+        tiny_prompts("tiny:geneval:test:2000")
 
 
 def test_slips_happen_at_their_rate_and_leave_the_caption_alone():

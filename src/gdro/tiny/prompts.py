@@ -4,6 +4,7 @@ The splits share no word (ocr) and no caption (geneval); the base model saw word
 six tags take turns, as they weigh the same in its summary; a tag whose few captions are used up repeats them.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ def tiny_prompts(spec: str) -> list[Prompt]:
         raise UserError(f'prompts: "{spec}" asks for "{count_text}" prompts; expected 1 to {LIMIT}')
     if rest and not rest[0].isdecimal():
         raise UserError(f'prompts: "{spec}" has the seed "{rest[0]}"; expected a non-negative integer')
+    if task == "geneval" and int(count_text) > _captions(split):
+        raise UserError(
+            f'prompts: "{spec}" asks for {count_text} prompts, but the {split} split has {_captions(split)} captions; '
+            "expected at most so many"
+        )
     seed = int(rest[0]) if rest else 0
     make = _ocr_fields if task == "ocr" else _geneval_fields
     found: list[tuple[str, dict[str, Any]]] = []
@@ -52,6 +58,13 @@ def tiny_prompts(spec: str) -> list[Prompt]:
         seen.add(text)
         again = 0
     return [Prompt(f"{task}-{split}-{seed}-{i:04d}", text, fields) for i, (text, fields) in enumerate(found)]
+
+
+@cache
+def _captions(split: str) -> int:
+    """How many captions of shapes the split has."""
+    captions = {world.caption(scene) for scene in world.shape_scenes()}
+    return sum(world.word_split(f"caption:{text}") == split for text in captions)
 
 
 def _ocr_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:

@@ -7,8 +7,10 @@ captions do. Pictures are 64 x 32 RGB; every picture is a function of (scene, ge
 """
 
 import hashlib
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.util import find_spec
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,9 @@ def random_word(rng: np.random.Generator, split: str) -> str:
             return word
 
 
-def _pick(rng: np.random.Generator, values: Any, count: int) -> list[str]:
-    return [str(v) for v in rng.choice(list(values), count, replace=False)]
+def _pick(rng: np.random.Generator, values: Collection[str], count: int) -> list[str]:
+    names = list(values)
+    return [names[i] for i in rng.choice(len(names), count, replace=False)]
 
 
 def random_sign_scene(rng: np.random.Generator, split: str, *, objects: bool) -> dict[str, Any]:
@@ -103,6 +106,21 @@ def random_shape_scene(rng: np.random.Generator, tag: str) -> dict[str, Any]:
         if tag == "position":
             scene["position"] = _pick(rng, POSITIONS, 1)[0]
     return scene
+
+
+def shape_scenes() -> Iterator[dict[str, Any]]:
+    """Every scene that `random_shape_scene` can give."""
+    for wall, one, other in product(WALLS, SHAPES, SHAPES):
+        plain = {"wall": wall, "word": None, "position": None}
+        first = {"shape": one, "color": None, "count": 1}
+        if one == other:
+            yield from ({**plain, "objects": [{**first, "count": count}]} for count in (1, 2, 3, 4))
+            yield from ({**plain, "objects": [{**first, "color": color}]} for color in COLORS)
+            continue
+        pair = [first, {**first, "shape": other}]
+        yield from ({**plain, "objects": pair, "position": position} for position in (None, *POSITIONS))
+        for colors in permutations(COLORS, 2):
+            yield {**plain, "objects": [{**item, "color": c} for item, c in zip(pair, colors, strict=True)]}
 
 
 def random_scene(rng: np.random.Generator, mixture: tuple[float, float] = (0.4, 0.2)) -> dict[str, Any]:
