@@ -15,6 +15,8 @@ from typing import Any, Self
 
 from PIL import Image
 
+from gdro.rewards.endpoint import Question
+
 
 @dataclass
 class Asked:
@@ -136,3 +138,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
+
+
+def number(text: str) -> float | None:
+    """The parser of these tests: a reply is good if it is a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(f"What is {i}?") for i in range(count)]
+
+
+def echo(asked: Asked) -> Said:
+    return Said(asked.text.removeprefix("What is ").rstrip("?"))

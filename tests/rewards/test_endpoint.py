@@ -1,6 +1,7 @@
 """The client of a judge's endpoint, against a real HTTP server that fails in the ways servers do."""
 
 import asyncio
+import gzip
 import json
 import pickle
 import signal
@@ -10,55 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_endpoint import Asked, FakeEndpoint, Said
+from fake_endpoint import Asked, Said, echo, number, questions
 from PIL import Image
 
 from gdro.errors import UserError
 from gdro.rewards import endpoint as client
+from gdro.rewards.connection import LONGEST_REPLY
 from gdro.rewards.endpoint import Answer, Endpoint, Question
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeEndpoint, Endpoint]]]:
-    """`serve(behave, **settings)`: a running server and a client of it, with short pauses and a cache of its own."""
-    monkeypatch.setattr(client, "BACKOFF", 0.01)
-    servers: list[FakeEndpoint] = []
-
-    def start(
-        behave: Callable[[Asked], Said], models: tuple[str, ...] | None = ("judge",), **settings: Any
-    ) -> tuple[FakeEndpoint, Endpoint]:
-        servers.append(FakeEndpoint(behave, models).__enter__())
-        settings = {"url": servers[-1].url, "model": "judge", "cache": str(tmp_path / "judge.sqlite")} | settings
-        return servers[-1], Endpoint(**settings)
-
-    yield start
-    for server in servers:
-        server.__exit__(None, None, None)
-
-
-def number(text: str) -> float | None:
-    """The parser of these tests: a reply is good if it is a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def questions(count: int) -> list[Question]:
-    return [Question(f"What is {i}?") for i in range(count)]
-
-
-def echo(asked: Asked) -> Said:
-    return Said(asked.text.removeprefix("What is ").rstrip("?"))
 
 
 def test_request_has_the_images_before_the_text_pixel_by_pixel(serve: Any) -> None:
@@ -103,6 +70,15 @@ FAULTS = {
     "no text": Said(None),
     "garbage": Said("I would rather not"),
     "cut off": Said("4", finish_reason="length"),  # the rest of 4.5
+    "filtered": Said("4", finish_reason="content_filter"),
+    "too long": Said("4" * LONGEST_REPLY),
+    "too long packed": Said(raw=gzip.compress(b" " * 100_000_000 + b"{}"), headers={"Content-Encoding": "gzip"}),
+    "half a gzip": Said(raw=gzip.compress(b"{}" * 100)[:-9], headers={"Content-Encoding": "gzip"}),
+    "no gzip": Said(raw=b"{}", headers={"Content-Encoding": "gzip"}),
+    "not asked for": Said(raw=b"{}", headers={"Content-Encoding": "br"}),
+    "deep": Said(raw=b"[" * 100_000),
+    "digits": Said(raw=b"9" * 5000),
+    "other charset": Said(raw=b"{}", headers={"Content-Type": "application/json; charset=hex"}),
 }
 
 
@@ -113,7 +89,9 @@ def test_a_fault_is_tried_again(serve: Any, fault: str) -> None:
     assert len(server.asked) == 2
 
 
-@pytest.mark.parametrize(("fault", "requests"), [("503", 5), ("reset", 5), ("garbage", 3), ("cut off", 3)])
+@pytest.mark.parametrize(
+    ("fault", "requests"), [("503", 5), ("reset", 5), ("garbage", 3), ("cut off", 3), ("too long packed", 3)]
+)
 def test_what_always_fails_is_missing_with_its_reason(serve: Any, fault: str, requests: int) -> None:
     def behave(asked: Asked) -> Said:
         return FAULTS[fault] if asked.text == "What is 1?" else echo(asked)
@@ -127,6 +105,7 @@ def test_what_always_fails_is_missing_with_its_reason(serve: Any, fault: str, re
         "reset": "connection failed",
         "garbage": "I would rather",
         "cut off": "cut short",
+        "too long packed": "reply longer than 4 MiB",
     }
     assert said[fault] in (found[1][1].reason or "")
     assert len(server.asked) == 2 + requests
@@ -148,7 +127,26 @@ def test_the_pauses_grow(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert after - before >= 0.04 * 2**i  # half of it is left to chance
 
 
-def test_a_refused_request_is_the_users_mistake(serve: Any) -> None:
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_is_refused_of_one_question_is_missing_with_its_reason(serve: Any, status: int) -> None:
+    refusal = Said(status=status, raw=b'{"error": {"message": "too long\\nfor me"}}')
+    server, judge = serve(lambda asked: refusal if asked.text == "What is 7?" else echo(asked))
+    found = judge.ask(questions(20), number)
+    assert [value for value, _ in found] == [None if i == 7 else i for i in range(20)]
+    assert found[7][1] == Answer(None, f"HTTP {status}: too long for me")
+    assert sum(asked.text == "What is 7?" for asked in server.asked) == 1
+
+
+def test_a_question_that_is_refused_alone_is_missing_if_a_plain_one_is_not(serve: Any) -> None:
+    server, judge = serve(lambda asked: Said("hi") if asked.text == "Hello" else Said(status=400, raw=b"moderated"))
+    image = Image.new("RGB", (40, 30), "red")
+    found = judge.ask([Question(f"What is {i}?", (image,)) for i in range(20)], number)
+    assert found == [(None, Answer(None, "HTTP 400: moderated"))] * 20
+    (plain,) = [asked for asked in server.asked if asked.text == "Hello"]
+    assert [(i.size, i.getcolors()) for i in plain.images] == [((40, 30), [(1200, (128, 128, 128))])]
+
+
+def test_a_server_that_refuses_a_plain_question_too_is_the_users_mistake(serve: Any) -> None:
     refusal = Said(status=400, raw=b'{"object": "error", "message": "At most 1 image\\nmay be provided"}')
     server, judge = serve(lambda asked: refusal)
     with pytest.raises(UserError, match="HTTP 400: At most 1 image may be provided") as error:
@@ -157,34 +155,47 @@ def test_a_refused_request_is_the_users_mistake(serve: Any) -> None:
     assert len(server.asked) <= 2 * judge.concurrency
 
 
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_a_refusal_that_is_of_no_single_question_stops(serve: Any, status: int) -> None:
+    server, judge = serve(
+        lambda asked: Said(status=status, raw=b"no") if asked.text == "What is 7?" else echo(asked), concurrency=1
+    )
+    with pytest.raises(UserError, match=f"refused the request .HTTP {status}: no"):
+        judge.ask(questions(20), number)
+    assert len(server.asked) == 8
+
+
+IN_A_SUCCESS = {
+    "429": b'{"error": {"code": 429, "message": "slow down"}}',
+    "as text": b'{"error": {"code": "429", "message": "slow down"}, "choices": []}',
+    "no code": b'{"error": {"message": "overloaded", "type": "server_error"}}',
+    "vLLM": b'{"object": "error", "message": "loading", "code": 503}',
+    "in the choice": b'{"choices": [{"error": {"code": 502, "message": "upstream"}, "finish_reason": "error", '
+    b'"message": {"content": "1"}}]}',
+}
+
+
+@pytest.mark.parametrize("form", IN_A_SUCCESS)
+def test_an_error_sent_as_a_success_is_that_error(serve: Any, form: str) -> None:
+    server, judge = serve(lambda asked: Said(raw=IN_A_SUCCESS[form]) if asked.number < 4 else Said("4.5"))
+    assert judge.ask(questions(1), number) == [(4.5, Answer("4.5"))]
+    assert len(server.asked) == 5  # a reply that does not parse is asked for three times
+
+
+def test_a_refusal_sent_as_a_success_is_a_refusal(serve: Any) -> None:
+    moderated = Said(raw=b'{"error": {"code": 400, "message": "moderated"}}')
+    _, judge = serve(lambda asked: moderated if asked.text == "What is 1?" else echo(asked))
+    assert judge.ask(questions(2), number)[1] == (None, Answer(None, "HTTP 400: moderated"))
+    _, judge = serve(lambda asked: Said(raw=b'{"error": {"code": 401, "message": "who?"}}'), None)
+    with pytest.raises(UserError, match="HTTP 401: who"):
+        judge.check()
+
+
 def test_a_server_that_dies_stops_the_run_rather_than_leave_all_missing(serve: Any) -> None:
     server, judge = serve(lambda asked: Said("1"), attempts=2)
     server.__exit__(None, None, None)
     with pytest.raises(UserError, match="does not answer"):
         judge.ask(questions(20), number)
-
-
-def test_api_key_is_sent_and_never_shown(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "sk-secret\n")
-    server, judge = serve(lambda asked: Said("1"), api_key_env="JUDGE_KEY")
-    judge.ask(questions(1), number)
-    assert server.asked[0].headers["Authorization"] == "Bearer sk-secret"
-    _, judge = serve(
-        lambda asked: Said(status=401, raw=b"bad key sk-secret"), None, api_key_env="JUDGE_KEY", cache=None
-    )
-    with pytest.raises(UserError, match=r"HTTP 401: bad key \*\*\*.*api_key_env JUDGE_KEY") as error:
-        judge.check()
-    assert "secret" not in str(error.value) + repr(judge)
-
-
-@pytest.mark.parametrize(("key", "found"), [(None, "not set"), ("  ", "not set"), ("a\nb", "no line of ASCII")])
-def test_missing_api_key_is_refused(serve: Any, monkeypatch: pytest.MonkeyPatch, key: str | None, found: str) -> None:
-    monkeypatch.delenv("JUDGE_KEY", raising=False)
-    if key is not None:
-        monkeypatch.setenv("JUDGE_KEY", key)
-    _, judge = serve(lambda asked: Said("1"), api_key_env="JUDGE_KEY")
-    with pytest.raises(UserError, match=f"api_key_env: the variable JUDGE_KEY is {found}"):
-        judge.check()
 
 
 def test_check_wants_the_model_by_its_name(serve: Any) -> None:
@@ -195,6 +206,16 @@ def test_check_wants_the_model_by_its_name(serve: Any) -> None:
     with pytest.raises(UserError, match="expected one of alpha, beta"):
         judge.check()
     assert not server.asked
+
+
+def test_a_list_of_very_many_models_is_cut(serve: Any) -> None:
+    for models in ([f"alpha-{i}" for i in range(100_000)], ["a" * 2_000_000]):
+        _, judge = serve(lambda asked: Said("1"), tuple(models), model="judge")
+        with pytest.raises(UserError, match=r'serves no "judge"; expected one of a') as error:
+            judge.check()
+        assert len(str(error.value)) < 3000
+    _, judge = serve(lambda asked: Said("1"), ("a" * LONGEST_REPLY,), model="judge")
+    judge.check()  # as of a server that has no list
 
 
 def test_check_asks_a_server_that_lists_no_models(serve: Any) -> None:

@@ -3,18 +3,30 @@
 import base64
 import io
 import json
-import time
+import re
 from collections.abc import Sequence
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from gdro.images import to_rgb
 
-if TYPE_CHECKING:
-    import httpx
+CUT = {"length": "at max_tokens", "content_filter": "by a content filter"}  # finish_reason of half a reply
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server said: `said` is the JSON of `text`, or `text` itself if it is none; neither holds the key.
+
+    `status` is that of an error in the body, if the server sent one as a success.
+    """
+
+    status: int
+    text: str
+    said: Any
+    wait: float  # seconds the server asks us to wait
 
 
 class Unread(Exception):
@@ -51,48 +63,58 @@ def _data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def reply_text(response: "httpx.Response") -> str:
+def reply_text(reply: Reply) -> str:
     """The text of a completion. Raises Unread if there is none or it was cut off."""
     try:
-        choice = response.json()["choices"][0]
-        text, finished = choice["message"]["content"], choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise Unread(f"no completion: {short(response.text)!r}") from None
-    if finished == "length":
-        raise Unread(f"reply cut short at max_tokens: {short(str(text))!r}")
+        choice = reply.said["choices"][0]
+        text, finished = choice["message"]["content"], str(choice.get("finish_reason"))
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise Unread(f"no completion: {short(reply.text)!r}") from None
+    if finished in CUT:
+        raise Unread(f"reply cut short {CUT[finished]}: {short(str(text))!r}")
     if not isinstance(text, str):
-        raise Unread(f"reply without text (finish_reason {finished!r})")
+        raise Unread(f"reply without text (finish_reason {short(finished, 40)!r})")
     return text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, files cannot
 
 
-def model_names(response: "httpx.Response") -> list[str]:
+def model_names(reply: Reply) -> list[str]:
     """Of a list of models; empty if it is none."""
     try:
-        return [str(model["id"]) for model in response.json()["data"]]
-    except (ValueError, KeyError, TypeError):
+        return [str(model["id"]) for model in reply.said["data"]]
+    except (KeyError, TypeError):
         return []
 
 
-def error_message(response: "httpx.Response") -> str:
+def stated_status(said: Any) -> int | None:
+    """The HTTP status of an error that a gateway sent as a success, 500 if it names none; None if `said` is no error.
+
+    Forms: `{"error": {"code": 429}}`, the same in the first of the `choices`, and vLLM's `{"object": "error"}`.
+    """
+    if not isinstance(said, dict):
+        return None
+    choices = said.get("choices")
+    holders = [said, *(choices[:1] if isinstance(choices, list) else [])]
+    for holder in holders:
+        if not isinstance(holder, dict) or not (holder.get("error") or holder.get("object") == "error"):
+            continue
+        error = holder.get("error")
+        for place in (error, holder):
+            for name in ("code", "status", "status_code") if isinstance(place, dict) else ():
+                if re.fullmatch("[45][0-9][0-9]", str(place.get(name))):
+                    return int(place[name])
+        return 500
+    return None
+
+
+def error_message(reply: Reply) -> str:
     """What the server says went wrong."""
-    try:
-        said = response.json()
-    except ValueError:
-        return response.text
+    said = reply.said
+    if isinstance(said, dict) and isinstance(said.get("choices"), list):
+        said = next((choice for choice in said["choices"][:1]), said)
     for key in ("error", "detail", "message"):
         if isinstance(said, dict) and said.get(key):
             said = said[key]
-    return said if isinstance(said, str) else json.dumps(said)
-
-
-def retry_after(response: "httpx.Response") -> float:
-    """Seconds the server asks us to wait, which it may say as a date."""
-    asked = response.headers.get("Retry-After", "0")
-    try:
-        seconds = float(asked) if asked.isdigit() else parsedate_to_datetime(asked).timestamp() - time.time()
-    except ValueError:
-        return 0.0
-    return max(0.0, seconds)
+    return short(said if isinstance(said, str) else reply.text) or "no message"
 
 
 def short(text: str, most: int = 200) -> str:

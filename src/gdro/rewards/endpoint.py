@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -21,25 +21,24 @@ from gdro.errors import UserError, did_you_mean
 from gdro.files import fingerprint
 from gdro.images import to_rgb
 from gdro.rewards.completions import (
+    Reply,
     Unread,
     base_url,
     error_message,
     model_names,
     reply_text,
     request_body,
-    retry_after,
     short,
 )
+from gdro.rewards.connection import Connection, Failed
 from gdro.rewards.replies import Replies, open_replies
-
-if TYPE_CHECKING:
-    import httpx
 
 T = TypeVar("T")
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds before the second attempt, doubled for each further one; the most
 REASKS = 2  # of a reply that does not parse: at temperature 0 the next is nearly always the same
 LIST_SECONDS = 10.0  # a server that lists its models does so at once
+OF_ONE_QUESTION = (400, 413, 422)  # what servers say of a question that is too long or not to their taste
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class Answer:
 
 
 class _Refused(UserError):
-    """The server will not take the request, however often it is sent."""
+    """The server will not take the request, however often it is sent, and `said` why."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, said: str, status: int) -> None:
         super().__init__(message)
-        self.status = status
+        self.said, self.status = said, status
 
 
 class _Again(Exception):
@@ -122,9 +121,10 @@ class Endpoint:
 
         At most `concurrency` requests are under way at once. Connection errors, time-outs, 408, 429 and 5xx are tried
         again with growing pauses, replies that are cut short or that `parse` reads nothing in (None) at most twice,
-        `attempts` requests in all. Only replies that parse are kept, the same question is asked once, and another
-        process with the same cache may be at work. Raises UserError if the server refuses a request (other 4xx), or
-        if it answered none of them and `check` knows why.
+        `attempts` requests in all. A question that the server refuses for its own sake (400, 413, 422) is missing at
+        once. Only replies that parse are kept, the same question is asked once, and another process with the same
+        cache may be at work. Raises UserError if the server refuses any question (other 4xx, or a plain one as well),
+        or if it answered none of them and `check` knows why.
         """
         keys = [self._key(question) for question in questions]
         left = dict(zip(keys, questions, strict=True))
@@ -154,15 +154,28 @@ class Endpoint:
     ) -> dict[str, tuple[T | None, Answer]]:
         found: dict[str, tuple[T | None, Answer]] = {}
         queue = iter(left.items())
+        takes_others = False  # whether the server took any question
+        trying = asyncio.Lock()
 
         async def work() -> None:
+            nonlocal takes_others
             for key, question in queue:
-                found[key] = await self._ask(client, question, parse)
+                try:
+                    found[key] = await self._ask(server, question, parse)
+                except _Refused as refusal:
+                    if refusal.status not in OF_ONE_QUESTION:
+                        raise
+                    async with trying:
+                        if not takes_others:
+                            await self._try_plain(server, question, refusal)
+                            takes_others = True
+                    found[key] = None, Answer(None, refusal.said)
                 answer = found[key][1]
                 if answer.text is not None:
+                    takes_others = True
                     replies.keep(key, answer.text)
 
-        async with self._client() as client:
+        async with self._connect() as server:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(self.concurrency, len(left))):
@@ -171,14 +184,22 @@ class Endpoint:
                 raise errors.exceptions[0] from None
         return found
 
+    async def _try_plain(self, server: Connection, question: Question, refusal: _Refused) -> None:
+        """Raise `refusal` if the server refuses a greeting with grey images of the question's sizes too."""
+        grey = tuple(Image.new("RGB", image.size, "grey") for image in question.images)
+        try:
+            await self._ask(server, Question("Hello", grey), lambda text: text)
+        except _Refused:
+            raise refusal from None
+
     async def _ask(
-        self, client: "httpx.AsyncClient", question: Question, parse: Callable[[str], T | None]
+        self, server: Connection, question: Question, parse: Callable[[str], T | None]
     ) -> tuple[T | None, Answer]:
         body = await asyncio.to_thread(self._body, question, self.max_tokens)  # encoding an image takes a while
         reason, unread = "", 0
         for attempt in range(self.attempts):
             try:
-                text = reply_text(await self._send(client, "POST", "/chat/completions", body))
+                text = reply_text(await self._send(server, "POST", "/chat/completions", body))
                 value = parse(text)
                 if value is not None:
                     return value, Answer(text)
@@ -199,75 +220,59 @@ class Endpoint:
             self.model, question.text, question.images, max_tokens=max_tokens, temperature=self.temperature
         )
 
-    def _client(self) -> "httpx.AsyncClient":
-        import httpx  # slow to import
+    def _connect(self) -> Connection:
+        key = None if self.api_key_env is None else self._api_key(self.api_key_env)
+        return Connection(base_url(self.url) or "", key, self.concurrency)
 
-        headers = {"Content-Type": "application/json"}
-        if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {self._api_key()}"
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        tls = urlsplit(self.url).scheme == "https"  # certificates take .1 s to read
-        # the time limit is on the whole request (`_send`); httpx has one on every read
-        return httpx.AsyncClient(headers=headers, limits=limits, timeout=None, verify=tls)
-
-    def _api_key(self) -> str:
-        key = os.environ.get(self.api_key_env or "", "").strip()
+    def _api_key(self, variable: str) -> str:
+        key = os.environ.get(variable, "").strip()
         if not key or not key.isascii() or not key.isprintable():
             found = "not set" if not key else "no line of ASCII"
-            raise UserError(f"judge api_key_env: the variable {self.api_key_env} is {found}; expected the API key")
+            raise UserError(f"judge api_key_env: the variable {variable} is {found}; expected the API key")
         return key
 
-    async def _send(
-        self, client: "httpx.AsyncClient", method: str, path: str, body: bytes | None = None
-    ) -> "httpx.Response":
-        """The response, if it is a success. Raises _Again or _Refused."""
-        import httpx
-
+    async def _send(self, server: Connection, method: str, path: str, body: bytes | None = None) -> Reply:
+        """The reply, if it is a success. Raises _Again, _Refused or Unread."""
         limit = self.timeout if method == "POST" else min(self.timeout, LIST_SECONDS)
         try:
-            async with asyncio.timeout(limit):
-                response = await client.request(method, f"{base_url(self.url)}{path}", content=body)
-        except TimeoutError:
-            raise _Again(f"no reply in {limit:g} s", reached=False) from None
-        except httpx.RequestError as error:
-            cause = str(error) or type(error).__name__
-            raise _Again(f"connection failed: {cause}", reached=not isinstance(error, httpx.ConnectError)) from None
-        if response.is_success:
-            return response
-        message = error_message(response)
-        if self.api_key_env is not None:  # some servers repeat the key they were given
-            message = message.replace(self._api_key(), "***")
-        said = f"HTTP {response.status_code}: {short(message) or 'no message'}"
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _Again(said, min(self.timeout, retry_after(response)), status=response.status_code)
+            reply = await server.send(method, path, body, limit)
+        except Failed as error:
+            raise _Again(str(error), reached=error.reached) from None
+        if reply.status < 300:
+            return reply
+        said = f"HTTP {reply.status}: {error_message(reply)}{server.way}"
+        if reply.status in (408, 429) or reply.status >= 500:
+            raise _Again(said, min(self.timeout, reply.wait), status=reply.status)
         key = f"the key is that of api_key_env {self.api_key_env}" if self.api_key_env else "no api_key_env is given"
-        hint = f"; {key}" if response.status_code in (401, 403) else ""
-        raise _Refused(f"judge {self.url} refused the request ({said}){hint}", response.status_code)
+        hint = f"; {key}" if reply.status in (401, 403) else ""
+        raise _Refused(f"judge {self.url} refused the request ({said}){hint}", said, reply.status)
 
     async def _check(self) -> None:
-        async with self._client() as client:
+        async with self._connect() as server:
             for attempt in range(self.attempts):
                 try:
-                    return await self._check_model(client)
-                except _Again as error:
-                    if not error.reached or attempt + 1 == self.attempts:
+                    return await self._check_model(server)
+                except (_Again, Unread) as error:
+                    if not getattr(error, "reached", True) or attempt + 1 == self.attempts:
                         raise UserError(
                             f"judge url: {self.url} does not answer ({error}); expected a running server with an "
                             "OpenAI-compatible API"
                         ) from None
                     await asyncio.sleep(BACKOFF)
 
-    async def _check_model(self, client: "httpx.AsyncClient") -> None:
+    async def _check_model(self, server: Connection) -> None:
         served: list[str] = []
         try:
-            served = model_names(await self._send(client, "GET", "/models"))
+            served = model_names(await self._send(server, "GET", "/models"))
         except (_Refused, _Again) as error:
             if error.status in (None, 401, 403):
                 raise
+        except Unread:
+            pass
         if served and self.model not in served:
             raise UserError(f'judge model: {self.url} serves no "{self.model}"{did_you_mean(self.model, served)}')
         if not served:  # not every server has a list of its models: the shortest question tells as well
-            await self._send(client, "POST", "/chat/completions", self._body(Question("Hello"), 1))
+            await self._send(server, "POST", "/chat/completions", self._body(Question("Hello"), 1))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
