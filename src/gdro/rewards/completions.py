@@ -93,15 +93,14 @@ def stated_status(said: Any) -> int | None:
     if not isinstance(said, dict):
         return None
     choices = said.get("choices")
-    holders = [said, *(choices[:1] if isinstance(choices, list) else [])]
-    for holder in holders:
+    for holder in [said, *(choices[:1] if isinstance(choices, list) else [])]:
         if not isinstance(holder, dict) or not (holder.get("error") or holder.get("object") == "error"):
             continue
-        error = holder.get("error")
-        for place in (error, holder):
-            for name in ("code", "status", "status_code") if isinstance(place, dict) else ():
-                if re.fullmatch("[45][0-9][0-9]", str(place.get(name))):
-                    return int(place[name])
+        for place in (holder.get("error"), holder):
+            numbers = [place.get(name) for name in ("code", "status", "status_code")] if isinstance(place, dict) else []
+            for number in numbers:
+                if re.fullmatch("[45][0-9][0-9]", str(number)):
+                    return int(str(number))
         return 500
     return None
 
@@ -110,7 +109,7 @@ def error_message(reply: Reply) -> str:
     """What the server says went wrong."""
     said = reply.said
     if isinstance(said, dict) and isinstance(said.get("choices"), list):
-        said = next((choice for choice in said["choices"][:1]), said)
+        said = next(iter(said["choices"]), said)
     for key in ("error", "detail", "message"):
         if isinstance(said, dict) and said.get(key):
             said = said[key]
