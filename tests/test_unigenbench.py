@@ -309,12 +309,12 @@ def test_interrupted_and_resumed_gives_the_same_and_asks_nothing_twice(
         server.fails_from = 3
         with pytest.raises(UserError, match="out of order"):
             run(file, tmp_path, server, judge_concurrency=1)
-        assert len(server.asked) == 4
+        assert len(server.asked) == 3 + 2  # what it refused, and a greeting
         assert not (tmp_path / "results.json").exists()
         made = {path: path.stat().st_mtime_ns for path in (tmp_path / "groups").iterdir()}
         server.fails_from = None
         run(file, tmp_path, server)
-        assert len(server.asked) == 4 + 3
+        assert len(server.asked) == 5 + 3
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "groups").iterdir()}
     for name in ("results.json", "answers.jsonl", "results.md", "results.html"):
         assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()

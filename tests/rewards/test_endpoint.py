@@ -142,8 +142,9 @@ def test_a_question_that_is_refused_alone_is_missing_if_a_plain_one_is_not(serve
     image = Image.new("RGB", (40, 30), "red")
     found = judge.ask([Question(f"What is {i}?", (image,)) for i in range(20)], number)
     assert found == [(None, Answer(None, "HTTP 400: moderated"))] * 20
-    (plain,) = [asked for asked in server.asked if asked.text == "Hello"]
-    assert [(i.size, i.getcolors()) for i in plain.images] == [((40, 30), [(1200, (128, 128, 128))])]
+    plain = [asked for asked in server.asked if asked.text == "Hello"]
+    assert len(plain) == 20
+    assert [(i.size, i.getcolors()) for i in plain[0].images] == [((40, 30), [(1200, (128, 128, 128))])]
 
 
 def test_a_server_that_refuses_a_plain_question_too_is_the_users_mistake(serve: Any) -> None:
@@ -153,6 +154,13 @@ def test_a_server_that_refuses_a_plain_question_too_is_the_users_mistake(serve: 
         judge.ask(questions(100), number)
     assert "\n" not in str(error.value)
     assert len(server.asked) <= 2 * judge.concurrency
+
+
+def test_a_server_that_comes_to_refuse_everything_stops(serve: Any) -> None:
+    server, judge = serve(lambda asked: echo(asked) if asked.number < 7 else Said(status=400, raw=b"no"), concurrency=1)
+    with pytest.raises(UserError, match=r"refused the request .HTTP 400: no"):
+        judge.ask(questions(20), number)
+    assert len(server.asked) == 9
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])

@@ -123,7 +123,7 @@ class Endpoint:
         again with growing pauses, replies that are cut short or that `parse` reads nothing in (None) at most twice,
         `attempts` requests in all. A question that the server refuses for its own sake (400, 413, 422) is missing at
         once. Only replies that parse are kept, the same question is asked once, and another process with the same
-        cache may be at work. Raises UserError if the server refuses any question (other 4xx, or a plain one as well),
+        cache may be at work. Raises UserError if the server refuses any question (other 4xx, or a greeting as well),
         or if it answered none of them and `check` knows why.
         """
         keys = [self._key(question) for question in questions]
@@ -154,25 +154,18 @@ class Endpoint:
     ) -> dict[str, tuple[T | None, Answer]]:
         found: dict[str, tuple[T | None, Answer]] = {}
         queue = iter(left.items())
-        takes_others = False  # whether the server took any question
-        trying = asyncio.Lock()
 
         async def work() -> None:
-            nonlocal takes_others
             for key, question in queue:
                 try:
                     found[key] = await self._ask(server, question, parse)
                 except _Refused as refusal:
                     if refusal.status not in OF_ONE_QUESTION:
                         raise
-                    async with trying:
-                        if not takes_others:
-                            await self._try_plain(server, question, refusal)
-                            takes_others = True
+                    await self._try_plain(server, question, refusal)
                     found[key] = None, Answer(None, refusal.said)
                 answer = found[key][1]
                 if answer.text is not None:
-                    takes_others = True
                     replies.keep(key, answer.text)
 
         async with self._connect() as server:
