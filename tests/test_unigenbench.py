@@ -92,7 +92,7 @@ def test_a_description_too_many_is_passed_over_as_the_published_code_does(tmp_pa
         ('index,prompt_en,sub_dims_en\n0,"x,y\n', "is not CSV"),
         ("index,prompt_en,sub_dims_en\n0.0,x,{}\n", "column index: '0.0'; expected a whole number"),
         ("index,prompt_en,sub_dims_en\n0, ,{}\n", "column prompt_en: empty"),
-        ("index,prompt_en,sub_dims_en\n0,x,{'a'}\n", "column sub_dims_en: not JSON"),
+        ("index,prompt_en,sub_dims_en\n0,x,{'a'}\n", "column sub_dims_en is not JSON"),
         ("index,prompt_en,sub_dims_en\n0,x,[]\n", "column sub_dims_en: not a JSON object"),
         ("index,prompt_en,sub_dims_en\n0,x,{}\n", "column sub_dims_en: Testpoints is null; expected a list of strings"),
     ],

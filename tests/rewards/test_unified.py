@@ -298,7 +298,7 @@ def test_the_words_may_come_from_a_file(tmp_path: Path) -> None:
     path.write_text("no caption")
     with pytest.raises(UserError, match=r"words.txt has \{prompt\} 0 times; expected once"):
         given.check([])
-    with pytest.raises(UserError, match=r"template: nowhere.txt cannot be read"):
+    with pytest.raises(UserError, match=r"template: nowhere.txt not found"):
         unified_reward(**options, template="nowhere.txt").check([])
 
 
