@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import noise_image
 from small_run import small_run
 from toy_groups import SAMPLING, write_toy
 
@@ -141,7 +141,7 @@ def test_imported_groups_may_differ_in_size(flux: FluxModel, tmp_path: Path) -> 
     source.mkdir()
     rows = []
     for i, (height, width) in enumerate([(32, 64), (64, 32)] * 2):
-        Image.effect_noise((width, height), 60).convert("RGB").save(source / f"{i}.png")
+        noise_image(width, height, i).save(source / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "prompt": "a", "reward": i, "group": f"g{i % 2}"})
     (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     members = read_metadata(source)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
-from PIL import Image
+from pictures import differ, noise_image
 from safetensors.torch import load_file, save_file
 
 from gdro.errors import UserError
@@ -57,7 +57,7 @@ def test_velocity_is_the_transformer_called_as_the_pipeline_calls_it(flux_folder
             txt_ids=text_ids,
             img_ids=pipe._prepare_latent_image_ids(2, 4, 8, "cpu", torch.float32),
         ).sample
-        assert torch.equal(flux.velocity(**inputs, **HOW), expected)
+        assert torch.allclose(flux.velocity(**inputs, **HOW), expected, atol=1e-5)
 
 
 def test_guidance_and_text_matter(flux: FluxModel, inputs: dict):
@@ -86,7 +86,7 @@ def test_latents_are_on_the_grid_of_tokens(flux: FluxModel):
 def test_images_and_latents_are_the_pipelines(flux_folder: Path, flux: FluxModel):
     """z = pack((mode of the posterior - shift) scale), and decode is its inverse followed by the VAE's decoder."""
     pipe = FluxPipeline.from_pretrained(flux_folder)
-    images = [Image.effect_noise((64, 32), 60).convert("RGB") for _ in range(3)]
+    images = [noise_image(64, 32, seed) for seed in range(3)]
     latents = flux.encode_images(images)
     assert latents.shape == (3, 32, 64)
     assert latents.dtype == torch.float32
@@ -95,7 +95,7 @@ def test_images_and_latents_are_the_pipelines(flux_folder: Path, flux: FluxModel
         mode = pipe.vae.encode(pipe.image_processor.preprocess(images, 32, 64)).latent_dist.mode()
         assert torch.allclose(unpacked / 0.5 + 0.25, mode, atol=1e-5)
         expected = pipe.image_processor.postprocess(pipe.vae.decode(unpacked / 0.5 + 0.25).sample)
-    assert [image.tobytes() for image in flux.decode(latents, 32, 64)] == [image.tobytes() for image in expected]
+    assert differ(flux.decode(latents, 32, 64), expected) <= 1
     with pytest.raises(UserError, match="64x24 pixels; expected 64x32 like the first"):
         flux.encode_images([images[0], images[1].resize((64, 24))])
 

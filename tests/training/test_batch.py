@@ -173,7 +173,8 @@ def batches(store: GroupStore, **changes: Any) -> Batches:
 
 
 def toy_visits(store: GroupStore) -> Visits:
-    return visits({group: torch.rand(8) for group in store.group_ids}, k=4)
+    generator = torch.Generator().manual_seed(0)
+    return visits({group: torch.rand(8, generator=generator) for group in store.group_ids}, k=4)
 
 
 def test_a_batch_holds_each_image_with_its_groups_text(store: GroupStore) -> None:
