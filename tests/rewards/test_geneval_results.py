@@ -112,7 +112,7 @@ def test_without_all_six_tags_there_is_no_overall(official: Path) -> None:
         ("[]", 'has [] in "correct"; expected true or false'),
         ({"correct": 1}, 'has 1 in "correct"; expected true or false'),
         ({"metadata": None}, 'has None in "metadata"; expected an object'),
-        ({"metadata": "{"}, '"metadata" is not JSON'),
+        ({"metadata": "{"}, 'in "metadata" is not JSON'),
         ({"metadata": '{"tag": "colours", "include": []}'}, 'has no GenEval record: "tag"'),
         ({"tag": "colours"}, "has 'colours' in \"tag\"; expected "),
         ({"details": "[]"}, 'has [] in "details"; expected an object'),

@@ -140,7 +140,7 @@ def _nested(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """The object under `key`, which the official script writes as a string of JSON."""
     value = row.get(key)
     if isinstance(value, str):
-        value = parse_json(value, f'{where}, "{key}"', "a JSON object")
+        value = parse_json(value, f'{where} in "{key}"', "a JSON object")
     if not isinstance(value, dict):
         raise UserError(f'{where} has {value!r} in "{key}"; expected an object')
     return value
