@@ -21,8 +21,8 @@ from gdro.validation import expected, show
 CONFIG = "config.yaml"
 KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
 
-# Fields that say how fast or how long, never what comes out at a given step; every other one is fixed once its stage
-# has begun.
+# Fields that say how fast, how long or when to give up, never what comes out at a given step; every other one is fixed
+# once its stage has begun.
 MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "device",
     "compile",
@@ -32,6 +32,7 @@ MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "sample.prompts_per_shard",
     "score.workers",
     "score.batch_size",
+    "score.max_missing",
     "evaluate.batch_size",
 }
 # Validation uses these, so training that validates fixes them too.

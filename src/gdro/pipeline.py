@@ -206,10 +206,17 @@ class Run(RunState):
             label=label,
             **self.scoring,
         )
-        at_once = self.config.score.batch_size
+        score = self.config.score
         return distributed.first(
             lambda: measure(
-                config, prompts, self.measure, self.judge, rewards, score_batch_size=at_once, label=label
+                config,
+                prompts,
+                self.measure,
+                self.judge,
+                rewards,
+                score_batch_size=score.batch_size,
+                max_missing=score.max_missing,
+                label=label,
             ).means()
         )
 

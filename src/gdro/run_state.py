@@ -111,7 +111,12 @@ class RunState:
     def scoring(self) -> dict[str, Any]:
         """How the reward is run in validation and evaluation."""
         score = self.config.score
-        return {"score_workers": score.workers, "score_batch_size": score.batch_size, "standard": self.standard}
+        return {
+            "score_workers": score.workers,
+            "score_batch_size": score.batch_size,
+            "max_missing": score.max_missing,
+            "standard": self.standard,
+        }
 
     @property
     def standard(self) -> Path:

@@ -206,6 +206,19 @@ def test_a_failing_judge_names_the_image(flux: Any, tmp_path: Path) -> None:
         run(adapted(flux), tmp_path, judge=Failing())
 
 
+def test_a_judge_that_leaves_too_many_images_without_a_score_stops(flux: Any, tmp_path: Path) -> None:
+    class Silent(Greenness):
+        def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+            grades = super().__call__(images, prompts)
+            return grades | {"style": np.where([prompt.id == "a" for prompt in prompts], np.nan, grades["style"])}
+
+    with pytest.raises(UserError, match=r'judge "greenness" gave 2 of \d+ images no score; expected at most 10 %'):
+        run(adapted(flux), tmp_path, judge=Silent())
+    assert not (tmp_path / "evaluation.json").exists()
+    found = run(adapted(flux), tmp_path, judge=Silent(), max_missing=0.5)
+    assert found["missing"] == {"base": 2, "tuned": 2}
+
+
 def measured(reward: float, quality: float, edges: float = 0.5) -> Measured:
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.01, (20, 4))

@@ -26,6 +26,7 @@ from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.registry import load_reward
 from gdro.rewards.store import read_header, read_rewards
+from gdro.rewards.winrate import WinRate
 from gdro.stages.score import ScoreConfig, score
 
 SIZES = {"a": 3, "b": 2, "c": 4, "d": 3, "e": 1}
@@ -195,20 +196,77 @@ class Moody:
     """Answers nothing, or everything."""
 
     answers: bool
+    silent_on: frozenset[str] = frozenset()
     name, version, parallel = "moody", "1", False
 
     def check(self, prompts: Sequence[Prompt]) -> None: ...
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        return Scores(np.full(len(images), 1.0 if self.answers else np.nan), [{"missing": "asleep"} for _ in images])
+        shown = [f"{prompt.id}/{image.getpixel((0, 0))[0] - 1}" for image, prompt in zip(images, prompts, strict=True)]
+        with open("asked.txt", "a") as file:
+            file.writelines(f"{image}\n" for image in shown)
+        values = [1.0 if self.answers and image not in self.silent_on else np.nan for image in shown]
+        return Scores(np.array(values), [{"missing": "asleep"} for _ in images])
 
 
-def test_where_no_image_has_a_score_the_next_run_asks_again(groups: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'"moody" scored none of \d+ images; of the first it says .*asleep'):
-        score(ScoreConfig(), Moody(answers=False), groups, tmp_path / "rewards")
-    assert not list((tmp_path / "rewards").iterdir())
+def test_where_no_image_has_a_score_the_next_run_asks_again(
+    groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for limit in (0.1, 1.0):
+        with pytest.raises(UserError, match=r'"moody" gave 13 of 13 images no score; of the first it says .*asleep'):
+            score(ScoreConfig(max_missing=limit), Moody(answers=False), groups, tmp_path / "rewards")
+        assert not list((tmp_path / "rewards").rglob("*.parquet"))
     path = score(ScoreConfig(), Moody(answers=True), groups, tmp_path / "rewards")
     assert all((values == 1).all() for values in read_rewards(path, GroupStore(groups)).values())
+
+
+@pytest.mark.parametrize(("limit", "lost"), [(0.0, 0), (0.05, 1), (0.1, 1), (0.16, 2), (0.3, 3), (1.0, 12)])
+def test_a_share_of_missing_scores_is_tolerated_and_above_it_only_files_with_gaps_are_scored_again(
+    groups: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: float,
+    lost: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = [f"prompt-{group}/{i}" for group in "edcba" for i in range(SIZES[group])]
+    config = ScoreConfig(max_missing=limit)
+    path = score(config, Moody(True, frozenset(images[:lost])), groups, tmp_path / "rewards")
+    scores = np.concatenate([values.numpy() for values in read_rewards(path, GroupStore(groups)).values()])
+    assert np.isnan(scores).sum() == lost
+    assert (f"{lost} of 13 images have no score" in capsys.readouterr().err) == bool(lost)
+    (tmp_path / "asked.txt").unlink()
+
+    again = tmp_path / "again"
+    said = rf"gave {lost + 1} of 13 images no score; .*asleep.* at most {100 * limit:g} % \(score.max_missing\)"
+    with pytest.raises(UserError, match=said):
+        score(config, Moody(True, frozenset(images[: lost + 1])), groups, again)
+    (tmp_path / "asked.txt").unlink()
+    path = score(config, Moody(True), groups, again)
+    assert all((values == 1).all() for values in read_rewards(path, GroupStore(groups)).values())
+    lacking = [shard for shard in SHARDS if {f"prompt-{g}" for g in shard} & {i[:-2] for i in images[: lost + 1]}]
+    asked = {line[:-2] for line in (tmp_path / "asked.txt").read_text().split()}
+    assert asked == {f"prompt-{group}" for shard in lacking for group in shard}
+
+
+@dataclass(frozen=True)
+class HalfAsleep:
+    """Compares only where the first image is the darkest of its group."""
+
+    name, version = "half_asleep", "1"
+
+    def check(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
+        return [0.5 if first.getpixel((0, 0))[0] == 1 else None for first, _, _ in pairs]
+
+
+def test_a_win_rate_is_missing_by_the_share_of_its_comparisons(groups: Path, tmp_path: Path) -> None:
+    """Of a group of K all but the first know one of their K - 1 comparisons: K - 2 are lost, and an image alone is."""
+    with pytest.raises(UserError, match=f"gave {1 + 0 + 2 + 1 + 1} of 13 images no score"):
+        score(ScoreConfig(), WinRate(HalfAsleep(), None, False, 0), groups, tmp_path / "rewards")
 
 
 def test_prompt_without_target_is_refused_before_scoring(groups: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from gdro.prompts import Prompt
 from gdro.reading import parse_json
 from gdro.rewards.base import ImageFailure, Judge
 from gdro.rewards.derived import Scorer
-from gdro.rewards.scoring import score_groups
+from gdro.rewards.scoring import MAX_MISSING, check_missing, score_groups
 from gdro.rewards.store import read_header, read_rewards, read_scored
 from gdro.samplers.generate import STARTED, Generation, read_begun, sample_groups
 
@@ -110,6 +110,7 @@ def make_scored(
     generation: Generation,
     score_workers: int = 0,
     score_batch_size: int = 64,
+    max_missing: float = MAX_MISSING,
     standard: Path | None = None,
     label: str = "evaluate",
 ) -> Path:
@@ -130,6 +131,7 @@ def make_scored(
         workers=score_workers,
         batch_size=score_batch_size,
         standard=standard,
+        max_missing=max_missing,
     )
 
 
@@ -141,11 +143,12 @@ def measure(
     rewards: Path,
     *,
     score_batch_size: int = 64,
+    max_missing: float = MAX_MISSING,
     label: str = "evaluate",
 ) -> Measured:
     """Judge the images that `make_scored` left, `rewards` being the file it returned, and put all figures together.
 
-    The work of one process. Raises UserError for a judge's wrong output.
+    The work of one process. Raises UserError for a judge's wrong output, or none for more than `max_missing` of them.
     """
     store = GroupStore(rewards.parent.parent)
     scores, evidence = read_rewards(rewards, store), read_evidence(rewards)
@@ -166,11 +169,15 @@ def measure(
                 for name, values in image_signs(own, boxes).items():
                     signs.setdefault(name, []).append(values)
             progress.advance(len(some))
+    used = config.corrected_axes or corrected_axes(reward.name)
+    if judge is not None:
+        lost = np.isnan(np.sum([axes[axis] for axis in used], axis=0))
+        check_missing(f'judge "{judge.name}"', int(lost.sum()), lost.size, max_missing)
     return Measured(
         prompt_ids=[prompt.id for prompt in prompts],
         reward=np.stack([scores[prompt.id].numpy() for prompt in prompts]),
         axes=axes,
-        corrected_axes=config.corrected_axes or corrected_axes(reward.name),
+        corrected_axes=used,
         signs={name: np.stack(values) for name, values in signs.items()},
         text_share_from="boxes" if boxed else "strokes",
         verdicts=_verdicts(store, evidence, prompts),

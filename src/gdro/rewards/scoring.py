@@ -6,8 +6,7 @@ A derived reward is made of the files of its terms.
 
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,15 @@ from gdro.errors import UserError
 from gdro.files import write_json
 from gdro.groups.shard import Shard, pieces
 from gdro.groups.store import GroupStore
-from gdro.progress import Progress
+from gdro.progress import Progress, say
+from gdro.reading import parse_json
 from gdro.rewards.base import Reward, Scores
 from gdro.rewards.derived import DerivedReward, Scorer
 from gdro.rewards.store import Header, read_header, read_rewards, read_scored, rewards_table, write_rewards
 from gdro.rewards.workers import score_all
 from gdro.rundir import read_json
 
+MAX_MISSING = 0.1
 PER_PROCESS = 128  # images whose scoring pays for starting a process
 
 ScoreFiles = Callable[..., None]
@@ -40,6 +41,7 @@ def score_groups(
     batch_size: int = 64,
     standard: Path | None = None,
     fit: bool = False,
+    max_missing: float = MAX_MISSING,
     score: ScoreFiles | None = None,
 ) -> Path:
     """Score the store in `groups`, `batch_size` images at once; returns `out/<reward.name>.parquet`.
@@ -53,11 +55,20 @@ def score_groups(
 
     A rerun scores what is missing: after an interruption the unfinished files of groups, after an extension the new
     ones, with another version of the reward everything. Raises UserError if the store is damaged, a prompt does not
-    suit the reward, or an image cannot be scored.
+    suit the reward, an image cannot be scored, or more than the share `max_missing` has no score; the next run then
+    scores the files that lack some again.
     """
     if isinstance(reward, DerivedReward):
         paths = [
-            score_groups(term.reward, groups, out, workers=workers, batch_size=batch_size, score=score)
+            score_groups(
+                term.reward,
+                groups,
+                out,
+                workers=workers,
+                batch_size=batch_size,
+                max_missing=max_missing,
+                score=score,
+            )
             for term in reward.terms
         ]
         return _derive(reward, GroupStore(groups), paths, out, standard, fit=fit)
@@ -101,9 +112,11 @@ def score_groups(
             yield read_scored(path, old_places[name]) if name in old_places else read_scored(parts / name, 0)
 
     if distributed.is_first():
+        lacking = _check_missing(reward.name, tables(), parts, max_missing)
         write_rewards(path, header, tables())
         shutil.rmtree(parts, ignore_errors=True)
-        _tell_missing(path, store)
+        if lacking:
+            say(f"score: {lacking} of {sum(images.values())} images have no score (evidence in {path})")
     distributed.wait()
     return path
 
@@ -183,16 +196,42 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _tell_missing(path: Path, store: GroupStore) -> None:
-    """Say how many images have no score. If none has one, that is no file of rewards: a rerun asks again."""
-    scores = np.concatenate([r.numpy() for r in read_rewards(path, store).values()])
-    missing = int(np.isnan(scores).sum())
-    if missing == len(scores):
-        why = read_scored(path, 0)["evidence"][0].as_py()
-        path.unlink()
-        raise UserError(f'reward "{path.stem}" scored none of {len(scores)} images; of the first it says {why:.300}')
-    if missing:
-        print(f"score: {missing} of {len(scores)} images have no score (evidence in {path})", file=sys.stderr)
+def _check_missing(name: str, tables: Iterable[pa.Table], parts: Path, most: float) -> int:
+    """How many images have no score. If they are too many, the `parts` that lack some are removed: a rerun asks again.
+
+    A win rate that rests on some of its comparisons counts as missing by the share of the others.
+    """
+    lost, lacking, total, why, unfinished = 0.0, 0, 0, "", []
+    for table in tables:
+        total += len(table)
+        before = lost
+        for score, text in zip(table["score"].to_pylist(), table["evidence"].to_pylist(), strict=True):
+            wins = [] if score is None else parse_json(text, f"{name}: evidence").get("wins", [])
+            share = 1.0 if score is None else wins.count(None) / max(1, len(wins))
+            why = text if share and not why else why
+            lost, lacking = lost + share, lacking + (score is None)
+        if lost > before:
+            unfinished.append(str(table["image_id"][0]))
+    try:
+        check_missing(f'reward "{name}"', lost, total, most, why)
+    except UserError:
+        for part in parts.glob("*.parquet"):
+            if str(read_scored(part, 0)["image_id"][0]) in unfinished:
+                part.unlink()
+        raise
+    return lacking
+
+
+def check_missing(who: str, lost: float, total: int, most: float, why: str = "") -> None:
+    """Raise UserError if `lost` of `total` answers are more than the share `most`, or all; one alone is no share."""
+    allowed = max(1.0, most * total) if most else 0.0
+    if not lost or (lost <= allowed and lost < total):
+        return
+    first = f"; of the first it says {why:.300}" if why else ""
+    raise UserError(
+        f"{who} gave {lost:.0f} of {total} images no score{first}; expected at most {100 * most:g} % "
+        "(score.max_missing), and what is missing is asked for again by the next run"
+    )
 
 
 def _is_done(parts: Path, reward: Reward, shard: Shard) -> bool:

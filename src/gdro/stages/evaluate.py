@@ -17,6 +17,7 @@ from gdro.prompts import Prompt
 from gdro.rewards.base import Judge
 from gdro.rewards.derived import Scorer
 from gdro.rewards.geneval import summary
+from gdro.rewards.scoring import MAX_MISSING
 from gdro.samplers.generate import Generation
 
 AXIS_FALL = 0.25  # a judge axis (1 to 5) that falls by more, its interval below zero, counts against the tuned model
@@ -34,6 +35,7 @@ def evaluate(
     sample_config: Generation,
     score_workers: int = 0,
     score_batch_size: int = 64,
+    max_missing: float = MAX_MISSING,
     standard: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the adapter in `model` against the model without it; return what `out`/evaluation.json then holds.
@@ -60,6 +62,7 @@ def evaluate(
                 generation=sample_config,
                 score_workers=score_workers,
                 score_batch_size=score_batch_size,
+                max_missing=max_missing,
                 standard=standard,
                 label=f"evaluate {side}",
             )
@@ -83,7 +86,14 @@ def evaluate(
     def compared() -> dict[str, Any]:
         sides = {
             side: measure(
-                config, prompts, reward, judge, path, score_batch_size=score_batch_size, label=f"evaluate {side}"
+                config,
+                prompts,
+                reward,
+                judge,
+                path,
+                score_batch_size=score_batch_size,
+                max_missing=max_missing,
+                label=f"evaluate {side}",
             )
             for side, path in rewards.items()
         }

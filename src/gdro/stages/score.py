@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gdro.rewards.derived import Scorer
-from gdro.rewards.scoring import ScoreFiles, score_groups
+from gdro.rewards.scoring import MAX_MISSING, ScoreFiles, score_groups
 
 STANDARD = "standard.json"  # beside the rewards of the first round: constants of a derived reward
 
@@ -23,6 +23,12 @@ class ScoreConfig(BaseModel):
         0, ge=0, description="Processes; 0 is one a core for ocr and one in all for your own function."
     )
     batch_size: int = Field(64, ge=1, description="Images given to the reward at once; never changes a score.")
+    max_missing: float = Field(
+        MAX_MISSING,
+        ge=0,
+        le=1,
+        description="Share of images, one at least, that reward or judge may leave without a score.",
+    )
 
 
 def score(
@@ -51,5 +57,6 @@ def score(
         batch_size=config.batch_size,
         standard=standard,
         fit=fit,
+        max_missing=config.max_missing,
         score=elsewhere,
     )

@@ -71,7 +71,7 @@ def unigenbench(
     Writes `out`/results.{json,md,html} and answers.jsonl (every reply). Goes on where it stopped: images lie in
     `out`/groups, replies in `out`/judge.sqlite. Without `judge_url` it only makes the images. The defaults are the
     published ones: 4 images, 30 steps, guidance 3.5, 1024x1024, at most 2048 tokens of reply. Raises UserError for bad
-    input, an endpoint that does not answer among it, before any image is made.
+    input, an endpoint that does not answer among it, before any image is made; and if no image got a verdict.
     """
     language, prompts = read_benchmark(file)
     question = own_prompt(language) if judge_prompt is None else published_prompt(judge_prompt)
@@ -109,6 +109,11 @@ def unigenbench(
         judge.check()
         source.make(prompts)
         verdicts = ask(judge, question, prompts, source.images, images)
+        missing = _missing([verdict for of_prompt in verdicts.values() for verdict in of_prompt])
+        if missing["missing"] == missing["asked"]:
+            raise UserError(
+                f"judge {judge_url} gave none of {missing['asked']} images a verdict ({missing['reasons']})"
+            )
         points = {p.id: [ENGLISH[language][name] for name in p.fields["points"]] for p in prompts}
         results: dict[str, Any] = {
             "benchmark": "UniGenBench",
@@ -118,7 +123,7 @@ def unigenbench(
             "prompts": len(prompts),
             "images": {
                 "per_prompt": images,
-                **_missing([verdict for of_prompt in verdicts.values() for verdict in of_prompt]),
+                **missing,
                 "from": source.about,
             },
             "judge": {
