@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from gdro import __version__
 from gdro.errors import LostProcess, UserError, did_you_mean
+from gdro.terminal import put, tell
 
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
@@ -49,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if _speaks():
             notes = (f"({note})" for note in getattr(error, "__notes__", ()))
-            print("gdro:", *str(error).split(), *notes, file=sys.stderr, flush=True)
+            tell(" ".join(["gdro:", *str(error).split(), *notes]))
         return 2
     except KeyboardInterrupt:
         if _speaks():
-            print(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped", file=sys.stderr)
+            tell(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped")
         return 130
     except LostProcess as error:
         if _speaks():
-            print(f"gdro: {error}; the same command goes on where it stopped", file=sys.stderr, flush=True)
+            tell(f"gdro: {error}; the same command goes on where it stopped")
         return 1
     except Exception:
         if _speaks():
@@ -280,7 +281,7 @@ def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[s
 
         lines = run(config, out, stages)
         if distributed.is_first():
-            print(lines)
+            put(lines)
 
 
 def _plan(args: argparse.Namespace, overrides: list[Override]) -> None:
@@ -289,7 +290,7 @@ def _plan(args: argparse.Namespace, overrides: list[Override]) -> None:
     config = load_config(args.config, _checked(overrides, ["gpu", "json"]))
     from gdro.planning.report import plan_run
 
-    print(plan_run(config, args.gpu, as_json=args.json))
+    put(plan_run(config, args.gpu, as_json=args.json))
 
 
 def _import(args: argparse.Namespace, overrides: list[Override]) -> None:
@@ -299,7 +300,7 @@ def _import(args: argparse.Namespace, overrides: list[Override]) -> None:
     config = load_config(args.config, named)
     from gdro.pipeline import import_groups
 
-    print(import_groups(config, args.folder, args.out))
+    put(import_groups(config, args.folder, args.out))
 
 
 def _compare(args: argparse.Namespace, _: list[Override]) -> int:
@@ -320,33 +321,33 @@ def _compare(args: argparse.Namespace, _: list[Override]) -> int:
             readme=args.readme,
             pictures=args.pictures,
         )
-    print(lines)
+    put(lines)
     return 0 if fine else 1
 
 
 def _rewards(args: argparse.Namespace, _: list[Override]) -> None:
     from gdro.rewards.registry import listing
 
-    print(listing())
+    put(listing())
 
 
 def _benchmark(args: argparse.Namespace, _: list[Override]) -> None:
     from gdro.unigenbench.benchmark import unigenbench
 
     own = {name: value for name, value in vars(args).items() if name not in ("act", "name", "file", "out")}
-    print(unigenbench(args.file, args.out, **own))
+    put(unigenbench(args.file, args.out, **own))
 
 
 def _calibrate(args: argparse.Namespace, _: list[Override]) -> None:
     from gdro.rewards.calibrate import calibrate_ocr
 
-    print(calibrate_ocr(args.images, args.out, engines=args.engine, lang=args.lang, limit=args.limit))
+    put(calibrate_ocr(args.images, args.out, engines=args.engine, lang=args.lang, limit=args.limit))
 
 
 def _geneval(args: argparse.Namespace, _: list[Override]) -> None:
     from gdro.rewards.geneval_results import results_table
 
-    print(results_table(args.results, args.groups))
+    put(results_table(args.results, args.groups))
 
 
 def _arena(args: argparse.Namespace, _: list[Override]) -> None:
@@ -355,10 +356,10 @@ def _arena(args: argparse.Namespace, _: list[Override]) -> None:
     from gdro.arena.server import arena, arena_table
 
     if args.table:
-        print(arena_table(args.runs[0]))
+        put(arena_table(args.runs[0]))
         return
     options = {name: getattr(args, name) for name in ("host", "port", "rater", "seed", "pairs")}
-    print(arena(args.runs, args.out, **options))
+    put(arena(args.runs, args.out, **options))
 
 
 def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
@@ -374,4 +375,4 @@ def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
 
     prompts = tiny_prompts(args.spec or f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}")
     write_prompts(args.out, prompts)
-    print(f"{args.out}: {len(prompts)} prompts")
+    put(f"{args.out}: {len(prompts)} prompts")

@@ -13,6 +13,7 @@ from typing import Self
 from tqdm import tqdm
 
 from gdro import distributed
+from gdro.terminal import printable, tell
 
 LINE_EVERY_SECONDS = 10.0
 LINE_EVERY_SHARE = 0.1
@@ -22,7 +23,7 @@ LINE_AT_MOST_SECONDS = 1.0
 def say(line: str) -> None:
     """Print a line on stderr, once for all processes."""
     if distributed.is_first():
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 class Progress:
@@ -42,7 +43,12 @@ class Progress:
         self._start = self._line_time = time.monotonic()
         if sys.stderr.isatty() and distributed.is_first():
             self._bar = tqdm(
-                desc=self.label, total=self.total, initial=self.done, unit=self.unit, dynamic_ncols=True, leave=True
+                desc=printable(self.label),
+                total=self.total,
+                initial=self.done,
+                unit=self.unit,
+                dynamic_ncols=True,
+                leave=True,
             )
         elif self.done:
             say(f"{self.label}: {self.done}/{self.total} {self.unit} done before, going on")

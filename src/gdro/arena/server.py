@@ -26,6 +26,7 @@ from gdro.evaluation.gallery import PIXEL_ART
 from gdro.files import fingerprint
 from gdro.reading import parse_json
 from gdro.rundir import alone
+from gdro.terminal import tell
 
 MAX_BODY = 4096  # bytes of a request; a vote takes some two hundred
 
@@ -63,7 +64,7 @@ class Server(ThreadingHTTPServer):
         """Say on stderr what broke; a browser that went away is not an error."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
-            print(f"gdro arena: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            tell(f"gdro arena: {type(error).__name__}: {error}")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # its body may not have been read
             self._send_json(refused.status, {"error": str(refused)})
         except (sqlite3.Error, UserError) as error:
-            print(f"gdro arena: {error}", file=sys.stderr, flush=True)
+            tell(f"gdro arena: {error}")
             self._send_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "failed; the server's terminal says why"})
 
     def _check_source(self) -> None:
@@ -212,13 +213,13 @@ def arena(
         except OSError as error:
             raise UserError(f"--host {host} --port {port}: {error.strerror}; expected a free address") from None
         with server:
-            print(f"gdro arena: {len(study.pairs)} pairs at {server.url} (Ctrl-C ends it)", file=sys.stderr)
+            tell(f"gdro arena: {len(study.pairs)} pairs at {server.url} (Ctrl-C ends it)")
             if server.open_to_network:
-                print(f"gdro arena: --host {host}: everyone who reaches it can see and vote", file=sys.stderr)
+                tell(f"gdro arena: --host {host}: everyone who reaches it can see and vote")
             try:
                 server.serve_forever(poll_interval=0.1)
             except KeyboardInterrupt:
-                print(file=sys.stderr)
+                tell("")
         return results(study, votes.all())
 
 

@@ -13,6 +13,7 @@ from gdro.comparison.child import GRACE_SECONDS
 from gdro.errors import UserError
 from gdro.files import write_json
 from gdro.progress import duration
+from gdro.terminal import tell
 
 LOG = "job.log"
 FAILED = (
@@ -143,8 +144,4 @@ class _Lines:
         self.done += 1
         left = (self.total - self.here - self.past) * (now - self.start) / self.here
         outcome = f"failed: {error}" if error else f"done in {duration(now - self.began[job.name])}"
-        print(
-            f"compare: {self.done}/{self.count} jobs, {job.name} {outcome}; at most {duration(left)} left",
-            file=sys.stderr,
-            flush=True,
-        )
+        tell(f"compare: {self.done}/{self.count} jobs, {job.name} {outcome}; at most {duration(left)} left")
