@@ -148,6 +148,11 @@ def test_bad_prompt_files(work: Workplace, text: str, message: str) -> None:
 def test_prompts_that_are_not_held_out(work: Workplace) -> None:
     (work.folder / "test.jsonl").write_text((work.folder / "train.jsonl").read_text())
     assert "evaluate.prompts has 4 of sample.prompts" in work.refuses_at_once()
+    rows = [json.loads(line) for line in (work.folder / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["prompt"] = f" {row['prompt'].upper()}".replace(" ", "  ")
+    (work.folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "evaluate.prompts has 4 of sample.prompts" in work.refuses_at_once()
     (work.folder / "test.jsonl").write_text((work.folder / "validation.jsonl").read_text())
     assert "train.validation_prompts has 2 of evaluate.prompts" in work.refuses_at_once()
 

@@ -86,7 +86,7 @@ def test_a_run_directory_holds_what_it_should(work: Path) -> None:
 
 def test_the_summary_has_the_documented_shape(work: Path) -> None:
     summary = json.loads((work / "whole" / "summary.json").read_text())
-    kinds = ["reward", "corrected", "judge", "seconds", "evaluations", "steps", "rounds"]
+    kinds = ["verdict", "alarm", "reward", "corrected", "judge", "seconds", "evaluations", "steps", "rounds"]
     assert list(summary) == [*kinds, "objective", "model", "prompts", "seed"]
     for name in ("reward", "corrected"):
         assert list(summary[name]) == ["base", "tuned", "gain", "ci95"]

@@ -19,7 +19,7 @@ from gdro.errors import UserError
 from gdro.files import discard
 from gdro.groups.store import GroupStore
 from gdro.models import check_compiler, check_model, check_quantisation
-from gdro.prompts import read_prompts, write_prompts
+from gdro.prompts import read_prompts, same_text, write_prompts
 from gdro.rewards.derived import DerivedReward, base_rewards, is_relative
 from gdro.rewards.store import read_header, read_rewards
 from gdro.rewards.user import UserJudge, UserReward
@@ -105,12 +105,12 @@ def _check_splits(job: RunState, begun: set[str]) -> None:
         ("test", "train", "trained on"),
         ("validation", "test", "tested on"),
     ):
-        texts = {prompt.text for prompt in job.prompts[other]}
-        shared = [prompt.text for prompt in job.prompts.get(split, []) if prompt.text in texts]
+        texts = {same_text(prompt.text) for prompt in job.prompts[other]}
+        shared = [prompt.text for prompt in job.prompts.get(split, []) if same_text(prompt.text) in texts]
         if shared:
             raise UserError(
                 f"{fields[split]} has {len(shared)} of {fields[other]}, such as {json.dumps(shared[0])}; "
-                f"expected prompts that are not {use}"
+                f"expected prompts that are not {use} (in no other case or spacing either)"
             )
     for split, stage in (("train", "train"), ("validation", "train"), ("test", "evaluate")):
         path = job.out / "prompts" / f"{split}.jsonl"

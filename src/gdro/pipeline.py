@@ -6,6 +6,7 @@ not done again. One process at a time works in a run directory.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gdro import distributed
 from gdro.checks import check, check_sizes
@@ -25,6 +26,7 @@ from gdro.stages.sample import sample
 from gdro.stages.score import score
 from gdro.stages.train import Round, generator_weights, over, train
 from gdro.training.checkpoint import checkpoint_path, load_checkpoint, mark_stopped, steps_saved
+from gdro.training.log import DriftAlarm
 
 
 def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
@@ -141,7 +143,7 @@ class Run(RunState):
         if self.evaluation.exists():
             say(f"evaluate: finished before, {self.evaluation}")
             return
-        distributed.first(self._export)
+        alarm = distributed.first(self._export)
         self.model.load_adapter(self.adapter)  # what is measured is the file that is handed on
         evaluate(
             self.config.evaluate,
@@ -152,6 +154,7 @@ class Run(RunState):
             self.out,
             seed=self.config.seed,
             sample_config=self.config.sample,
+            alarm=alarm,
             **self.scoring,
         )
 
@@ -220,10 +223,13 @@ class Run(RunState):
             ).means()
         )
 
-    def _export(self) -> None:
-        from gdro.stages.export import export  # diffusers takes seconds to import
+    def _export(self) -> dict[str, Any] | None:
+        """Write the adapter; returns the state of the training's alarm at its checkpoint."""
+        from gdro.stages.export import chosen, export  # diffusers takes seconds to import
 
         export(self.out, self.adapter)
+        checkpoint = chosen(self.checkpoints, self.config.train.export)
+        return DriftAlarm.state(checkpoint.memory["alarm"], checkpoint.step)
 
     # ---- results
 
@@ -267,9 +273,10 @@ class Run(RunState):
         }
         lines = [f"{stage}: {left[stage]} ({duration(sum(self.clock.seconds.values()))} in all)"]
         summary = read_json(self.out / "summary.json")
-        for name in ("reward", "corrected") if stage in ("evaluate", "report") else ():
-            if summary is None:
-                break
+        if summary is None or stage not in ("evaluate", "report"):
+            return lines[0]
+        lines.append(f"verdict: {summary['verdict']['headline']}")
+        for name in ("reward", "corrected"):
             result = summary[name]
             if result["base"] is not None:
                 lines.append(

@@ -1,6 +1,7 @@
 """Prompt records: a text, an id, and whatever fields a task or reward needs (GenEval's keys, the tiny scene)."""
 
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,14 @@ def _parse_jsonl(line: str, where: str, number: int) -> Prompt:
     if not isinstance(identity, str | int) or isinstance(identity, bool) or str(identity) == "":
         raise UserError(f'prompts: {where} has "id" {show(identity)}; expected a string')
     return Prompt(str(identity), row.pop("prompt"), row)
+
+
+def same_text(text: str) -> str:
+    """A form that texts share which differ in case, spacing or the encoding of accents only.
+
+    To a model they are one prompt: trained on one, no other is held out, and together they say as much as one.
+    """
+    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
 
 def check_unique_ids(prompts: Iterable[Prompt], where: str) -> None:

@@ -201,7 +201,7 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
 
 def test_the_table_equals_a_count_by_hand() -> None:
     """Two raters, prompts p0..p3. Text accuracy, A v B: A, A, tie, B, A, tie: 50.0, 33.3, 16.7 %; A v C: C, C."""
-    pairs = {n: Pair(f"p{n % 4}", "x", 0, "A", "C" if n >= 4 else "B") for n in range(6)}
+    pairs = {n: Pair(f"p{n % 4}", f"x{n % 4}", 0, "A", "C" if n >= 4 else "B") for n in range(6)}
     given = [(0, "a"), (0, "a"), (1, "tie"), (1, "b"), (2, "a"), (3, "tie"), (4, "b"), (5, "b")]
     votes = [Vote(f"r{i % 2}", n, ASKED[0], pairs[n].first, pairs[n].second, c) for i, (n, c) in enumerate(given)]
     votes.append(Vote("r0", 0, ASKED[2], "B", "A", "a"))  # the other way round: B won
@@ -219,7 +219,12 @@ def test_the_table_equals_a_count_by_hand() -> None:
     assert [ASKED[0], "A", "C", "0.0", "0.0", "100.0", "2"] in rows
     assert [ASKED[0], "B", "C", "–", "–", "–", "0"] in rows
     assert [ASKED[2], "A", "B", "0.0", "0.0", "100.0", "1"] in rows
-    assert text.startswith("9 answers of 2 raters on 6 of 6 pairs of images, 4 prompts")
+    assert text.startswith("9 answers of 2 raters on 6 of 6 pairs of images, 4 distinct prompts")
+    assert "[" in text.partition("[95 % interval]")[0]
+    alike = {n: replace(pair, prompt=("a sign", "A  Sign")[n % 2]) for n, pair in pairs.items()}
+    one = results(Study(["A", "B", "C"], alike, 0, SECRET), votes)
+    assert one.startswith("9 answers of 2 raters on 6 of 6 pairs of images, 1 distinct prompt")
+    assert "[" not in one.partition("[95 % interval]")[0]  # one text says nothing of others, however often
     assert "Image A, on a side drawn at random, won 57.1" in text  # A of A v B three times and once B: 4 of 7
 
 

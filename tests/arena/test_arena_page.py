@@ -150,7 +150,7 @@ def test_a_study_by_keyboard_through_reload_and_crash(browser: Browser, tmp_path
         assert browser.complaints == []
     finally:
         stdout, _ = process.stop(signal.SIGINT)
-    assert stdout.startswith("18 answers of 1 rater on 6 of 6 pairs of images, 6 prompts")
+    assert stdout.startswith("18 answers of 1 rater on 6 of 6 pairs of images, 6 distinct prompts")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def validation(step: int, reward: float, evaluations: int) -> dict[str, Any]:
     }
 
 
-def run(folder: Path, rewards: list[float], *, geneval: bool = False, outcome: str = "improved") -> dict[str, Any]:
+def run(
+    folder: Path, rewards: list[float], *, geneval: bool = False, outcome: str = "improved", alarm: bool = False
+) -> dict[str, Any]:
     """Write what a finished run directory holds of figures, and read it as the bench does."""
     (folder / "checkpoints").mkdir(parents=True)
     last = {"base": 0.4, "tuned": rewards[-1], "gain": rewards[-1] - 0.4, "ci95": [0.0, 0.1]}
@@ -44,6 +46,7 @@ def run(folder: Path, rewards: list[float], *, geneval: bool = False, outcome: s
         "results": dict.fromkeys(("reward", "corrected", "alignment", "coherence", "style"), last),
         "signs": {"layout_diversity": sign},
         "verdict": {"outcome": outcome, "headline": "", "lines": []},
+        "alarm": {"step": 2, "on": alarm, "excess": 0.03},
     }
     if geneval:
         evaluation["geneval"] = {side: {"counting": 0.5, "overall": 0.6} for side in ("base", "tuned")}
@@ -255,3 +258,13 @@ def test_pictures_are_files_of_their_own(tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert write_pictures("ocr", task, again)[0].read_bytes() == svg.read_bytes()
     assert write_pictures("ocr", {**task, "methods": {"lost": task["methods"]["lost"]}}, tmp_path) == []
+
+
+def test_the_alarm_stands_beside_the_verdict(tmp_path: Path) -> None:
+    found = [run(tmp_path / str(i), [0.4, 0.7], alarm=i < 2) for i in range(3)]
+    task = results(tmp_path / "whole")["tasks"]["ocr"]
+    for seeds, cell in ((found[2:], "improved"), (found[:1], "improved (alarm)"), (found, "improved (alarm 2 of 3)")):
+        task["methods"]["gdro"]["over_seeds"] |= {
+            name: summarise({str(i): one for i, one in enumerate(seeds)})[name] for name in ("verdicts", "alarms")
+        }
+        assert rows(task)[1][HEAD.index("verdict")] == cell

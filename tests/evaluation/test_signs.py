@@ -101,6 +101,9 @@ def test_images_of_different_modes_count_as_rgb() -> None:
     assert signs["brightness"][0] == signs["brightness"][1]
 
 
+TEXTS = [str(i) for i in range(40)]
+
+
 def per_prompt(change: dict[str, float]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     base = {name: rng.uniform(0.4, 0.6, 40) for name in THRESHOLDS}
@@ -110,7 +113,7 @@ def per_prompt(change: dict[str, float]) -> tuple[dict[str, np.ndarray], dict[st
 def test_verdict_names_what_moved_and_by_how_much() -> None:
     """The public case of rewards.md: dark pixels .45 -> .93, edge density -60 %, colour entropy -54 %."""
     base, tuned = per_prompt({"dark_pixels": 1.07, "edge_density": -0.6, "colour_entropy": -0.7, "brightness": 0.1})
-    lines = verdict(compare_signs(base, tuned, samples=200, seed=0))
+    lines = verdict(compare_signs(base, tuned, TEXTS, samples=200, seed=0))
     assert [line.split(" (")[0] for line in lines] == [
         "share of dark pixels rose 107 %",
         "edge density fell 60 %",
@@ -120,16 +123,16 @@ def test_verdict_names_what_moved_and_by_how_much() -> None:
 
 def test_no_verdict_without_change_or_without_certainty_or_in_the_good_direction() -> None:
     base, tuned = per_prompt({"layout_diversity": 0.9, "text_share": -0.9})
-    assert verdict(compare_signs(base, tuned, samples=200, seed=0)) == []
+    assert verdict(compare_signs(base, tuned, TEXTS, samples=200, seed=0)) == []
     noise = np.random.default_rng(1)
     base = {name: noise.exponential(size=6) for name in THRESHOLDS}
     tuned = {name: noise.permutation(base[name]) for name in THRESHOLDS}
-    assert verdict(compare_signs(base, tuned, samples=200, seed=0)) == []
+    assert verdict(compare_signs(base, tuned, TEXTS[:6], samples=200, seed=0)) == []
 
 
 def test_a_sign_absent_from_the_base_is_from_nothing() -> None:
     base, tuned = per_prompt({})
     base["text_share"], tuned["text_share"] = np.zeros(40), np.full(40, 0.5)
-    assert verdict(compare_signs(base, tuned, samples=50, seed=0)) == [
+    assert verdict(compare_signs(base, tuned, TEXTS, samples=50, seed=0)) == [
         "share covered by text rose from nothing (0 to 0.5)"
     ]

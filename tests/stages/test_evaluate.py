@@ -170,7 +170,7 @@ def test_geneval_has_its_summary_and_is_corrected_without_alignment(flux: Any, t
     prompts = tiny_prompts("tiny:geneval:test:24")
     evaluation = run(adapted(flux), tmp_path, prompts=prompts, reward=load_reward(name), judge=load_judge("tiny"))
     assert evaluation["corrected_axes"] == ["coherence", "style"]
-    assert set(summary_section(evaluation)) == {"reward", "corrected", "judge"}
+    assert set(summary_section(evaluation)) == {"verdict", "alarm", "reward", "corrected", "judge"}
     tags = np.array([prompt.fields["tag"] for prompt in prompts])
     for side in ("base", "tuned"):
         reward, coherence, style, corrected = (
@@ -226,6 +226,7 @@ def measured(reward: float, quality: float, edges: float = 0.5) -> Measured:
     axes = dict.fromkeys(("alignment", "coherence", "style"), quality + noise)
     return Measured(
         prompt_ids=[str(i) for i in range(20)],
+        texts=[str(i) for i in range(20)],
         reward=reward + noise,
         axes=axes,
         corrected_axes=["alignment", "coherence", "style"],
@@ -249,6 +250,47 @@ def test_verdict(tuned: Measured, outcome: str, line: str | None) -> None:
     found = compare_measured(measured(0.5, 4.0 + 1e-9, edges=0.5 + 1e-9), tuned, samples=200, seed=0)["verdict"]
     assert found["outcome"] == outcome
     assert (line is None and found["lines"] == []) or any(line in each for each in found["lines"])
+
+
+def test_the_training_alarm_is_evidence_of_the_verdict() -> None:
+    """It is told whatever the outcome; where a judge looked its finding stands, where none did it is suspect."""
+    base, tuned = measured(0.5, 4.0 + 1e-9, edges=0.5 + 1e-9), measured(0.8, 4.0)
+    rung = {"step": 150, "on": True, "excess": 0.053}
+    line = (
+        "training alarm on at step 150: velocity error of the best images 5.3 % above the base's, "
+        "so their likelihood fell"
+    )
+    found = compare_measured(base, tuned, samples=200, seed=0, alarm=rung)
+    assert found["alarm"] == rung
+    assert found["verdict"]["outcome"] == "improved"
+    assert "without hacking" not in found["verdict"]["headline"]
+    assert "although the training alarm was on" in found["verdict"]["headline"]
+    assert found["verdict"]["lines"] == [line]
+    assert summary_section(found)["verdict"] == found["verdict"]
+    assert summary_section(found)["alarm"] == rung
+
+    for side in (base, tuned):
+        side.axes.update({name: np.full((20, 4), np.nan) for name in side.axes})
+    alone = compare_measured(base, tuned, samples=200, seed=0, alarm=rung)["verdict"]
+    assert (alone["outcome"], alone["lines"]) == ("suspect", [line])
+    assert alone["headline"] == "The reward rose and no judge was asked, but the training alarm was on."
+    off = compare_measured(base, tuned, samples=200, seed=0, alarm=rung | {"on": False})["verdict"]
+    assert (off["outcome"], off["lines"]) == ("improved", [])
+    worse = compare_measured(measured(0.5, 4.0, edges=0.5 + 1e-9), measured(0.8, 3.2), samples=200, seed=0, alarm=rung)[
+        "verdict"
+    ]
+    assert worse["outcome"] == "hacked"
+    assert worse["lines"][-1] == line
+
+
+def test_one_text_has_no_interval_however_often() -> None:
+    base, tuned = measured(0.5, 4.0), measured(0.8, 4.0)
+    base.texts[:] = tuned.texts[:] = ["a sign", "A  Sign"] * 10
+    found = compare_measured(base, tuned, samples=100, seed=0)
+    assert found["distinct_texts"] == 1
+    assert all(result["ci95"] == [None, None] for result in found["results"].values())
+    assert found["verdict"]["outcome"] == "unchanged"
+    assert found["verdict"]["lines"] == ["one distinct text: no interval, so no change is certain"]
 
 
 def test_corrected_of_means_is_the_formula_on_means() -> None:

@@ -95,6 +95,9 @@ def test_the_last_checkpoint_is_taken_if_none_was_validated(run_dir: Path, flux:
         assert torch.equal(state[f"transformer.{name}"], value * (2.5 if ".lora_B." in name else 1.0))
 
 
+VERDICT = {"verdict": {"outcome": "hacked", "headline": "It hacked the reward.", "lines": []}}
+
+
 def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     prompts = [Prompt("a", 'a sign with "A_B"'), Prompt("b", "two dots")]
     sample_groups(GENERATION, flux, prompts, run_dir / "evaluation" / "tuned", seed=0)
@@ -103,7 +106,7 @@ def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     (run_dir / "evaluation.json").write_text("{}")
     figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [0.15, 0.25]}
     axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
-    summary = {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
+    summary = VERDICT | {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     out = export(run_dir, run_dir / "adapter")
     card = (out / "README.md").read_text()
@@ -111,6 +114,7 @@ def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     assert front["library_name"] == "diffusers"
     assert {"lora", "text-to-image"} <= set(front["tags"])
     assert "| reward | 0.5000 | 0.7000 | +0.2000 | +0.1500 to +0.2500 |" in card
+    assert "\n\nIt hacked the reward.\n\n" in card
     assert r'a sign with "A\_B"' in card
     assert "images/pair-1.png" in card
     assert (out / "images" / "pair-1.png").exists()
@@ -121,7 +125,7 @@ def test_a_card_without_a_judge_leaves_its_rows_out(run_dir: Path):
     figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [0.15, 0.25]}
     nothing = {"base": None, "tuned": None, "gain": None, "ci95": [None, None]}
     axes = {"alignment": None, "coherence": None, "style": None}
-    summary = {"reward": figures, "corrected": nothing, "judge": {"base": axes, "tuned": axes}}
+    summary = VERDICT | {"reward": figures, "corrected": nothing, "judge": {"base": axes, "tuned": axes}}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward |" in card
@@ -132,7 +136,7 @@ def test_a_card_without_a_judge_leaves_its_rows_out(run_dir: Path):
 def test_a_card_of_one_prompt_has_no_interval(run_dir: Path):
     figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [None, None]}
     axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
-    summary = {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
+    summary = VERDICT | {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward | 0.5000 | 0.7000 | +0.2000 | – |" in card

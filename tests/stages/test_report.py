@@ -77,7 +77,8 @@ def measured(rewards: np.ndarray, shift: float) -> Measured:
         for name in THRESHOLDS
     }
     axes = {axis: np.clip(rng.normal(4, 0.3, rewards.shape), 1, 5) for axis in ("alignment", "coherence", "style")}
-    return Measured([p.id for p in PROMPTS], rewards, axes, list(axes), signs, "boxes")
+    ids = [p.id for p in PROMPTS]
+    return Measured(ids, ids, rewards, axes, list(axes), signs, "boxes")
 
 
 @pytest.fixture
@@ -97,13 +98,15 @@ def fabricate(run: Path, size: tuple[int, int]) -> Path:
         "model": "tiny", "revision": "r", "weights": "r+a", "reward": "ocr", "reward_version": "1", "judge": "tiny",
         "judge_version": "1", "seed": 0, "images_per_prompt": 2, "num_inference_steps": 28, "guidance_scale": 3.5,
         "scheduler": "FlowMatchEulerDiscreteScheduler", "bootstrap_samples": 100,
-        **compare_measured(measured(rewards["base"], 0), measured(rewards["tuned"], -0.7), samples=100, seed=0),
+        **compare_measured(measured(rewards["base"], 0), measured(rewards["tuned"], -0.7), samples=100, seed=0,
+                           alarm={"step": 30, "on": True, "excess": 0.05}),
     }  # fmt: skip
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     rows: list[dict[str, Any]] = [{"step": 0, "validation": {"reward": 0.5, "corrected": 0.4}}]
     rows += [
         {"step": i, "loss": 7 - i / 30, "loss_rank": 6.5 - i / 30, "loss_top1": 0.3, "drift_best": -i, "drift_worst": i,
-         "entropy_p": 1.0, "entropy_q": 0.5, "spread_s": 0.1, "grad_norm": 1.0, "images_per_second": 40.0}
+         "entropy_p": 1.0, "entropy_q": 0.5, "spread_s": 0.1, "grad_norm": 1.0, "images_per_second": 40.0,
+         "alarm": i > 19}
         for i in range(1, 31)
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 31, "lo')
@@ -177,6 +180,8 @@ def test_the_headline_says_what_evaluation_json_says(run_dir: Path) -> None:
         assert f"{result['gain']:+.3f} 95 % [{result['ci95'][0]:+.3f}, {result['ci95'][1]:+.3f}]" in shown
     assert evaluation["verdict"]["headline"] in shown
     assert "edge density fell 70 %" in shown
+    assert "training alarm on at step 30: velocity error of the best images 5.0 % above" in shown
+    assert "the alarm was on in 11 of them" in shown
     assert "Cost: 3 min 25 s" in shown
     assert "30 steps, 40 images/s" in shown
     assert page.tags.count("svg") == 7 + 3

@@ -87,3 +87,13 @@ def test_the_alarm_survives_a_checkpoint() -> None:
     resumed = DriftAlarm(0.02, **memory)
     expected = [whole.update(step, *pair) for step, pair in enumerate(figures)]
     assert [resumed.update(step, *pair) for step, pair in enumerate(figures[15:], 15)] == expected[15:]
+
+
+def test_the_verdict_is_told_what_the_checkpoint_remembers() -> None:
+    """Error .32 against the reference's .30 in every step of the window: 6.7 % above, so it is on."""
+    alarm = DriftAlarm(0.02)
+    for step in range(30):
+        alarm.update(step, 0.02, 0.32)
+    memory = json.loads(json.dumps({"window": list(alarm.window), "on": alarm.on}))
+    assert DriftAlarm.state(memory, 30) == {"step": 30, "on": True, "excess": pytest.approx(0.02 / 0.30)}
+    assert DriftAlarm.state({"window": [], "on": False}, 30) is None  # an objective without a best image

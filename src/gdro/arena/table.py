@@ -1,10 +1,10 @@
 """The paper's table of a human study, with intervals: whose images won, question by question.
 
 Intervals are Wilson's, on an effective number of answers (Korn and Graubard's, for clustered samples): several answers
-to one prompt are not independent, so the answers count for as many as the spread between prompts says. Simulated with
-20 and 60 prompts and a true share of 2 %, as small as some of the paper's, these cover it in 89 to 96 %, a bootstrap
-over prompts in 34 to 93 %: it shrinks to nothing where nobody won. Wilson's on all answers cover 63 to 88 % where a
-prompt's answers agree.
+to one prompt, or to prompts of one text, are not independent, so the answers count for as many as the spread between
+texts says. Simulated with 20 and 60 prompts and a true share of 2 %, as small as some of the paper's, these cover it in
+89 to 96 %, a bootstrap over prompts in 34 to 93 %: it shrinks to nothing where nobody won. Wilson's on all answers
+cover 63 to 88 % where a prompt's answers agree.
 """
 
 import math
@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from gdro.arena.votes import QUESTIONS, Study, Vote
+from gdro.prompts import same_text
 
 Z = 1.959964  # 97.5 % quantile of the standard normal
 
@@ -38,13 +39,14 @@ def results(study: Study, votes: Sequence[Vote]) -> str:
     """The tables as text (Markdown): each model's wins, then wins, ties and losses of every two models, in %."""
     if not votes:
         return "no votes yet"
-    groups = {group: place for place, group in enumerate(dict.fromkeys(p.group for p in study.pairs.values()))}
+    texts = {p.group: same_text(p.prompt) for p in study.pairs.values()}  # one text's prompts are not independent
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts.values()))}
 
     def share(wins: Sequence[Vote], answers: Sequence[Vote]) -> str:
-        counts = np.zeros((2, len(groups)), dtype=np.int64)
+        counts = np.zeros((2, len(places)), dtype=np.int64)
         for row, some in enumerate((wins, answers)):
             for vote in some:
-                counts[row, groups[study.pairs[vote.pair].group]] += 1
+                counts[row, places[texts[study.pairs[vote.pair].group]]] += 1
         if not answers:
             return "–"
         low, high = interval(*counts)
@@ -69,7 +71,7 @@ def results(study: Study, votes: Sequence[Vote]) -> str:
     decided = [vote for vote in votes if vote.winner is not None]
     lines = [
         f"{len(votes)} answers of {len(raters)} rater{'s' * (len(raters) != 1)} on {len({v.pair for v in votes})} of "
-        f"{len(study.pairs)} pairs of images, {len(groups)} prompts",
+        f"{len(study.pairs)} pairs of images, {len(places)} distinct prompts",
         "",
         *_markdown(shares),
         "",

@@ -79,6 +79,7 @@ def run_results(run: Path, target: float) -> dict[str, Any]:
         "results": {name: evaluation["results"][name] for name in SCORES},
         "signs": evaluation["signs"],
         "verdict": evaluation["verdict"],
+        "alarm": evaluation["alarm"],
         "evaluations": summary["evaluations"],
         "seconds": summary["seconds"],
         "stopped": read_json(run / "checkpoints" / "stopped.json", "the end of a finished training"),
@@ -104,6 +105,7 @@ def summarise(seeds: Mapping[str, Mapping[str, Any]], side: str = "tuned") -> di
     out["signs"] = {name: over_seeds([run["signs"][name]["relative"] for run in runs]) for name in names}
     outcomes = [run["verdict"]["outcome"] for run in runs]
     out["verdicts"] = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
+    out["alarms"] = sum(run["alarm"] is not None and run["alarm"]["on"] for run in runs)
     out["seconds"] = {
         stage: over_seeds([run["seconds"][stage] for run in runs]) for stage in ("sample", "score", "train")
     }

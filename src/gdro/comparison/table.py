@@ -61,7 +61,7 @@ def rows(task: Mapping[str, Any]) -> list[list[str]]:
                 _score(found["corrected"]),
                 _axes(found),
                 _relative(found["signs"]["layout_diversity"]["mean"]),
-                _verdicts(found["verdicts"]),
+                _verdicts(found["verdicts"], found["alarms"]),
                 *to_target,
                 " · ".join(_plain(found["seconds"][stage]["mean"], 0) for stage in ("sample", "score", "train")),
                 _count(found) + (f", {failures} failed" if failures else ""),
@@ -185,8 +185,11 @@ def _relative(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:+.0f} %"
 
 
-def _verdicts(counts: Mapping[str, int]) -> str:
-    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{count} {name}" for name, count in counts.items())
+def _verdicts(counts: Mapping[str, int], alarms: int) -> str:
+    """The runs' outcomes, and at how many of them the training alarm was on."""
+    seeds = sum(counts.values())
+    told = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{count} {name}" for name, count in counts.items())
+    return told + (f" (alarm{f' {alarms} of {seeds}' if seeds > 1 else ''})" if alarms else "")
 
 
 def _cost(value: Mapping[str, Any], unit: int) -> str:

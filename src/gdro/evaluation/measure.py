@@ -48,7 +48,9 @@ class EvaluateConfig(BaseModel):
     corrected_axes: list[Literal["alignment", "coherence", "style"]] | None = Field(
         None, min_length=1, description="Axes of the corrected score; null is all three, without alignment for GenEval."
     )
-    bootstrap_samples: int = Field(10_000, ge=100, description="Resamples behind the 95 % intervals.")
+    bootstrap_samples: int = Field(
+        10_000, ge=100, description="Resamples of the prompts' distinct texts behind the 95 % intervals."
+    )
     batch_size: int = Field(16, ge=1, description="Images generated at once.")
 
     def generation(self, sample: Generation) -> Generation:
@@ -68,6 +70,7 @@ class Measured:
     """
 
     prompt_ids: list[str]
+    texts: list[str]  # of the prompts
     reward: np.ndarray
     axes: dict[str, np.ndarray]
     corrected_axes: Sequence[str]
@@ -175,6 +178,7 @@ def measure(
         check_missing(f'judge "{judge.name}"', int(lost.sum()), lost.size, max_missing)
     return Measured(
         prompt_ids=[prompt.id for prompt in prompts],
+        texts=[prompt.text for prompt in prompts],
         reward=np.stack([scores[prompt.id].numpy() for prompt in prompts]),
         axes=axes,
         corrected_axes=used,

@@ -132,13 +132,13 @@ def _mean_distance(features: np.ndarray) -> np.ndarray:
 
 
 def compare_signs(
-    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], *, samples: int, seed: int
+    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], texts: Sequence[str], *, samples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """For each sign of per-prompt values (P,): means, difference with interval, relative change with interval."""
-    compared = compare({name: (base[name], tuned[name]) for name in THRESHOLDS}, samples=samples, seed=seed)
+    compared = compare({name: (base[name], tuned[name]) for name in THRESHOLDS}, texts, samples=samples, seed=seed)
     out = {}
     for name, comparison in compared.items():
-        change, low, high = relative_change(base[name], tuned[name], samples=samples, seed=seed)
+        change, low, high = relative_change(base[name], tuned[name], texts, samples=samples, seed=seed)
         relative = [float(v) if np.isfinite(v) else None for v in (change, low, high)]
         out[name] = {**comparison.to_json(), "relative": relative[0], "relative_ci95": relative[1:]}
     return out

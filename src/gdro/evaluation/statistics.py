@@ -1,4 +1,8 @@
-"""The corrected score, and paired bootstrap over prompts. Shapes: (P, n) = prompts, images per prompt."""
+"""The corrected score, and paired bootstrap over the texts of prompts. Shapes: (P, n) = prompts, images per prompt.
+
+Files of prompts repeat texts (GenEval's four times). Means are over prompts, but what repeats a text is not independent
+of it, so intervals resample distinct texts, each with all its prompts.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gdro.prompts import same_text
 from gdro.rng import numpy_rng
 
 AXES = ("alignment", "coherence", "style")
@@ -28,7 +33,7 @@ def corrected_score(reward: np.ndarray, axes: Mapping[str, np.ndarray], names: S
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over prompts, their difference, and its 95 % interval; NaN where nothing can be said."""
+    """Means over prompts, their difference, and its 95 % interval over texts; NaN where nothing can be said."""
 
     base: float
     tuned: float
@@ -52,70 +57,88 @@ def pair_means(base: np.ndarray, tuned: np.ndarray) -> tuple[np.ndarray, np.ndar
     return means[0], means[1]
 
 
-def resampled_means(values: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
-    """Means (samples, M) of the columns of `values` (P, M) over prompts drawn with replacement.
+def text_numbers(texts: Sequence[str]) -> np.ndarray:
+    """(P,): the number of each prompt's text, counted from 0 in the order in which distinct ones appear."""
+    seen: dict[str, int] = {}
+    return np.array([seen.setdefault(same_text(text), len(seen)) for text in texts], dtype=np.int64)
+
+
+def resampled_means(values: np.ndarray, numbers: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
+    """Means (samples, M) of the columns of `values` (P, M) over the prompts of texts drawn with replacement.
+
+    `numbers` (P,) are the prompts' `text_numbers`.
 
     One draw serves all columns, so any function of the columns keeps their pairing. NaN cells are left out
     of their column's mean; a resample that meets only NaN is NaN.
     """
-    prompts = len(values)
     present = np.isfinite(values)
     filled = np.where(present, values, 0.0)
-    stacked = np.hstack([filled, present.astype(np.float64)])
-    uniform = np.full(prompts, 1.0 / prompts)
+    _, numbers = np.unique(numbers, return_inverse=True)
+    texts = int(numbers.max()) + 1
+    stacked = np.zeros((texts, 2 * values.shape[1]))
+    np.add.at(stacked, numbers, np.hstack([filled, present.astype(np.float64)]))
+    uniform = np.full(texts, 1.0 / texts)
     out = np.empty((samples, values.shape[1]))
     for start in range(0, samples, _BLOCK):
-        counts = numpy_rng(seed, "bootstrap", start // _BLOCK).multinomial(prompts, uniform, size=_BLOCK)
+        counts = numpy_rng(seed, "bootstrap", start // _BLOCK).multinomial(texts, uniform, size=_BLOCK)
         sums, weights = np.hsplit(counts[: samples - start].astype(np.float64) @ stacked, 2)
         with np.errstate(invalid="ignore"):
             out[start : start + _BLOCK] = sums / np.where(weights > 0, weights, np.nan)
     return out
 
 
-def interval(draws: np.ndarray, prompts: int) -> tuple[float, float]:
+def interval(draws: np.ndarray, texts: int) -> tuple[float, float]:
     """95 % percentile interval of bootstrap draws (B,).
 
-    NaN for fewer than two prompts: one prompt says nothing about how prompts differ, and its bootstrap
-    interval of width zero would claim certainty.
+    NaN for fewer than two distinct texts: one says nothing about how texts differ, however often it is repeated, and
+    its bootstrap interval of width zero would claim certainty.
     """
     draws = draws[np.isfinite(draws)]
-    if prompts < 2 or not len(draws):
+    if texts < 2 or not len(draws):
         return float("nan"), float("nan")
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 
-def compare(metrics: Mapping[str, tuple[np.ndarray, np.ndarray]], *, samples: int, seed: int) -> dict[str, Comparison]:
-    """Paired comparison of named per-prompt values (base (P,), tuned (P,)) by bootstrap over prompts.
+def compare(
+    metrics: Mapping[str, tuple[np.ndarray, np.ndarray]], texts: Sequence[str], *, samples: int, seed: int
+) -> dict[str, Comparison]:
+    """Paired comparison of named per-prompt values (base (P,), tuned (P,)) by bootstrap over the prompts' `texts`.
 
     All metrics share the resamples. A prompt with a NaN on either side is left out of that metric.
     """
     names = list(metrics)
     pairs = np.stack([np.stack(metrics[name], axis=1) for name in names], axis=1).astype(np.float64)  # (P, M, 2)
     pairs[~np.isfinite(pairs).all(axis=2)] = np.nan
-    draws = resampled_means(pairs.reshape(len(pairs), -1), samples=samples, seed=seed).reshape(samples, len(names), 2)
+    numbers = text_numbers(texts)
+    draws = resampled_means(pairs.reshape(len(pairs), -1), numbers, samples=samples, seed=seed)
+    draws = draws.reshape(samples, len(names), 2)
     out = {}
     for i, name in enumerate(names):
-        kept = pairs[np.isfinite(pairs[:, i, 0]), i]
+        there = np.isfinite(pairs[:, i, 0])
+        kept, counted = pairs[there, i], len(np.unique(numbers[there]))
         base, tuned = kept.mean(axis=0) if len(kept) else (np.nan, np.nan)
         out[name] = Comparison(
-            float(base), float(tuned), float(tuned - base), interval(draws[:, i, 1] - draws[:, i, 0], len(kept))
+            float(base), float(tuned), float(tuned - base), interval(draws[:, i, 1] - draws[:, i, 0], counted)
         )
     return out
 
 
-def relative_change(base: np.ndarray, tuned: np.ndarray, *, samples: int, seed: int) -> tuple[float, float, float]:
+def relative_change(
+    base: np.ndarray, tuned: np.ndarray, texts: Sequence[str], *, samples: int, seed: int
+) -> tuple[float, float, float]:
     """(tuned mean - base mean) / |base mean| of per-prompt values (P,), with its paired 95 % interval.
 
     NaN where the base mean is zero: nothing is relative to nothing.
     """
     pairs = np.stack([base, tuned], axis=1).astype(np.float64)
-    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    there = np.isfinite(pairs).all(axis=1)
+    pairs, numbers = pairs[there], text_numbers(texts)[there]
     if not len(pairs) or pairs[:, 0].mean() == 0:
         return float("nan"), float("nan"), float("nan")
-    draws = resampled_means(pairs, samples=samples, seed=seed)
+    draws = resampled_means(pairs, numbers, samples=samples, seed=seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (draws[:, 1] - draws[:, 0]) / np.abs(draws[:, 0])
-    low, high = interval(ratios, len(pairs))
+    low, high = interval(ratios, len(np.unique(numbers)))
     first, second = pairs.mean(axis=0)
     return float((second - first) / abs(first)), low, high

@@ -10,7 +10,7 @@ import numpy as np
 from gdro import distributed
 from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
 from gdro.evaluation.signs import compare_signs, verdict
-from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means
+from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means, text_numbers
 from gdro.files import write_json
 from gdro.models.base import FlowModel
 from gdro.prompts import Prompt
@@ -37,11 +37,13 @@ def evaluate(
     score_batch_size: int = 64,
     max_missing: float = MAX_MISSING,
     standard: Path | None = None,
+    alarm: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the adapter in `model` against the model without it; return what `out`/evaluation.json then holds.
 
     Images go to the stores `out`/evaluation/base and /tuned, where an interrupted evaluation goes on. The two sides
     share their noise. Means are over images within a prompt, then over prompts; intervals by `statistics.compare`.
+    `alarm` is the training's, part of what the verdict rests on.
     Raises UserError before any sampling if the reward or the judge cannot use the prompts.
     """
     reward.check(prompts)
@@ -98,7 +100,7 @@ def evaluate(
             for side, path in rewards.items()
         }
         evaluation = about | compare_measured(
-            sides["base"], sides["tuned"], samples=config.bootstrap_samples, seed=seed
+            sides["base"], sides["tuned"], samples=config.bootstrap_samples, seed=seed, alarm=alarm
         )
         if sides["base"].verdicts:
             evaluation["geneval"] = geneval_section(prompts, sides)
@@ -108,10 +110,16 @@ def evaluate(
     return distributed.first(compared)
 
 
-def compare_measured(base: Measured, tuned: Measured, *, samples: int, seed: int) -> dict[str, Any]:
-    """Everything of evaluation.json that follows from the two measurements; JSON-able, null for missing values."""
+def compare_measured(
+    base: Measured, tuned: Measured, *, samples: int, seed: int, alarm: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything of evaluation.json that follows from the two measurements and from how training ended.
+
+    `alarm`: `training.log.DriftAlarm.state` at the checkpoint that was measured. JSON-able, null for missing values.
+    """
     results = compare(
         {name: pair_means(base.scores()[name], tuned.scores()[name]) for name in ("reward", "corrected", *AXES)},
+        base.texts,
         samples=samples,
         seed=seed,
     )
@@ -119,21 +127,25 @@ def compare_measured(base: Measured, tuned: Measured, *, samples: int, seed: int
     signs = compare_signs(
         {name: pair[0] for name, pair in per_prompt.items()},
         {name: pair[1] for name, pair in per_prompt.items()},
+        base.texts,
         samples=samples,
         seed=seed,
     )
+    texts = len(set(text_numbers(base.texts)))
     same = all(np.array_equal(base.signs[name], tuned.signs[name], equal_nan=True) for name in base.signs)
     return {
         "corrected_axes": list(base.corrected_axes),
+        "alarm": alarm,
         "results": {name: result.to_json() for name, result in results.items()},
         # r_mean (u_mean - 3) + 0.2, as papers that publish only means have it; `results` averages the images' own
         "corrected_of_means": {"base": _of_means(base), "tuned": _of_means(tuned)},
         "signs": signs,
         "text_share_from": base.text_share_from,
-        "verdict": judge_verdict(results, verdict(signs), same_images=same),
+        "verdict": judge_verdict(results, verdict(signs), alarm=alarm, texts=texts, same_images=same),
         "missing": {"base": base.missing, "tuned": tuned.missing},
         "unscored": {"base": base.unscored, "tuned": tuned.unscored},
         "prompt_ids": base.prompt_ids,
+        "distinct_texts": texts,
         "base": {name: _json(values) for name, values in (base.scores() | base.signs).items()},
         "tuned": {name: _json(values) for name, values in (tuned.scores() | tuned.signs).items()},
     }
@@ -150,11 +162,19 @@ def geneval_section(prompts: Sequence[Prompt], sides: Mapping[str, Measured]) ->
     return {**strict, "soft": soft}
 
 
-def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, same_images: bool) -> dict[str, Any]:
+def judge_verdict(
+    results: Mapping[str, Comparison],
+    signs: Sequence[str],
+    *,
+    same_images: bool,
+    alarm: Mapping[str, Any] | None = None,
+    texts: int,
+) -> dict[str, Any]:
     """`outcome` (improved, hacked, suspect, damaged, unchanged), a `headline`, and the `lines` it rests on.
 
-    *hacked*: the reward rose while the judge saw the pictures get worse. *suspect*: only image statistics moved.
-    Worse means the corrected score's interval below zero, or an axis that fell by more than AXIS_FALL likewise.
+    *hacked*: the reward rose while the judge saw the pictures get worse. *suspect*: only image statistics moved, or
+    the training's alarm was on and no judge was asked: it tells of a danger to the pictures, at which a judge has
+    looked. Worse means the corrected score's interval below zero, or an axis that fell by more than AXIS_FALL likewise.
     """
     worse = []
     for name in ("corrected", *AXES):
@@ -162,6 +182,7 @@ def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, sa
         if result.ci95[1] < 0 and (name == "corrected" or result.gain < -AXIS_FALL):
             words = "corrected score" if name == "corrected" else f"judged {name}"
             worse.append(f"{words} fell by {-result.gain:.3f} ({result.base:.3f} to {result.tuned:.3f})")
+    rung = alarm is not None and alarm["on"]
     rose, judged = results["reward"].ci95[0] > 0, np.isfinite(results["corrected"].base)
     if same_images:
         outcome, headline = "unchanged", "The adapter changes no image: it has not been trained, or is not active."
@@ -172,18 +193,20 @@ def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, sa
             if rose
             else "The pictures got worse, and the reward did not rise."
         )
-    elif signs:
+    elif signs or (rung and rose and not judged):
         outcome = "suspect"
         headline = (
             f"The reward rose and {'the judge saw no loss' if judged else 'no judge was asked'}, "
-            "but the pictures changed in ways worth a look."
+            f"but {'the pictures changed in ways worth a look' if signs else 'the training alarm was on'}."
             if rose
             else "The reward did not rise, and the pictures changed in ways worth a look."
         )
     elif rose:
         outcome = "improved"
         headline = (
-            "It got better without hacking: the reward rose and the pictures held."
+            "It got better: the reward rose and the pictures held, although the training alarm was on."
+            if judged and rung
+            else "It got better without hacking: the reward rose and the pictures held."
             if judged
             else "The reward rose and the image statistics held; no judge was asked whether the pictures got worse."
         )
@@ -192,13 +215,23 @@ def judge_verdict(results: Mapping[str, Comparison], signs: Sequence[str], *, sa
             "unchanged",
             (f"No certain change of the reward, and the {'pictures held' if judged else 'image statistics held'}."),
         )
-    return {"outcome": outcome, "headline": headline, "lines": [*worse, *signs]}
+    lines = [*worse, *signs]
+    if rung and alarm is not None:
+        lines.append(
+            f"training alarm on at step {alarm['step']}: velocity error of the best images "
+            f"{100 * alarm['excess']:.1f} % above the base's, so their likelihood fell"
+        )
+    if texts < 2:
+        lines.append("one distinct text: no interval, so no change is certain")
+    return {"outcome": outcome, "headline": headline, "lines": lines}
 
 
 def summary_section(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of summary.json that an evaluation answers: `reward`, `corrected`, `judge`."""
+    """The parts of summary.json that an evaluation answers: `verdict`, `alarm`, `reward`, `corrected`, `judge`."""
     results = evaluation["results"]
     return {
+        "verdict": evaluation["verdict"],
+        "alarm": evaluation["alarm"],
         "reward": results["reward"],
         "corrected": results["corrected"],
         "judge": {side: {axis: results[axis][side] for axis in AXES} for side in ("base", "tuned")},

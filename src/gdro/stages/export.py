@@ -29,7 +29,7 @@ def export(run_dir: Path, out: Path) -> Path:
     train.export says so. Raises UserError if the run has no checkpoint or a damaged one.
     """
     config = read_yaml(run_dir / "config.yaml")
-    checkpoint = _chosen(run_dir / "checkpoints", config["train"]["export"])
+    checkpoint = chosen(run_dir / "checkpoints", config["train"]["export"])
     lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
     about = {"model": config["model"], "objective": config["train"]["objective"], "step": checkpoint.step}
     write_lora(out, checkpoint.ema, lora, about | {"weights": "ema"})
@@ -44,7 +44,7 @@ def export(run_dir: Path, out: Path) -> Path:
     return out
 
 
-def _chosen(checkpoints: Path, which: str) -> Checkpoint:
+def chosen(checkpoints: Path, which: str) -> Checkpoint:
     """The checkpoint to export: the "best" or the "last"."""
     saved = steps_saved(checkpoints)
     if not saved:
@@ -124,7 +124,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
         tuned = summary["judge"]["tuned"][axis]
         if base is not None:
             rows.append(f"| {axis} (1-5) | {base:.3f} | {tuned:.3f} | {tuned - base:+.3f} | |")
-    return "\n".join(rows)
+    return "\n".join([summary["verdict"]["headline"], "", *rows])
 
 
 def _tag(family: type) -> str:

@@ -125,6 +125,8 @@ def _training(path: Path, rounds: int) -> dict[str, Any]:
     note = f"{len(rows)} steps{f' in {rounds} rounds' if rounds > 1 else ''}"
     if rows and "images_per_second" in (last := rows[max(rows)]):
         note += f", {last['images_per_second']:.3g} images/s at the last one"
+    if rung := sum(row.get("alarm", False) for row in rows.values()):
+        note += f"; the alarm was on in {rung} of them: the best images' error was above the reference's"
     return {"curves": [Markup(svg) for svg in svgs if svg is not None], "training_note": f"{note}."}
 
 

@@ -114,6 +114,15 @@ class DriftAlarm:
         self.threshold, self.on = threshold, on
         self.window = deque((tuple(pair) for pair in window), maxlen=self.WINDOW)
 
+    @classmethod
+    def state(cls, memory: Mapping[str, Any], step: int) -> dict[str, Any] | None:
+        """What the verdict is told of the alarm as a checkpoint remembers it: `step`, whether it is `on`, and `excess`,
+        the share by which the error exceeds the reference's; None of objectives that have no best image."""
+        if not memory["window"]:
+            return None
+        drift, reference = (sum(values) for values in zip(*memory["window"], strict=True))
+        return {"step": step, "on": memory["on"], "excess": drift / reference}
+
     def update(self, step: int, drift_best: float, error_best: float) -> bool:
         """Take a step's mean d - d_ref and d of the best images; True while the alarm is on."""
         self.window.append((drift_best, error_best - drift_best))
@@ -123,7 +132,7 @@ class DriftAlarm:
             say(
                 f"ALARM step {step}: over {self.WINDOW} steps the velocity error of the best images is "
                 f"{100 * drift / reference:.1f} % above the reference's, so their likelihood falls; "
-                "raise train.gamma or train.beta"
+                "if the verdict finds the pictures worse, raise train.gamma or train.beta"
             )
         elif was and not self.on:
             say(f"alarm off at step {step}: the best images' likelihood has recovered")
