@@ -65,6 +65,9 @@ def work(
         (["--train.k", "5"], "train.k is 5; expected at most sample.images_per_prompt, which is 4"),
         (["--train.k", "1"], "train.k is 1; expected a number greater than or equal to 2"),
         (["--train.tau", "-0.05"], "train.tau is -0.05; expected a number greater than 0"),
+        (["--train.validation_prompts", ""], "--train.validation_prompts is empty; expected --train.validation_pro"),
+        (["--train.resume_from_checkpoint= "], "--train.resume_from_checkpoint is empty; expected"),
+        (["--train.resume_from_checkpoint", "."], "train.resume_from_checkpoint: . is no checkpoint of gdro"),
         (["--model", "no_such_folder"], "model: no_such_folder not found; expected"),
         (["--model", "."], "model: . has no model_index.json; expected"),
         (["--sample.prompts", "none.jsonl"], "sample.prompts: none.jsonl not found; expected"),
@@ -101,6 +104,13 @@ def work(
 )
 def test_one_line_before_any_work(work: Workplace, arguments: list[str], message: str) -> None:
     assert message in work.refuses_at_once(*arguments)
+
+
+def test_ids_that_two_rounds_would_share(work: Workplace) -> None:
+    prompts = work.folder / "train.jsonl"
+    prompts.write_text(prompts.read_text().replace('"train3"', '"train0@1"'))
+    line = work.refuses_at_once("--rounds.train_steps", "2", "--rounds.prompts", "2")
+    assert 'sample.prompts has the ids "train0" and "train0@1"' in line
 
 
 def test_an_engine_that_is_not_installed(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +304,15 @@ def test_training_settings_may_change_until_there_is_a_checkpoint(work: Workplac
     changed = ("--evaluate.images_per_prompt", "3", "--train.max_train_steps", "1", "--train.beta", "6")
     assert work.run("train", *changed)[0] == 0
     assert work.run("train", *changed)[0] == 0
+
+
+def test_folders_that_a_run_finds_are_left_alone(work: Workplace) -> None:
+    """--out may be where the user's own files lie."""
+    mine = work.out / "validation" / "photos" / "1.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("")
+    assert work.run("sample")[0] == 0
+    assert mine.exists()
 
 
 def test_validation_prompts_given_up_before_training_leave_no_file(work: Workplace) -> None:

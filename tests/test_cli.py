@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gdro import __version__
-from gdro.cli import STAGES, _parsers, _split, main
+from gdro.cli import STAGES, _parsers, _path, _split, main
 from gdro.errors import UserError
 from gdro.prompts import read_prompts
 
@@ -87,6 +87,22 @@ def test_prompts_refuses_in_one_line(
     assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_no_path_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    """Path("") would be the current folder."""
+    _, commands = _parsers()
+    for name, command in commands.items():
+        options = [action for action in command._actions if action.type is _path]
+        assert not any(action.type is Path for action in command._actions)
+        for option in (action.option_strings[0] for action in options if action.option_strings):
+            with pytest.raises(UserError, match=rf"^gdro {name}: argument {option}: it is empty; expected a path"):
+                command.parse_args([option, ""])
+    assert main(["train", "x.yaml", "--out", ""]) == main(["plan", ""]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "gdro: gdro train: argument --out: it is empty; expected a path",
+        "gdro: gdro plan: argument config: it is empty; expected a path",
+    ]
 
 
 def test_nothing_heavy_is_imported_to_read_a_configuration() -> None:

@@ -26,6 +26,7 @@ from gdro.rewards.user import UserJudge, UserReward
 from gdro.rewards.winrate import Pointwise, WinRate
 from gdro.rng import numpy_rng
 from gdro.run_state import RunState
+from gdro.samplers.generate import check_round_ids
 from gdro.stages.train import check_sampling
 from gdro.training.checkpoint import find_checkpoint, steps_saved
 from gdro.training.log import require_trackers
@@ -86,7 +87,8 @@ def _note(job: RunState) -> None:
     begun = job.begun()
     saved = saved_config(job.out) if begun else None
     if "train" not in begun and saved != job.config:
-        discard(job.out / "validation")  # measured by what may have changed
+        for path in (job.out / "validation").glob("step-*"):  # measured by what may have changed
+            discard(path)
     if not _is_rescoring(job):
         save_config(job.config, job.out)
     for split in ("train", "validation", "test"):
@@ -112,6 +114,8 @@ def _check_splits(job: RunState, begun: set[str]) -> None:
                 f"{fields[split]} has {len(shared)} of {fields[other]}, such as {json.dumps(shared[0])}; "
                 f"expected prompts that are not {use} (in no other case or spacing either)"
             )
+    if job.config.rounds.train_steps is not None:
+        check_round_ids(job.prompts["train"], "sample.prompts")
     for split, stage in (("train", "train"), ("validation", "train"), ("test", "evaluate")):
         path = job.out / "prompts" / f"{split}.jsonl"
         if stage in begun and split in job.prompts and path.exists() and read_prompts(path) != job.prompts[split]:

@@ -36,6 +36,12 @@ STAGES = {
 DISTRIBUTED = ("run", "demo", *STAGES)  # commands that several processes can do together
 
 
+def _path(text: str) -> Path:
+    if not text:  # which is the current folder to Path
+        raise argparse.ArgumentTypeError("it is empty; expected a path")
+    return Path(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}")
@@ -133,8 +139,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     run = command("run", "all stages, from prompts to report", _run)
     stages = [command(name, about, _run) for name, about in STAGES.items()]
     for stage in (run, *stages):
-        stage.add_argument("config", nargs="?", type=Path, help="YAML; without it the run directory's config.yaml")
-        stage.add_argument("--out", required=True, type=Path, help="the run directory; an unfinished run goes on there")
+        stage.add_argument("config", nargs="?", type=_path, help="YAML; without it the run directory's config.yaml")
+        stage.add_argument(
+            "--out", required=True, type=_path, help="the run directory; an unfinished run goes on there"
+        )
         stage.epilog = dotted
     run.add_argument("--until", choices=list(STAGES), default="report", help="the last stage to do (report)")
     for name, stage in zip(STAGES, stages, strict=True):
@@ -142,46 +150,46 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     commands["score"].add_argument("--reward", help="short for --score.reward: a name, or my_module:my_function")
 
     plans = command("plan", "what a run will cost: FLOPs, seconds, memory, disk; needs no weights", _plan)
-    plans.add_argument("config", type=Path, help="YAML")
+    plans.add_argument("config", type=_path, help="YAML")
     plans.add_argument("--gpu", help="a GPU's name, e.g. h200, a100, rtx4090, or cpu; without it the device here")
     plans.add_argument("--json", action="store_true", help="all figures as JSON, in bytes, FLOPs and seconds")
     plans.epilog = dotted
 
     demo = command("demo", "the main job on the embedded tiny model", _demo)
-    demo.add_argument("--out", default=Path("runs/demo"), type=Path, help="the run directory (runs/demo)")
+    demo.add_argument("--out", default=Path("runs/demo"), type=_path, help="the run directory (runs/demo)")
     demo.epilog = dotted
 
     imports = command("import", "take images and rewards made elsewhere, in place of sample and score", _import)
-    imports.add_argument("folder", type=Path, help="images and metadata.jsonl (file_name, prompt, reward, group)")
-    imports.add_argument("--config", required=True, type=Path, help="YAML with the model and training settings")
-    imports.add_argument("--out", required=True, type=Path, help="the run directory")
+    imports.add_argument("folder", type=_path, help="images and metadata.jsonl (file_name, prompt, reward, group)")
+    imports.add_argument("--config", required=True, type=_path, help="YAML with the model and training settings")
+    imports.add_argument("--out", required=True, type=_path, help="the run directory")
     imports.epilog = dotted
 
     compare = command("compare", "run methods side by side on the same work: table, plots, page", _compare)
-    compare.add_argument("config", nargs="?", type=Path, help="YAML of the bench; without it the packaged one")
+    compare.add_argument("config", nargs="?", type=_path, help="YAML of the bench; without it the packaged one")
     compare.add_argument(
-        "--out", type=Path, help="the bench's folder (runs/bench, or runs/bench-quick); it goes on there"
+        "--out", type=_path, help="the bench's folder (runs/bench, or runs/bench-quick); it goes on there"
     )
     compare.add_argument("--quick", action="store_true", help="the shape of it: one seed, small budgets, no search")
     compare.add_argument("--status", action="store_true", help="start nothing; what is done, and the results so far")
     compare.add_argument("--task", help="this task only")
     compare.add_argument("--jobs", type=int, help="runs at once (as many as there are cores; 1 on a GPU)")
-    compare.add_argument("--results", type=Path, help="also write the figures to this .json file")
-    compare.add_argument("--readme", type=Path, help="also put the table into this Markdown file, between its markers")
-    compare.add_argument("--pictures", type=Path, help="also write the plots into this folder")
+    compare.add_argument("--results", type=_path, help="also write the figures to this .json file")
+    compare.add_argument("--readme", type=_path, help="also put the table into this Markdown file, between its markers")
+    compare.add_argument("--pictures", type=_path, help="also write the plots into this folder")
 
     command("rewards", "what can be named as reward, judge or comparator, and what each needs", _rewards)
 
     bench = command("benchmark", "measure a model, or images made elsewhere, on a public benchmark", _benchmark)
     bench.add_argument("name", choices=["unigenbench"], help="unigenbench")
-    bench.add_argument("file", type=Path, help="UniGenBench's data/test_prompts_*.csv")
-    bench.add_argument("--out", required=True, type=Path, help="the benchmark's folder; it goes on there")
+    bench.add_argument("file", type=_path, help="UniGenBench's data/test_prompts_*.csv")
+    bench.add_argument("--out", required=True, type=_path, help="the benchmark's folder; it goes on there")
     bench.add_argument("--model", help='"tiny", a folder, or a Hub id')
-    bench.add_argument("--adapter", type=Path, help="a run directory or an adapter's folder")
-    bench.add_argument("--images-from", type=Path, help="a folder of INDEX_I.png, instead of --model")
+    bench.add_argument("--adapter", type=_path, help="a run directory or an adapter's folder")
+    bench.add_argument("--images-from", type=_path, help="a folder of INDEX_I.png, instead of --model")
     bench.add_argument("--judge-url", help="an OpenAI-compatible endpoint; without it the images are made only")
     bench.add_argument("--judge-model", help="the model's name there")
-    bench.add_argument("--judge-prompt", type=Path, help="the published evaluation script, for its judge prompt")
+    bench.add_argument("--judge-prompt", type=_path, help="the published evaluation script, for its judge prompt")
     bench.add_argument("--judge-api-key-env", help="environment variable that holds the key")
     bench.add_argument("--judge-revision", help="noted in the results")
     bench.add_argument("--judge-concurrency", type=int, default=8, help="requests at once (8)")
@@ -199,19 +207,19 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     engines = command("calibrate", "compare the engines behind a reward on the same images", _calibrate)
     engines.add_argument("what", choices=["ocr"], help="ocr")
-    engines.add_argument("images", type=Path, help="a folder with metadata.jsonl (file_name, text), a run, or groups")
-    engines.add_argument("--out", type=Path, default=Path("calibration.json"), help="all figures (calibration.json)")
+    engines.add_argument("images", type=_path, help="a folder with metadata.jsonl (file_name, text), a run, or groups")
+    engines.add_argument("--out", type=_path, default=Path("calibration.json"), help="all figures (calibration.json)")
     engines.add_argument("--engine", action="append", default=[], help="this one; may be repeated (all)")
     engines.add_argument("--lang", help="PaddleOCR's language")
     engines.add_argument("--limit", type=int, help="this many images at most")
 
     verdicts = command("geneval", "GenEval's table of stored verdicts, without looking at an image", _geneval)
-    verdicts.add_argument("results", type=Path, help="the official evaluator's .jsonl, or a run's rewards .parquet")
-    verdicts.add_argument("--groups", type=Path, help="the groups of a .parquet without records")
+    verdicts.add_argument("results", type=_path, help="the official evaluator's .jsonl, or a run's rewards .parquet")
+    verdicts.add_argument("--groups", type=_path, help="the groups of a .parquet without records")
 
     study = command("arena", "a blind human study of finished runs: a page on loopback, and its table", _arena)
-    study.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one: base against tuned; several: the tuned")
-    study.add_argument("--out", type=Path, help="the study's folder; a study begun there goes on")
+    study.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="one: base against tuned; several: the tuned")
+    study.add_argument("--out", type=_path, help="the study's folder; a study begun there goes on")
     study.add_argument("--table", action="store_true", help="print the table of the study's folder RUN, serve nothing")
     study.add_argument("--host", default="127.0.0.1", help="the address to serve at (127.0.0.1)")
     study.add_argument("--port", type=int, default=8765, help="0 takes any free one (8765)")
@@ -225,7 +233,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     prompts.add_argument("--split", help="train, validation or test")
     prompts.add_argument("--count", type=int, help="how many prompts")
     prompts.add_argument("--seed", type=int, default=0, help="another seed gives other prompts (0)")
-    prompts.add_argument("--out", required=True, type=Path, help="the .jsonl file to write")
+    prompts.add_argument("--out", required=True, type=_path, help="the .jsonl file to write")
     return parser, commands
 
 
@@ -244,6 +252,8 @@ def _split(argv: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[
             value = next(tokens, "--")
             if value.startswith("--"):
                 raise UserError(f"{option} has no value; expected {option} VALUE")
+        if not value.strip():  # YAML's null: "no validation", "start anew"
+            raise UserError(f"{option} is empty; expected {option} VALUE, null for none")
         overrides.append((option.removeprefix("--"), value))
     return rest, overrides
 

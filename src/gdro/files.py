@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,42 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
+# What gdro leaves in folders it begins: the copy of a run's configuration, what a store is sampled or imported from.
+MARKS = (".config.yaml", "_sampling.json", "_importing.json")
+
+
+def is_own(path: Path) -> bool:
+    """Whether gdro made what lies at `path`: a mark of its own is in one of the folders around it.
+
+    Asked before anyone is advised to delete it.
+    """
+    return any((folder / mark).is_file() for folder in list(path.absolute().parents)[:4] for mark in MARKS)
+
+
+def remake(path: Path, how: str) -> str:
+    """`: delete PATH and HOW` for what is gdro's own, else nothing."""
+    return f": delete {path} and {how}" if is_own(path) else ""
+
+
 def sweep(folder: Path) -> None:
     """Delete what killed processes left in `folder` half written or half deleted; no other may be at work in it."""
-    for pattern in (".*.tmp", ".*.tmp-*", ".*.deleted"):
-        for path in folder.glob(pattern):
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.(tmp|tmp-\d+|deleted)", path.name):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def sweep_below(out: Path, folders: Iterable[str]) -> None:
+    """The same for `out`, which may hold other things too, and all of its own `folders`."""
+    for path in out.glob(".*"):
+        if re.fullmatch(r"\..+\.tmp-\d+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+    for name in folders:
+        shutil.rmtree(out / f".{name}.deleted", ignore_errors=True)
+        for folder, _, _ in os.walk(out / name):
+            sweep(Path(folder))
 
 
 def fingerprint(*parts: Any) -> str:

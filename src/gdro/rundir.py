@@ -10,14 +10,15 @@ from typing import Any
 
 from gdro import distributed, reading
 from gdro.errors import UserError
-from gdro.files import write_json
+from gdro.files import remake, sweep_below, write_json
 
 HEARTBEAT_SECONDS = 5.0
+FOLDERS = ("prompts", "groups", "rewards", "rounds", "checkpoints", "validation", "adapter", "evaluation")
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the run directory; the system lets go of it when the process ends, however it ends.
+    """Hold the run directory, swept; the system lets go of it when the process ends, however it ends.
 
     Of several processes the first holds it for all.
     """
@@ -34,6 +35,7 @@ def alone(out: Path) -> Iterator[None]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"--out is {out}, where another gdro process is at work; expected to be alone") from None
+        sweep_below(out, FOLDERS)
         yield
 
 
@@ -97,4 +99,4 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """What a JSON file of the run holds, None without the file."""
     if not path.exists():
         return None
-    return reading.read_json(path, "JSON written by gdro (delete it to make it again)")
+    return reading.read_json(path, "JSON written by gdro" + remake(path, "run again to make it anew"))

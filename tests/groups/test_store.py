@@ -142,6 +142,9 @@ def test_damaged_embeddings_are_made_again_once_the_named_file_is_deleted(tmp_pa
     whole = (tmp_path / "_embeddings-00001.safetensors").read_bytes()
     (tmp_path / "_embeddings-00001.safetensors").write_bytes(whole[:-1])
     writer, parquet = GroupWriter(tmp_path), tmp_path / "groups-00001.parquet"
+    with pytest.raises(UserError, match=r"expected the embeddings of groups-00001\.parquet$"):
+        writer.has_shard(1)
+    (tmp_path / "_sampling.json").write_text("{}")  # so it was gdro that made them
     with pytest.raises(UserError, match=re.escape(f"delete {parquet} and run")):
         writer.has_shard(1)
     parquet.unlink()

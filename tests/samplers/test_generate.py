@@ -11,7 +11,7 @@ from gdro.groups.store import GroupStore, GroupWriter
 from gdro.models.flux import FluxModel
 from gdro.prompts import Prompt
 from gdro.rng import torch_rng
-from gdro.samplers.generate import Generation, sample_groups
+from gdro.samplers.generate import Generation, check_round_ids, sample_groups
 from gdro.samplers.ode import generate
 
 SETTINGS = Generation(
@@ -150,3 +150,14 @@ def test_rounds_and_purposes_draw_other_noise(flux: FluxModel, tmp_path: Path):
     assert [store.group_ids for store in stores] == [["p0"], ["p0@1"], ["p0"]]
     images = [store.images(store.group_ids[0])[0].tobytes() for store in stores]
     assert len(set(images)) == 3
+
+
+def test_ids_that_two_rounds_could_share_are_refused():
+    def check(*ids: str) -> None:
+        check_round_ids([Prompt(i, "a wall") for i in ids], "sample.prompts")
+
+    check("a", "b@1", "a@b", "@1", "a@")
+    with pytest.raises(UserError, match=r'sample.prompts has the ids "a" and "a@1", .* is called in round 1'):
+        check("a", "a@1")
+    with pytest.raises(UserError, match='"a@1" and "a@1@12"'):
+        check("a@1@12", "a@1", "b")

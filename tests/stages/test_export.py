@@ -16,7 +16,7 @@ from gdro.models.flux import FluxModel
 from gdro.prompts import Prompt
 from gdro.samplers.generate import Generation, sample_groups
 from gdro.samplers.ode import generate
-from gdro.stages.export import export
+from gdro.stages.export import export, model_card
 from gdro.training.checkpoint import save_checkpoint
 from gdro.training.config import RoundsConfig, TrainConfig
 
@@ -119,6 +119,23 @@ def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     assert "images/pair-1.png" in card
     assert (out / "images" / "pair-1.png").exists()
     assert "pipe.load_lora_weights" in card
+
+
+def test_a_prompt_is_one_line_of_the_card_whatever_it_holds(run_dir: Path):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["score"]["reward"] = "mine:`x`\n# Reward"
+    prompt = "a wall\n\n# Heading\n\n---\r\n<script>alert(1)</script> &amp; ![x](y) | *b* `c` \u2028## Next"
+    lines = model_card(config, 1, None, [(prompt, "pair-0.png")]).splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        f"# LoRA for {config['model'].replace('_', chr(92) + '_')}, post-trained with gdro",
+        "## Base (left) and tuned (right), same noise",
+        "## Use",
+    ]
+    assert lines.count("---") == 2
+    assert any(line.endswith("Reward: `` mine:`x` # Reward ``.") for line in lines)
+    shown = r"a wall # Heading --- &lt;script&gt;alert(1)&lt;/script&gt; &amp;amp; !\[x\](y) \| \*b\* \`c\` ## Next"
+    assert f"*{shown}*" in lines
+    assert f"![{shown}](images/pair-0.png)" in lines
 
 
 def test_a_card_without_a_judge_leaves_its_rows_out(run_dir: Path):

@@ -70,6 +70,30 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
         find_checkpoint(tmp_path, "latest", 100)
 
 
+def test_what_gdro_did_not_make_is_never_to_be_deleted(tmp_path: Path) -> None:
+    """Somebody's LoRA, another trainer's checkpoint; of a damaged checkpoint outside of a run nothing is advised."""
+    for name, file in (
+        ("my-lora", "pytorch_lora_weights.safetensors"),
+        ("checkpoint-500", "optimizer.safetensors"),
+        ("step-000005", "adapter_model.safetensors"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(b"weights")
+        with pytest.raises(
+            UserError, match=rf"resume_from_checkpoint: .*{name} is no checkpoint of gdro; expected"
+        ) as e:
+            find_checkpoint(tmp_path / "checkpoints", str(tmp_path / name), 100)
+        assert "delete" not in str(e.value)
+
+    path = save(tmp_path / "run" / "checkpoints", 7)
+    (path / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"ema.safetensors is damaged .*; expected a whole checkpoint$"):
+        load_checkpoint(path)
+    (tmp_path / "run" / ".config.yaml").write_text("")
+    with pytest.raises(UserError, match=rf"expected a whole checkpoint: delete {path} and go on from an earlier one$"):
+        load_checkpoint(path)
+
+
 def test_which_checkpoint_is_resumed(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest", 100) is None
     assert find_checkpoint(tmp_path, None, 100) is None

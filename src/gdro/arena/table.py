@@ -91,7 +91,7 @@ def results(study: Study, votes: Sequence[Vote]) -> str:
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table whose columns also line up in a terminal."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     return [

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from gdro.errors import UserError
+from gdro.files import remake
 from gdro.images import open_image
 from gdro.prompts import Prompt
 from gdro.reading import parse_json, reading
@@ -89,18 +90,20 @@ def is_stochastic(sampler: str | None) -> bool:
     return sampler not in (None, "ode")
 
 
-WHOLE = "a whole file, as gdro wrote it: delete it and run what made it (`gdro sample`) again"
+def whole(path: Path) -> str:
+    """What is expected of a file of groups."""
+    return "a whole file, as gdro wrote it" + remake(path, "run what made it (`gdro sample` or `import`) again")
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """The file, memory-mapped, with its footer read and its page checksums armed; inside `reading(path, WHOLE)`."""
+    """The file, memory-mapped, with its footer read and its page checksums armed; inside `reading`."""
     return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 def read_shard(path: Path) -> Shard:
     """Check a file's footer, schema and index. Raises UserError naming the file and what is wrong in it."""
     light = ["image_id", "group_id", "index", "prompt_id", "record", "text", "sampler", *AXES, *SETTINGS]
-    with reading(path, WHOLE), open_parquet(path) as file:
+    with reading(path, whole(path)), open_parquet(path) as file:
         schema = file.schema_arrow
         if not schema.equals(SCHEMA):
             wrong = [f.name for f in SCHEMA if f.name not in schema.names or not schema.field(f.name).equals(f)]
@@ -145,13 +148,13 @@ def read_shard(path: Path) -> Shard:
 
 def read_rows(path: Path, place: int, columns: Sequence[str]) -> pa.Table:
     """The chosen columns of the `place`-th group of a file."""
-    with reading(path, WHOLE), open_parquet(path) as file:
+    with reading(path, whole(path)), open_parquet(path) as file:
         return file.read_row_group(place, columns=list(columns))
 
 
 def read_images(path: Path, place: int) -> list[Image.Image]:
     """The images (RGB) of the `place`-th group of a file."""
-    with reading(path, WHOLE):
+    with reading(path, whole(path)):
         rows = read_rows(path, place, ["image_id", "image"]).to_pylist()
     return [open_image(row["image"]["bytes"], f'{path}: image "{row["image_id"]}"') for row in rows]
 

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gdro.errors import UserError
-from gdro.files import atomic_path, write_bytes
+from gdro.files import atomic_path, remake, write_bytes
 from gdro.groups.shard import SCHEMA, Shard, is_stochastic, read_images, read_rows, read_shard
 from gdro.images import to_rgb
 from gdro.models.base import Text
@@ -284,7 +284,7 @@ def _checked(path: Path) -> Shard:
 
 def _check_tensors(tensors: Path, groups: Iterable[str], what: str, path: Path) -> None:
     """Raise UserError if the file `tensors`, beside `path`, is not whole or has nothing of one of `groups`."""
-    expected = f"the {what} of {path.name}: delete {path} and run what made it (`gdro sample`) again"
+    expected = f"the {what} of {path.name}" + remake(path, "run what made it (`gdro sample` or `import`) again")
     with reading(tensors, expected), safe_open(tensors, framework="np") as file:
         # opening compares the header with the file's length
         held = {_owner(key) for key in sorted(file.keys())}

@@ -296,6 +296,18 @@ def group_id(prompt: Prompt, round: int) -> str:
     return prompt.id if round == 0 else f"{prompt.id}@{round}"
 
 
+def check_round_ids(prompts: Sequence[Prompt], field: str) -> None:
+    """Raise UserError if a prompt's group of a later round could have the id of another prompt's."""
+    ids = {prompt.id for prompt in prompts}
+    for one in ids:
+        other, at, number = one.rpartition("@")
+        if at and number.isdecimal() and other in ids:
+            raise UserError(
+                f'{field} has the ids "{other}" and "{one}", which is what the group of the former '
+                f"is called in round {int(number)}; expected another id"
+            )
+
+
 def _plan(
     begun: dict[str, Any], prompts: Sequence[Prompt], prompts_per_shard: int, folder: Path, label: str
 ) -> list[int]:

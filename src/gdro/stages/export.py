@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,9 @@ def model_card(
     )
     parts = [
         f"---\n{dump_yaml(head)}---",
-        f"# LoRA for {model}, post-trained with gdro",
+        f"# LoRA for {_plain(model)}, post-trained with gdro",
         f"Trained {rounds} on scored groups of its own images ({train['objective']}; {settings}), {step} steps. "
-        f"Reward: `{config['score']['reward']}`.",
+        f"Reward: {_code(str(config['score']['reward']))}.",
     ]
     if model not in LICENCES:
         parts.append("The licence of the base model applies.")
@@ -157,4 +158,12 @@ checkpoint's own weights without EMA."""
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+    """A user's text as one line of Markdown that shows it as it is: no heading, no HTML, no emphasis."""
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def _code(text: str) -> str:
+    """The same as code, in a fence longer than any in the text."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if fence == "`" else f"{fence} {line} {fence}"

@@ -7,6 +7,7 @@ processes each writes its share of the tensors, `adapter-00001-of-0000n` and so 
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gdro import distributed
 from gdro.errors import UserError
-from gdro.files import discard, write_bytes, write_json
+from gdro.files import discard, remake, write_bytes, write_json
 from gdro.reading import read_bytes, read_json
 from gdro.training.config import TrainConfig
 
@@ -97,6 +98,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint. Raises UserError naming the file that is missing or damaged."""
     if not os.path.isdir(path):
         raise UserError(f"{FIELD}: {path} not found; expected a checkpoint folder")
+    held = {file.name.partition(".")[0].partition("-")[0] for file in path.iterdir()}
+    if not re.fullmatch(rf"{PREFIX}\d{{6,}}", path.absolute().name) or not held & {"state", "ema", "optimizer"}:
+        raise UserError(f"{FIELD}: {path} is no checkpoint of gdro; expected a folder {PREFIX}NNNNNN of a run")
     try:
         state = read_json(path / "state.json", "the state of a checkpoint")
         digests = {path / f"{file}.safetensors": digest for file, digest in state["sha256"].items()}
@@ -167,7 +171,7 @@ def stopped_at(folder: Path, config: TrainConfig) -> int | None:
     path = folder / "stopped.json"
     if not path.exists():
         return None
-    stopped = read_json(path, "the step at which training ended; delete it to go on")
+    stopped = read_json(path, "the step at which training ended" + remake(path, "go on"))
     under = {name: stopped.get(name) for name in _limits(config)}
     return int(stopped["step"]) if under == _limits(config) and stopped["step"] in steps_saved(folder) else None
 
@@ -202,7 +206,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
 
 
 def _damaged(path: Path, cause: object) -> str:
-    return f"{FIELD}: {path} is damaged ({cause}); delete {path.parent} to go on from an earlier checkpoint"
+    earlier = remake(path.parent, "go on from an earlier one")
+    return f"{FIELD}: {path} is damaged ({cause}); expected a whole checkpoint{earlier}"
 
 
 def _sync(folder: Path) -> None:
