@@ -227,9 +227,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     study.add_argument("--seed", type=int, help="of pairs, order and sides (0)")
     study.add_argument("--pairs", type=int, help="pairs of images (every prompt once for every two models)")
 
-    prompts = command("prompts", "write prompts of the tiny world", _prompts)
-    prompts.add_argument("spec", nargs="?", help="tiny:TASK:SPLIT:COUNT[:SEED], or the options below")
-    prompts.add_argument("--task", help="ocr or geneval")
+    prompts = command("prompts", "write prompts that come with gdro to a file", _prompts)
+    prompts.add_argument(
+        "spec", nargs="?", help="gdro:TASK:SPLIT[:COUNT], tiny:TASK:SPLIT:COUNT[:SEED], or the options below"
+    )
+    prompts.add_argument("--task", help="ocr or geneval, of the tiny world")
     prompts.add_argument("--split", help="train, validation or test")
     prompts.add_argument("--count", type=int, help="how many prompts")
     prompts.add_argument("--seed", type=int, default=0, help="another seed gives other prompts (0)")
@@ -375,14 +377,17 @@ def _arena(args: argparse.Namespace, _: list[Override]) -> None:
 def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
     choices = [args.task, args.split, args.count]
     if args.spec is None and None in choices:
-        raise UserError("gdro prompts: expected tiny:TASK:SPLIT:COUNT[:SEED], or --task, --split and --count")
+        raise UserError(
+            "gdro prompts: expected gdro:TASK:SPLIT[:COUNT], tiny:TASK:SPLIT:COUNT[:SEED], or --task, --split and "
+            "--count"
+        )
     if args.spec is not None and choices != [None] * 3:
         raise UserError(f"gdro prompts: {args.spec} and --task, --split, --count; expected one of the two forms")
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out is {args.out}; expected a name that ends in .jsonl")
+    from gdro.prompt_sets import named_prompts
     from gdro.prompts import write_prompts
-    from gdro.tiny.prompts import tiny_prompts
 
-    prompts = tiny_prompts(args.spec or f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}")
+    prompts = named_prompts(args.spec or f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}")
     write_prompts(args.out, prompts)
     put(f"{args.out}: {len(prompts)} prompts")

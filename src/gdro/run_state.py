@@ -17,6 +17,7 @@ from gdro.errors import UserError
 from gdro.groups.store import GroupStore
 from gdro.models import FlowModel, load_model, passes
 from gdro.models.replica import Replica
+from gdro.prompt_sets import is_named, named_prompts
 from gdro.prompts import Prompt, read_prompts
 from gdro.rewards.base import Judge
 from gdro.rewards.derived import Scorer
@@ -241,14 +242,8 @@ class RunState:
 
 
 def resolve(field: str, spec: str) -> list[Prompt]:
-    """Prompts of a file or of the tiny world; UserError names `field`."""
-    if spec.startswith("tiny:"):
-        from gdro.tiny.prompts import tiny_prompts
-
-        read: Any = tiny_prompts
-    else:
-        read = read_prompts
+    """Prompts of a file or of gdro's own; UserError names `field`."""
     try:
-        return read(spec)
+        return named_prompts(spec) if is_named(spec) else read_prompts(spec)
     except UserError as error:
         raise UserError(f"{field}: {str(error).removeprefix('prompts: ')}") from None

@@ -34,9 +34,7 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    prompts: str = Field(
-        min_length=1, description="Held-out prompts: a .txt or .jsonl file, or tiny:TASK:SPLIT:COUNT[:SEED]."
-    )
+    prompts: str = Field(min_length=1, description="Held-out prompts, as sample.prompts.")
     images_per_prompt: int = Field(4, ge=1, description="Images of each prompt, from the same noise for both models.")
     num_inference_steps: int = Field(28, ge=1, description="Steps of the solver; the rest is as in section sample.")
     judge: str | dict[str, Any] | None = Field(

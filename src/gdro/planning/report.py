@@ -12,6 +12,7 @@ from gdro.planning.gpus import Device, gpu, present
 from gdro.planning.plan import Plan, Stage, plan, to_json
 from gdro.planning.shapes import Shapes, largest_size, shapes_of
 from gdro.planning.timing import SMALL, measured_pace
+from gdro.prompt_sets import is_named
 from gdro.run_state import resolve
 
 
@@ -19,7 +20,7 @@ def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:
     """The plan of `config` on the GPU called `gpu_name`, "cpu", or (None) the device the run would use here."""
     device, here = _device(config, gpu_name)
     shapes = shapes_of(config, cuda=here is None or here.type == "cuda")
-    prompts, notes = _prompts(config)
+    prompts, notes = prompt_counts(config)
     pace = None
     if here is not None and shapes.transformer.parameters <= SMALL:
         pace = measured_pace(config, here)
@@ -47,7 +48,7 @@ def _device(config: RunConfig, name: str | None) -> tuple[Device, torch.device |
     return present(here), here
 
 
-def _prompts(config: RunConfig) -> tuple[dict[str, int | None], list[str]]:
+def prompt_counts(config: RunConfig) -> tuple[dict[str, int | None], list[str]]:
     """How many prompts each split has, and a note for each file that is not there yet."""
     specs = {
         "train": ("sample.prompts", config.sample.prompts),
@@ -60,7 +61,7 @@ def _prompts(config: RunConfig) -> tuple[dict[str, int | None], list[str]]:
         counts[split] = None
         if spec is None:
             continue
-        if spec.startswith("tiny:") or Path(spec).exists():
+        if is_named(spec) or Path(spec).exists():
             counts[split] = len(resolve(field, spec))
         else:
             notes.append(f"{field}: {spec} is not there yet, so what depends on its number of prompts is not known")

@@ -16,7 +16,7 @@ class SampleConfig(Generation):
     """Section `sample`."""
 
     prompts: str = Field(
-        min_length=1, description="A .txt or .jsonl file, or tiny:TASK:SPLIT:COUNT[:SEED] for the tiny world's own."
+        min_length=1, description="A .txt or .jsonl file, gdro:TASK:SPLIT[:COUNT] or tiny:TASK:SPLIT:COUNT[:SEED]."
     )
 
 

@@ -105,9 +105,7 @@ class TrainConfig(BaseModel):
         "latest", description="latest (from the start if there is none), a checkpoint's folder, or null: start anew."
     )
     validation_steps: int = Field(50, ge=0, description="Steps between validations; 0: none.")
-    validation_prompts: str | None = Field(
-        None, description="A .txt or .jsonl file or tiny:TASK:SPLIT:COUNT[:SEED]; null: no validation."
-    )
+    validation_prompts: str | None = Field(None, description="As sample.prompts; null: no validation.")
     export: Literal["best", "last"] = Field("best", description="The checkpoint handed on: the best or last.")
     alarm_drift: float = Field(
         0.02, gt=0, description="Alarm when the best images' error exceeds the reference's by this share for 20 steps."
