@@ -13,7 +13,8 @@ from PIL import Image
 from gdro.errors import UserError
 from gdro.unigenbench.benchmark import unigenbench
 from gdro.unigenbench.criteria import ENGLISH, MEANINGS, PRIMARIES
-from gdro.unigenbench.judging import own_prompt, published_prompt, read_scores
+from gdro.unigenbench.judging import own_prompt, read_scores
+from gdro.unigenbench.published import published_prompt
 from gdro.unigenbench.reading import read_benchmark
 from gdro.unigenbench.scores import aggregate, markdown
 
@@ -69,16 +70,15 @@ def test_ten_primary_criteria_have_27_sub_criteria_in_both_languages() -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_reads_the_published_form_with_quotes_and_newlines_in_cells(tmp_path: Path, language: str) -> None:
-    found, prompts = read_benchmark(write_benchmark(tmp_path / "a.csv", language))
-    assert found == language
-    assert [(int(p.id), p.text, p.fields["points"], p.fields["descriptions"]) for p in prompts] == ROWS[
-        language
-    ]  # two rows may share a text
+    found = read_benchmark(write_benchmark(tmp_path / "a.csv", language))
+    assert (found.language, found.repairs) == (language, [])
+    read = [(int(p.id), p.text, p.fields["points"], p.fields["descriptions"]) for p in found.prompts]
+    assert read == ROWS[language]  # two rows may share a text
 
 
 def test_a_description_too_many_is_passed_over_as_the_published_code_does(tmp_path: Path) -> None:
     path = write_benchmark(tmp_path / "a.csv", rows=[(0, "x", ["Style"], ["ink", "more"])])
-    assert read_benchmark(path)[1][0].fields["descriptions"] == ["ink"]
+    assert read_benchmark(path).prompts[0].fields["descriptions"] == ["ink"]
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,7 @@ def test_bad_test_points_are_refused(tmp_path: Path, rows: Sequence[Any], told: 
 
 def test_the_question_holds_the_prompt_and_each_point_with_meaning_and_description(tmp_path: Path) -> None:
     for language in ("en", "zh"):
-        _, prompts = read_benchmark(write_benchmark(tmp_path / f"{language}.csv", language))
-        for prompt in prompts:
+        for prompt in read_benchmark(write_benchmark(tmp_path / f"{language}.csv", language)).prompts:
             text = own_prompt(language).question(prompt)
             assert text.count(prompt.text) == 2
             assert f"<checkpoint>{prompt.fields['points']}</checkpoint>" in text
@@ -162,24 +161,123 @@ def test_the_published_prompt_is_taken_word_for_word_from_the_script(tmp_path: P
     script = tmp_path / "eval.py"
     script.write_text(SCRIPT, encoding="utf-8")
     rows = [(0, "a {wall}", ["Style", "Text Generation"], ["ink", "{NO}"])]
-    _, (prompt,) = read_benchmark(write_benchmark(tmp_path / "a.csv", rows=rows))
-    published = published_prompt(script)
+    (prompt,) = read_benchmark(write_benchmark(tmp_path / "a.csv", rows=rows)).prompts
+    published = published_prompt(script, "en")
     assert published.question(prompt) == (
         "Of 「a {wall}」\n            look at ['Style', 'Text Generation']; "
         "Meanings:「\nStyle: how {it} looks\nText Generation: words\n」; "
         "Asked:「\nStyle: ink\nText Generation: {NO}\n」; {answer}"
     )
     published.check([prompt])
-    _, others = read_benchmark(write_benchmark(tmp_path / "b.csv"))
+    others = read_benchmark(write_benchmark(tmp_path / "b.csv")).prompts
     with pytest.raises(UserError, match=r'does not define "Attribute - Color"'):
         published.check(others)
 
 
-@pytest.mark.parametrize("text", ["x = 1", "def f(:", SCRIPT.replace("{prompt}", "{secret}")])
+COMMON = """
+raise SystemExit("never executed")
+MEANINGS_EN = {"Style": "how {it} looks", 'Text Generation': "words"}
+MEANINGS_ZH = {"风格": "样式"}
+TEMPLATE_EN = '''Of 「{prompt}」
+            look at {testpoint}; {explanation}; {test_explanation}; {{answer}}'''
+TEMPLATE_ZH = "看{prompt}{testpoint}{explanation}{test_explanation}"
+LANG_CONFIGS = {
+    "en": {"explanation_dict": MEANINGS_EN, "system_prompt_template": TEMPLATE_EN, "long": 4096,
+           "checkpoint_header": "Meanings", "checkpoint_desc_header": "Asked"},
+    "zh": {"explanation_dict": MEANINGS_ZH, "system_prompt_template": TEMPLATE_ZH,
+           "checkpoint_header": "说明", "checkpoint_desc_header": "描述"},
+}
+def build_system_prompt(prompt, testpoint, test_desc, lang):
+    config = LANG_CONFIGS[lang]
+    explanation_dict = config["explanation_dict"]
+    explanation = f"{config['checkpoint_header']}:\\u300c"
+    for point in testpoint:
+        explanation += f"\\n{point}: {explanation_dict[point]}"
+    explanation += "\\n\\u300d"
+    test_explanation = f"{config['checkpoint_desc_header']}:\\u300c"
+    for idx, point in enumerate(testpoint):
+        test_explanation += f"\\n{point}: {test_desc[idx]}"
+    test_explanation += "\\n\\u300d"
+    return config["system_prompt_template"].format(prompt=prompt, testpoint=testpoint)
+"""
+
+
+def test_the_prompts_of_both_languages_are_taken_from_the_common_script(tmp_path: Path) -> None:
+    script = tmp_path / "eval_common.py"
+    script.write_text(COMMON, encoding="utf-8")
+    rows = [(0, "a {wall}", ["Style", "Text Generation"], ["ink", "{NO}"])]
+    (prompt,) = read_benchmark(write_benchmark(tmp_path / "a.csv", rows=rows)).prompts
+    assert published_prompt(script, "en").question(prompt) == (
+        "Of 「a {wall}」\n            look at ['Style', 'Text Generation']; "
+        "Meanings:「\nStyle: how {it} looks\nText Generation: words\n」; "
+        "Asked:「\nStyle: ink\nText Generation: {NO}\n」; {answer}"
+    )
+    rows = [(0, "红", ["风格", "属性-颜色"], ["水墨", "红色"])]
+    (prompt,) = read_benchmark(write_benchmark(tmp_path / "b.csv", "zh", rows)).prompts
+    chinese = published_prompt(script, "zh")
+    chinese.check([prompt])
+    assert chinese.question(prompt) == (
+        f"看红['风格', '属性-颜色']说明:「\n风格: 样式\n属性-颜色: {MEANINGS['zh']['属性-颜色']}\n」"
+        "描述:「\n风格: 水墨\n属性-颜色: 红色\n」"
+    )
+    assert chinese.lent == ("属性-颜色", "属性-形状")  # in published files, not in every published script
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = 1",
+        "def f(:",
+        SCRIPT.replace("{prompt}", "{secret}"),
+        SCRIPT.replace(' explanation = "', ' elsewhere = "'),
+        COMMON.replace("「{prompt}」", "「{prompt.__class__}」"),
+        COMMON.replace("{testpoint}; ", "{testpoint!r}; "),
+        COMMON.replace("{testpoint}; ", "{testpoint}; {lang}"),
+        COMMON.replace("{testpoint}; ", "{"),
+        COMMON.replace('"en":', '"fr":'),
+        COMMON.replace("MEANINGS_EN = ", "MEANINGS_EN: dict = "),
+        COMMON.replace("'checkpoint_header'", "lang"),
+    ],
+)
 def test_a_script_without_the_prompt_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "eval.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"--judge-prompt: .*eval\.py"):
-        published_prompt(tmp_path / "eval.py")
+        published_prompt(tmp_path / "eval.py", "en")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "before"),
+    [
+        ('[""i"", ""j""]', '[""i"" ""j""]', '"j"]}'),
+        ('[""i"", ""j""]', '[""i""""j""]', '"j"]}'),
+        ('], ""Testpoint Desc', '] ""Testpoint Desc', '"Testpoint Description": ["i",'),
+        ('work.","{', 'work.""{', '{"Subjects": "Animal", "Testpo'),
+    ],
+)
+def test_a_missing_comma_is_put_in_if_wanted_and_told_of(tmp_path: Path, old: str, new: str, before: str) -> None:
+    rows = [(0, "x", ["Style"], ["ink"]), (509, 'A, "work.', ["Style", "World Knowledge"], ["i", "j"])]
+    path = write_benchmark(tmp_path / "en_long.csv", rows=rows)
+    whole, text = read_benchmark(path).prompts, path.read_text()
+    head, row = text[: text.index("509")], text[text.index("509") :]
+    assert old in row
+    path.write_text(head + row.replace(old, new))
+    told = f"index 509, column sub_dims_en: a comma is missing before {before}..."
+    with pytest.raises(UserError) as error:
+        read_benchmark(path)
+    assert f"row 2 (ending at line 3), {told}; put it into the file, or give --repair" in str(error.value)
+    found = read_benchmark(path, repair=True)
+    assert found.prompts == whole
+    assert found.repairs == [told]
+
+
+@pytest.mark.parametrize(
+    "dims", ['{""Testpoints"": [""Style""], ""Testpoint Description"": [""a "", "" c"" ""b""]}', "{", "[1 2]"]
+)
+def test_what_no_comma_mends_is_not_repaired(tmp_path: Path, dims: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(f'index,prompt_en,sub_dims_en\n0,x,"{dims}"\n')
+    with pytest.raises(UserError, match="column sub_dims_en"):
+        read_benchmark(path, repair=True)
 
 
 @pytest.mark.parametrize(
@@ -248,12 +346,18 @@ def test_accuracies_are_pooled_within_a_criterion_and_overall_is_the_mean_of_the
 
 
 def test_without_every_primary_criterion_there_is_no_overall_figure() -> None:
-    results = aggregate([(["Style"], [1])]) | {"images": {"missing": 0, "asked": 1}, "judge": {"model": "m"}}
+    results = aggregate([(["Style"], [1])]) | {
+        "images": {"missing": 0, "asked": 1},
+        "judge": {"model": "m", "own_meanings": ["属性-颜色"]},
+        "repairs": ["index 509: a comma"],
+    }
     assert results["overall"] == {"accuracy": None, "lower_bound": None}
     table = markdown(results)
     assert "| **Overall** | **–** | – | 1 | 1 | 0 |" in table
     assert "| **Style** | 100.00 | 100.00 | 1 | 1 | 0 |" in table
     assert "No overall figure" in table
+    assert "Repaired in the file: index 509: a comma" in table
+    assert "does not define 属性-颜色: gdro's words stand in" in table
 
 
 # ---- whole runs

@@ -23,12 +23,13 @@ from gdro.rundir import alone
 from gdro.samplers.settings import Generation
 from gdro.unigenbench.criteria import ENGLISH
 from gdro.unigenbench.images import Folder, Sampled, find_adapter
-from gdro.unigenbench.judging import JudgePrompt, own_prompt, published_prompt, read_scores
+from gdro.unigenbench.judging import JudgePrompt, own_prompt, read_scores
+from gdro.unigenbench.published import published_prompt
 from gdro.unigenbench.reading import read_benchmark
-from gdro.unigenbench.scores import aggregate, markdown, percent, rows
+from gdro.unigenbench.scores import aggregate, markdown, notes, percent, rows
 
 AT_ONCE = 64  # images in memory while the judge is asked about them
-JUDGE_SECONDS = 300.0  # a request; a reply has as many as 2048 tokens
+JUDGE_SECONDS = 300.0  # a request; a reply has as many as 4096 tokens
 SHOWN = 8  # prompts on the page
 
 
@@ -51,7 +52,7 @@ def unigenbench(
     judge_api_key_env: str | None = None,
     judge_revision: str | None = None,
     judge_concurrency: int = 8,
-    judge_max_tokens: int = 2048,
+    judge_max_tokens: int = 4096,
     model: str | None = None,
     adapter: Path | None = None,
     images_from: Path | None = None,
@@ -65,16 +66,18 @@ def unigenbench(
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     mixed_precision: Literal["no", "bf16"] = "no",
+    repair: bool = False,
 ) -> str:
     """Measure `model` (with `adapter`), or the images in `images_from`, on a UniGenBench file; returns the table.
 
     Writes `out`/results.{json,md,html} and answers.jsonl (every reply). Goes on where it stopped: images lie in
     `out`/groups, replies in `out`/judge.sqlite. Without `judge_url` it only makes the images. The defaults are the
-    published ones: 4 images, 30 steps, guidance 3.5, 1024x1024, at most 2048 tokens of reply. Raises UserError for bad
+    published ones: 4 images, 30 steps, guidance 3.5, 1024x1024, at most 4096 tokens of reply. Raises UserError for bad
     input, an endpoint that does not answer among it, before any image is made; and if no image got a verdict.
     """
-    language, prompts = read_benchmark(file)
-    question = own_prompt(language) if judge_prompt is None else published_prompt(judge_prompt)
+    benchmark = read_benchmark(file, repair=repair)
+    language, prompts = benchmark.language, benchmark.prompts
+    question = own_prompt(language) if judge_prompt is None else published_prompt(judge_prompt, language)
     question.check(prompts)
     source: Folder | Sampled
     if (model is None) == (images_from is None):
@@ -118,6 +121,7 @@ def unigenbench(
         results: dict[str, Any] = {
             "benchmark": "UniGenBench",
             "file": str(file),
+            "repairs": benchmark.repairs,
             "prompts_digest": fingerprint([prompt.to_json() for prompt in prompts]),
             "language": language,
             "prompts": len(prompts),
@@ -132,6 +136,7 @@ def unigenbench(
                 "version": judge.version,
                 "prompt": question.source,
                 "prompt_digest": question.digest,
+                "own_meanings": [name for name in question.lent if any(name in p.fields["points"] for p in prompts)],
             },
             **aggregate((points[i], verdict.scores) for i, of_prompt in verdicts.items() for verdict in of_prompt),
         }
@@ -234,4 +239,6 @@ def _page(
         subject += f" with {origin['adapter']['folder']}"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("gdro.unigenbench") / "page.html").read_text(encoding="utf-8"))
-    return template.render(results=results, rows=rows(results), percent=percent, gallery=gallery, subject=subject)
+    return template.render(
+        results=results, rows=rows(results), notes=notes(results), percent=percent, gallery=gallery, subject=subject
+    )

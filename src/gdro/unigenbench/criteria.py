@@ -66,6 +66,9 @@ _IN_CHINESE = {
     "文本生成": "Text Generation",
 }
 
+UNDEFINED: dict[str, tuple[str, ...]] = {"en": (), "zh": ("属性-颜色", "属性-形状")}
+"""Points of the published files that some of the published scripts say nothing about (and so fail on)."""
+
 ENGLISH: dict[str, dict[str, str]] = {
     "en": {name: name for names in PRIMARIES.values() for name in names},
     "zh": _IN_CHINESE,

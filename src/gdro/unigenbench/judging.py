@@ -1,21 +1,18 @@
 """What the judge is asked about an image, and how its reply is read.
 
-The published judge prompt is part of a script (github.com/CodeGoat24/UniGenBench, `eval/*_eval.py`) that is not copied
+The published judge prompt is part of a script (github.com/CodeGoat24/UniGenBench, `eval/`) that is not copied
 here. `own_prompt` asks the same question, with the same parts and for the same form of reply, in gdro's words;
-`published_prompt` takes the very words from the user's copy of that script, without executing it.
+`published.published_prompt` takes the very words from the user's copy of that script.
 """
 
-import ast
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.prompts import Prompt
-from gdro.reading import read_text, reading
 from gdro.rewards.answers import answer, listed
 from gdro.unigenbench.criteria import MEANINGS
 
@@ -35,6 +32,7 @@ class JudgePrompt:
     template: str
     meanings: Mapping[str, str]
     brackets: Mapping[str, tuple[str, str]]  # of explanation and test_explanation
+    lent: tuple[str, ...] = ()  # points that the script does not define: their meanings are gdro's
 
     @property
     def digest(self) -> str:
@@ -120,51 +118,6 @@ _BRACKETS = {
 
 def own_prompt(language: str) -> JudgePrompt:
     return JudgePrompt("gdro", _TEMPLATES[language], MEANINGS[language], _BRACKETS[language])
-
-
-def published_prompt(path: Path) -> JudgePrompt:
-    """The judge prompt of a published script, e.g. `eval/qwenvl_72b_en_eval.py`, word for word.
-
-    Reads its syntax tree: the f-string `system_prompt`, the dict `explanation_dict`, and what the strings `explanation`
-    and `test_explanation` begin and end with. Raises UserError if one of them is not there in that form.
-    """
-    name, expected = f"--judge-prompt: {path}", "UniGenBench's eval/*_eval.py"
-    text = read_text(path, expected, name)
-    with reading(path, expected, name):
-        tree = ast.parse(text)
-    template, meanings = "", {}
-    begin: dict[str, str] = {}
-    end: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            name, value = node.targets[0].id, node.value
-            if name == "system_prompt" and isinstance(value, ast.JoinedStr):
-                template = "".join(map(_piece, value.values))
-            elif name == "explanation_dict" and isinstance(value, ast.Dict):
-                meanings = {_text(k): _text(v) for k, v in zip(value.keys, value.values, strict=True)}
-            else:
-                begin[name] = _text(value)
-        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and _text(node.value):
-            end[node.target.id] = _text(node.value)
-    brackets = {name: (begin.get(name, ""), end.get(name, "")) for name in FIELDS[2:]}
-    if not all(f"{{{name}}}" in template for name in FIELDS) or not meanings or not all(map(all, brackets.values())):
-        raise UserError(
-            f"--judge-prompt: {path} holds no judge prompt gdro can read; expected UniGenBench's eval/*_eval.py, with "
-            "system_prompt, explanation_dict, explanation and test_explanation"
-        )
-    return JudgePrompt(str(path), template, meanings, brackets)
-
-
-def _text(node: ast.AST | None) -> str:
-    """The string a constant holds; empty for anything else."""
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-
-
-def _piece(node: ast.expr) -> str:
-    """A piece of an f-string as a piece of a template; only FIELDS stay places, so the template can name no other."""
-    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name) and node.value.id in FIELDS:
-        return f"{{{node.value.id}}}"
-    return _text(node).replace("{", "{{").replace("}", "}}")
 
 
 def read_scores(reply: str, count: int) -> list[int] | None:

@@ -87,6 +87,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
+def notes(results: dict[str, Any]) -> list[str]:
+    """What was not taken as published, a sentence each."""
+    lines = [f"Repaired in the file: {repair}" for repair in results["repairs"]]
+    if own := results["judge"]["own_meanings"]:
+        lines.append(f"The judge's script does not define {', '.join(own)}: gdro's words stand in.")
+    return lines
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The table of the results, accuracies in percent."""
     missing, images = results["images"]["missing"], results["images"]["asked"]
@@ -104,6 +112,7 @@ def markdown(results: dict[str, Any]) -> str:
         shown = f"**{name}**" if is_primary else f"· {name}"
         lines.append(f"| {shown} | {percent(figures['accuracy'])} | {percent(figures['lower_bound'])} | {numbers} |")
     lines += ["", f"{images} images, {missing} of them without a verdict; judge {results['judge']['model']}."]
+    lines += notes(results)
     if overall["accuracy"] is None:
         lines.append("No overall figure: it is the mean of the ten primary criteria, and some have no answer here.")
     return "\n".join(lines) + "\n"
