@@ -349,6 +349,19 @@ def test_reward_by_the_final_score(tmp_path: Path) -> None:
         assert "Final Score" in server.asked[0].text
 
 
+def test_a_thought_is_missing_counted_and_not_kept(tmp_path: Path) -> None:
+    said = [f"<think>{AXES_REPLY}", f"<think>{AXES_REPLY}</think>\nA fine picture."]
+    with FakeEndpoint(lambda asked: Said(said[0] if shade(asked) == 2 else said[1])) as server:
+        reward = unified_reward(url=server.url, model="judge", attempts=1, cache=str(tmp_path / "judge.sqlite"))
+        for times in (1, 2):
+            scores = reward(PICTURES, PROMPTS)
+            assert np.isnan(scores.values).all()
+            assert all("missing" in evidence for evidence in scores.evidence)
+            assert len([a for a in server.asked if a.images]) == times * len(PICTURES)
+        said[:] = [AXES_REPLY, AXES_REPLY]
+        assert np.isfinite(reward(PICTURES, PROMPTS).values).all()
+
+
 @pytest.mark.parametrize("version", ["2.0", "1.x_words"])
 def test_judge_grades_the_axes(tmp_path: Path, version: Any) -> None:
     with FakeEndpoint(axes_of) as server:
