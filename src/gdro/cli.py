@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
-from gdro import __version__
+from gdro import __version__, environment
 from gdro.errors import LostProcess, UserError, did_you_mean
 from gdro.terminal import put, tell
 
@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        environment.check()
+    except UserError as error:
+        if environment.is_first():  # of several, all of which find it
+            tell(f"gdro: {error}")
+        return 2
+    try:
         return _dispatch(argv)
     except UserError as error:
         if _speaks():
@@ -66,15 +72,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _speaks():
             tell(f"gdro: {error}; the same command goes on where it stopped")
         return 1
-    except Exception:
-        if _speaks():
+    except Exception as error:
+        if not _speaks():
+            return 1
+        variable = environment.blamed(error)
+        if variable is None:
             raise
-        return 1
+        cause = f"{type(error).__name__}: {error}"
+        tell(f"gdro: {variable}, a variable of the environment, cannot be used ({' '.join(cause.split()):.300})")
+        return 2
 
 
 def _several() -> bool:
     """Whether torchrun or the like has started more processes than this one."""
-    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
+    return environment.world_size() > 1
 
 
 def _speaks() -> bool:
@@ -87,7 +98,11 @@ def _speaks() -> bool:
 
 
 def _quiet() -> None:
-    """Libraries' bars and notices off; gdro has its own. Whoever sets these variables keeps their values."""
+    """Libraries' bars and notices off; gdro has its own. Whoever sets these variables keeps their values.
+
+    Figures are drawn into files, so matplotlib's backend for windows, which it checks, is none of theirs.
+    """
+    os.environ["MPLBACKEND"] = "agg"
     for name, value in {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

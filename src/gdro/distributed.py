@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gdro import environment
 from gdro.device import is_of_device
 from gdro.errors import LostProcess, UserError
 
 T = TypeVar("T")
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)
 FAILED = "failed"
 
@@ -37,17 +37,11 @@ def started() -> Iterator[None]:
     Raises UserError for variables that are missing or make no sense.
     """
     global _store, _patient
-    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+    environment.check()
+    if environment.world_size() == 1:
         yield
         return
-    found = {name: os.environ.get(name, "") for name in VARIABLES}
-    for name, value in found.items():
-        if not value or (name != "MASTER_ADDR" and not value.isdigit()):
-            raise UserError(
-                f'{name} is "{value}", but WORLD_SIZE is {found["WORLD_SIZE"]}; expected the variables that torchrun '
-                "or accelerate launch sets"
-            )
-    gpu = int(found["LOCAL_RANK"])
+    gpu = int(os.environ["LOCAL_RANK"])
     if gpu < torch.cuda.device_count():
         torch.cuda.set_device(gpu)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -57,8 +51,8 @@ def started() -> Iterator[None]:
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"MASTER_ADDR is {found['MASTER_ADDR']}, MASTER_PORT {found['MASTER_PORT']}: the {found['WORLD_SIZE']} "
-            f"processes did not find each other ({str(error).splitlines()[0]})"
+            f"MASTER_ADDR is {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}: the "
+            f"{os.environ['WORLD_SIZE']} processes did not find each other ({str(error).splitlines()[0]})"
         ) from None
     yield
     dist.destroy_process_group()  # not after an error: the others may be waiting for this process
@@ -82,7 +76,7 @@ def is_first() -> bool:
 
 def local_size() -> int:
     """How many processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _patient else 1
+    return environment.whole("LOCAL_WORLD_SIZE", 1) or 1 if _patient else 1
 
 
 def of_first(label: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
+from gdro import environment
 from gdro.errors import UserError
 from gdro.files import fingerprint
 from gdro.prompts import Prompt
@@ -164,7 +165,7 @@ class OcrReward:
         targets = [target_of(prompt) for prompt in prompts]
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images came with {len(targets)} prompts")
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+        threads = environment.threads() or os.cpu_count() or 1
         with ThreadPoolExecutor(max(1, min(threads, len(images)))) as pool:
             evidence = list(pool.map(lambda i: read(i, images[i], self.engine, self.lang), range(len(images))))
         scores = [

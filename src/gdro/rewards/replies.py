@@ -30,8 +30,11 @@ def open_replies(file: str | None) -> Iterator[Replies]:
 
     Raises UserError, also from within the block, if it is damaged or cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "gdro" / "judge.sqlite" if file is None else Path(file).expanduser()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = cache / "gdro" / "judge.sqlite" if file is None else Path(file).expanduser()
+    except RuntimeError as error:  # no HOME
+        raise UserError(f"judge cache: {file or 'the default'} has no place ({error}); expected a path") from None
     connection = None
     try:
         try:
