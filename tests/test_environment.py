@@ -1,6 +1,10 @@
 """Variables of the environment that are numbers: each wrong one is a line that names it."""
 
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -65,16 +69,32 @@ def test_only_the_first_of_several_processes_says_it(
     assert "OMP_NUM_THREADS" in capsys.readouterr().err
 
 
+def reads() -> str:
+    return str(int(os.environ.get("SOME_LIBRARY_TIMEOUT", "10")))
+
+
+def names() -> str:
+    raise ValueError("no such setting,\ntry SOME_LIBRARY_TIMEOUT=10")
+
+
+@pytest.mark.parametrize("listing", [reads, names])
 def test_a_library_that_stumbles_over_a_variable_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], listing: Callable[[], str]
 ) -> None:
     monkeypatch.setenv("SOME_LIBRARY_TIMEOUT", "soon")
-
-    def listing() -> str:
-        return str(int(os.environ.get("SOME_LIBRARY_TIMEOUT", "10")))
-
     monkeypatch.setattr("gdro.rewards.registry.listing", listing)
     assert main(["rewards"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("gdro: SOME_LIBRARY_TIMEOUT, a variable of the environment, cannot be used (ValueError: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:9"), ("SSL_CERT_FILE", "/nowhere")])
+def test_a_hub_that_cannot_be_asked_is_one_line_with_the_variable(name: str, value: str) -> None:
+    code = "from gdro.hub import locate; locate('no-one/nothing', 'x', field='model', expected='a folder')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True, text=True, check=False
+    )
+    error = ended.stderr.splitlines()[-1]
+    assert error.startswith("gdro.errors.UserError: model: no-one/nothing is no folder here, nor on the Hub (")
+    assert re.search(rf"[;,] {name}.* set\); expected a folder$", error)

@@ -10,6 +10,7 @@ from gdro.errors import UserError
 LARGEST = 2**31 - 1
 NUMBERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "SOURCE_DATE_EPOCH")
 BAR = ("MININTERVAL", "MAXINTERVAL", "MINITERS", "NCOLS", "NROWS", "POSITION", "DELAY", "SMOOTHING", "INITIAL", "TOTAL")
+NAME = re.compile(r"\b[A-Z]+_[A-Z_]+\b")
 READ = re.compile(r"""(?:environ(?:\.get)?|getenv)[\[(]\s*["']([A-Za-z0-9_]+)["']""")
 
 
@@ -69,12 +70,12 @@ def whole(name: str, least: int, most: int = LARGEST, *, required: str | None = 
 
 
 def blamed(error: BaseException) -> str | None:
-    """The variable that is set and was being read where a library raised `error`."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        for name in READ.findall(frame.line or ""):
-            if name in os.environ:
-                return str(name)
-    return None
+    """The variable that is set and was being read where a library raised `error`, or that a ValueError speaks of."""
+    lines = [frame.line or "" for frame in reversed(traceback.extract_tb(error.__traceback__))]
+    names = [name for line in lines for name in READ.findall(line)]
+    if isinstance(error, ValueError):
+        names += NAME.findall(str(error))
+    return next((name for name in names if name in os.environ), None)
 
 
 def _number(text: str) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gdro.errors import UserError
 
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -44,13 +45,22 @@ def locate(name: str, file: str, *, field: str, expected: str, revision: str | N
     try:
         commit = HfApi().model_info(name, revision=revision, timeout=10).sha
     except Exception as error:  # no network, or no such model: at once, where a download would try again and again
-        cause = type(error).__name__
+        cause = _cause(error)
     try:
         path = Path(hf_hub_download(name, file, revision=commit or revision, local_files_only=commit is None))
-    except (OSError, ValueError) as error:
-        cause = cause or type(error).__name__
+    except Exception as error:
+        cause = cause or _cause(error)
         raise UserError(f"{field}: {name} is no folder here, nor on the Hub ({cause}); expected {expected}") from None
     return Source(name, path.parent.name, path)
+
+
+def _cause(error: Exception) -> str:
+    """In one line, with the variables of the environment that may have to do with it."""
+    proxies = [f"{kind}_proxy" for kind in ("http", "https", "all", "no")]
+    names = [*proxies, *map(str.upper, proxies), *CERTIFICATES, "HF_ENDPOINT", "HF_HUB_OFFLINE"]
+    given = [name for name in names if os.environ.get(name)]
+    said = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+    return f"{said}; {', '.join(given)} set" if given else said
 
 
 def digest(files: Iterable[Path]) -> str:

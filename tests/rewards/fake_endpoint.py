@@ -7,15 +7,19 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
 from PIL import Image
 
-from gdro.rewards.endpoint import Question
+from gdro.rewards import endpoint
+from gdro.rewards.endpoint import Endpoint, Question
 
 
 @dataclass
@@ -138,6 +142,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
+
+
+@contextmanager
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeEndpoint, Endpoint]]]:
+    """`serve(behave, **settings)`: a running server and a client of it, with short pauses and a cache of its own."""
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+    with ExitStack() as servers:
+
+        def start(
+            behave: Callable[[Asked], Said], models: tuple[str, ...] | None = ("judge",), **settings: Any
+        ) -> tuple[FakeEndpoint, Endpoint]:
+            server = servers.enter_context(FakeEndpoint(behave, models))
+            settings = {"url": server.url, "model": "judge", "cache": str(folder / "judge.sqlite")} | settings
+            return server, Endpoint(**settings)
+
+        yield start
 
 
 def number(text: str) -> float | None:

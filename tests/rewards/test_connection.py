@@ -4,17 +4,23 @@ import html
 import json
 import re
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from fake_endpoint import Said, echo, number, questions
+from fake_endpoint import FakeEndpoint, Said, echo, number, questions, serving
 
 from gdro.errors import UserError
 from gdro.rewards.connection import find_proxy
 from gdro.rewards.endpoint import Endpoint
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeEndpoint, Endpoint]]]:
+    with serving(tmp_path, monkeypatch) as start:
+        yield start
 
 
 def test_api_key_is_sent_and_never_shown(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

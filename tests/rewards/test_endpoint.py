@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_endpoint import Asked, Said, echo, number, questions
+from fake_endpoint import Asked, FakeEndpoint, Said, echo, number, questions, serving
 from PIL import Image
 
 from gdro.errors import UserError
@@ -26,6 +27,12 @@ from gdro.rewards.connection import LONGEST_REPLY
 from gdro.rewards.endpoint import Answer, Endpoint, Question
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeEndpoint, Endpoint]]]:
+    with serving(tmp_path, monkeypatch) as start:
+        yield start
 
 
 def test_request_has_the_images_before_the_text_pixel_by_pixel(serve: Any) -> None:
