@@ -20,7 +20,7 @@ from small_run import small_run, start
 
 from gdro.cli import main
 
-TIMED = {"images_per_second", "seconds"}
+TIMED = {"images_per_second", "seconds", "digest"}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_run_directory_holds_what_it_should(work: Path) -> None:
 def test_the_summary_has_the_documented_shape(work: Path) -> None:
     summary = json.loads((work / "whole" / "summary.json").read_text())
     kinds = ["verdict", "alarm", "reward", "corrected", "judge", "seconds", "evaluations", "steps", "rounds"]
-    assert list(summary) == [*kinds, "objective", "model", "prompts", "seed"]
+    assert list(summary) == [*kinds, "objective", "model", "prompts", "seed", "digest"]
     for name in ("reward", "corrected"):
         assert list(summary[name]) == ["base", "tuned", "gain", "ci95"]
         assert summary[name]["gain"] == pytest.approx(summary[name]["tuned"] - summary[name]["base"])

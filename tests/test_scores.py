@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +9,8 @@ import pytest
 from small_run import small_run
 
 from gdro.cli import main
-from gdro.rewards.store import read_header
+from gdro.rewards.store import read_header, read_scored, write_rewards
+from gdro.sealed import read_record
 
 SUM = '[{name: "my_rewards:redness", weight: 0.7}, {name: "my_rewards:blueness", weight: 0.3, transform: win_rate}]'
 
@@ -37,7 +37,7 @@ def test_a_standardised_sum_is_measured_by_the_constants_of_training(config: Pat
     out = tmp_path / "run"
     spec = '[{name: "my_rewards:redness"}, {name: "my_rewards:blueness", weight: -0.5}]'
     assert main(["run", str(config), "--out", str(out), "--score.reward", spec]) == 0
-    (constants,) = json.loads((out / "rewards" / "standard.json").read_text()).values()
+    (constants,) = read_record(out / "rewards" / "standard.json").values()
     for side in ("base", "tuned"):
         folder = out / "evaluation" / side / "rewards"
         red, blue, both = (
@@ -70,15 +70,13 @@ def test_images_without_a_score_are_left_out(config: Path, tmp_path: Path, capsy
 
 def forget(path: Path, images: set[str]) -> None:
     """Take these images' scores out of a file of rewards."""
-    header: Any = read_header(path)
-    with pq.ParquetFile(path) as file:
-        tables = [file.read_row_group(i) for i in range(file.num_row_groups)]
-        schema = file.schema_arrow
-    assert len(tables) == len(header.contents)
-    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-        for table in tables:
-            kept = [
-                None if image in images else score
-                for image, score in zip(table["image_id"].to_pylist(), table["score"].to_pylist(), strict=True)
-            ]
-            writer.write_table(table.set_column(4, "score", pa.array(kept, pa.float64())), row_group_size=len(table))
+    header = read_header(path)
+    tables = []
+    for place in range(len(header.contents)):
+        table = read_scored(path, place)
+        kept = [
+            None if image in images else score
+            for image, score in zip(table["image_id"].to_pylist(), table["score"].to_pylist(), strict=True)
+        ]
+        tables.append(table.set_column(4, "score", pa.array(kept, pa.float64())))
+    write_rewards(path, header, tables)

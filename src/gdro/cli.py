@@ -21,7 +21,7 @@ from gdro.terminal import put, tell
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
 # Commands that take no field of a run's configuration.
-WITHOUT_FIELDS = ("prompts", "compare", "rewards", "benchmark", "geneval", "arena", "calibrate")
+WITHOUT_FIELDS = ("prompts", "compare", "rewards", "benchmark", "geneval", "arena", "calibrate", "verify")
 
 STAGES = {
     "sample": "make groups of images of the prompts",
@@ -243,6 +243,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     study.add_argument("--seed", type=int, help="of pairs, order and sides (0)")
     study.add_argument("--pairs", type=int, help="pairs of images (every prompt once for every two models)")
 
+    whole = command("verify", "read every file of a run or study again, and name what is damaged", _verify)
+    whole.add_argument("folder", type=Path, metavar="RUN", help="the run directory, or a study's folder")
+
     prompts = command("prompts", "write prompts that come with gdro to a file", _prompts)
     prompts.add_argument(
         "spec", nargs="?", help="gdro:TASK:SPLIT[:COUNT], tiny:TASK:SPLIT:COUNT[:SEED], or the options below"
@@ -407,3 +410,11 @@ def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
     prompts = named_prompts(args.spec or f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}")
     write_prompts(args.out, prompts)
     put(f"{args.out}: {len(prompts)} prompts")
+
+
+def _verify(args: argparse.Namespace, _: list[Override]) -> int:
+    from gdro.verify import verify
+
+    checked, lines = verify(args.folder)
+    put("\n".join([*lines, f"{args.folder}: {checked} checks, {len(lines)} failed"]))
+    return 2 if lines else 0

@@ -24,7 +24,8 @@ from gdro.errors import UserError, did_you_mean
 from gdro.evaluation.statistics import corrected_axes
 from gdro.files import discard, sweep, write_bytes, write_json
 from gdro.rewards.registry import title
-from gdro.rundir import Clock, alone, read_json
+from gdro.rundir import Clock, alone
+from gdro.sealed import find_record, write_record
 from gdro.strict_yaml import dump_yaml, read_yaml
 from gdro.training.checkpoint import steps_saved, stopped_at
 
@@ -122,7 +123,7 @@ class Comparison:
 
     def failure(self, job: Job) -> str | None:
         """The one line the job last ended with, if that was a failure under the configuration it would have now."""
-        found = read_json(self.out / job.name / FAILED)
+        found = find_record(self.out / job.name / FAILED)
         if found is None:
             return None
         try:
@@ -148,7 +149,7 @@ class Comparison:
                 take_on(self.out / before.name, run)
             self._share_base(job, config)
         if not (run / MADE_WITH).exists():
-            write_json(run / MADE_WITH, made_with(config, self._versions))
+            write_record(run / MADE_WITH, made_with(config, self._versions))
         write_bytes(run / JOB, dump_yaml(config.model_dump(mode="json")).encode())
         until = [] if job.candidate is None else ["--until", "train"]
         return ["run", str(run / JOB), "--out", str(run), *until]
@@ -360,8 +361,8 @@ def take_on(parent: Path, run: Path) -> None:
     discard(half)
     shutil.copytree(parent, half, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     discard(half / "evaluation" / "tuned")
-    seconds = read_json(half / "seconds.json") or {}
-    write_json(half / "seconds.json", {name: value for name, value in seconds.items() if name not in OVERHEAD})
+    seconds = find_record(half / "seconds.json") or {}
+    write_record(half / "seconds.json", {name: value for name, value in seconds.items() if name not in OVERHEAD})
     if run.exists():  # holds a log at most: it was never begun
         discard(run)
     half.rename(run)

@@ -1,6 +1,7 @@
 """The configuration of a run: one strict section a stage, dotted overrides, one-line errors, comparison on resume."""
 
 import difflib
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -9,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdro.errors import UserError, did_you_mean
 from gdro.evaluation.measure import EvaluateConfig
-from gdro.files import write_bytes
+from gdro.files import remake, write_bytes
 from gdro.models.quantisation import Quantisation
+from gdro.reading import read_bytes
 from gdro.stages.sample import SampleConfig
 from gdro.stages.score import ScoreConfig
 from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
@@ -19,6 +21,7 @@ from gdro.training.config import RoundsConfig, TrainConfig
 from gdro.validation import expected, show
 
 CONFIG = "config.yaml"
+_MARK = b"# sha256 "
 KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
 
 # Fields that say how fast, how long or when to give up, never what comes out at a given step; every other one is fixed
@@ -93,14 +96,21 @@ def validate(data: dict[str, Any]) -> RunConfig:
 
 def save_config(config: RunConfig, out: Path) -> None:
     """Write the resolved configuration to `out`/config.yaml, whole or not at all, and a copy to compare with."""
-    for name in (KEPT, CONFIG):
-        write_bytes(out / name, dump_yaml(config.model_dump(mode="json")).encode())
+    text = dump_yaml(config.model_dump(mode="json")).encode()
+    write_bytes(out / KEPT, _MARK + hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    write_bytes(out / CONFIG, text)
 
 
 def saved_config(out: Path) -> RunConfig | None:
     """The configuration that gdro last wrote to `out`, whatever has become of config.yaml since."""
-    path = _saved(out)
-    return validate(read_yaml(path)) if path.exists() else None
+    path = out / KEPT
+    if not path.exists():
+        return validate(read_yaml(out / CONFIG)) if (out / CONFIG).exists() else None
+    mark, _, text = read_bytes(path, "the configuration that the run was begun with").partition(b"\n")
+    again = remake(path, f"{CONFIG} stands for it")
+    if mark != _MARK + hashlib.sha256(text).hexdigest().encode():
+        raise UserError(f"{path}, gdro's copy of {CONFIG}, is damaged; expected it as gdro wrote it{again}")
+    return validate(parse_yaml(text.decode(), str(path)))
 
 
 def _saved(out: Path) -> Path:

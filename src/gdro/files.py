@@ -29,16 +29,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(tmp, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
     finally:
         with suppress(OSError):
             os.unlink(tmp)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force its entries to disk. Windows opens no folders, and needs it not."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

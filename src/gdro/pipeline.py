@@ -13,19 +13,20 @@ from gdro.checks import check, check_sizes
 from gdro.config import RunConfig, check_unchanged, save_config
 from gdro.device import savings, telling
 from gdro.evaluation.measure import make_scored, measure
-from gdro.files import discard, sweep, write_json
+from gdro.files import discard, sweep
 from gdro.groups.importer import import_folder, read_metadata
 from gdro.groups.store import discard_trajectories
 from gdro.models import FlowModel, check_model
 from gdro.progress import duration, interval, say
 from gdro.prompts import write_prompts
 from gdro.run_state import ROUND, STAGES, RunState
-from gdro.rundir import alone, read_json
+from gdro.rundir import alone
+from gdro.sealed import find_record, write_record
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.sample import sample
 from gdro.stages.score import score
 from gdro.stages.train import Round, generator_weights, over, train
-from gdro.training.checkpoint import checkpoint_path, load_checkpoint, mark_stopped, steps_saved
+from gdro.training.checkpoint import checkpoint_path, load_checkpoint, mark_best, mark_stopped, steps_saved
 from gdro.training.log import DriftAlarm
 
 
@@ -176,14 +177,16 @@ class Run(RunState):
         self.model.load_adapter_state(generator_weights(self.checkpoints, round))
 
     def settle(self) -> None:
-        """Note that training is over if the last checkpoint is past limits that were set since."""
+        """Note the best checkpoint; and that training is over if the last one is past limits set since."""
         steps = steps_saved(self.checkpoints)
-        if not steps or self.is_trained():
+        if not steps:
             return
         train, step = self.config.train, steps[-1]
-        place = self._place(self.config.rounds.of_step(step))
-        spent = load_checkpoint(checkpoint_path(self.checkpoints, step)).memory["evaluations"]
-        reason = over(train, place, step, spent)
+        memory = load_checkpoint(checkpoint_path(self.checkpoints, step)).memory
+        mark_best(self.checkpoints, memory["best"])
+        if self.is_trained():
+            return
+        reason = over(train, self._place(self.config.rounds.of_step(step)), step, memory["evaluations"])
         if reason:
             mark_stopped(self.checkpoints, step, reason, train)
 
@@ -243,7 +246,7 @@ class Run(RunState):
 
     def summarise(self) -> None:
         """Write summary.json, once there is an evaluation."""
-        found = read_json(self.evaluation)
+        found = find_record(self.evaluation)
         if found is None:
             return
         seconds = self.clock.seconds
@@ -259,7 +262,7 @@ class Run(RunState):
             "prompts": {split: len(self.prompts[split]) for split in ("train", "test")},
             "seed": self.config.seed,
         }
-        write_json(self.out / "summary.json", summary)
+        write_record(self.out / "summary.json", summary)
 
     def outcome(self, stage: str) -> str:
         """What the last stage left, and the headline if there is one."""
@@ -272,7 +275,7 @@ class Run(RunState):
             "report": self.out / "report.html",
         }
         lines = [f"{stage}: {left[stage]} ({duration(sum(self.clock.seconds.values()))} in all)"]
-        summary = read_json(self.out / "summary.json")
+        summary = find_record(self.out / "summary.json")
         if summary is None or stage not in ("evaluate", "report"):
             return lines[0]
         lines.append(f"verdict: {summary['verdict']['headline']}")

@@ -72,4 +72,9 @@ def check_unique_ids(prompts: Iterable[Prompt], where: str) -> None:
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    write_bytes(path, "".join(p.to_json() + "\n" for p in prompts).encode())
+    write_bytes(path, prompt_lines(prompts))
+
+
+def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
+    """What a file of the prompts holds."""
+    return "".join(p.to_json() + "\n" for p in prompts).encode()

@@ -1,16 +1,19 @@
 """The run directory as such: one process at a time, and the seconds each stage took."""
 
-import fcntl
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gdro import distributed, reading
+from gdro import distributed
 from gdro.errors import UserError
-from gdro.files import remake, sweep_below, write_json
+from gdro.files import sweep_below
+from gdro.reading import cause
+from gdro.sealed import find_record, write_record
 
 HEARTBEAT_SECONDS = 5.0
 FOLDERS = ("prompts", "groups", "rewards", "rounds", "checkpoints", "validation", "adapter", "evaluation")
@@ -29,14 +32,26 @@ def alone(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")  # noqa: SIM115 (closed below; held until then)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out is {out}: {reading.cause(error)}; expected a folder that can be written") from None
+        raise UserError(f"--out is {out}: {cause(error)}; expected a folder that can be written") from None
     with lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock.fileno())
         except OSError:
             raise UserError(f"--out is {out}, where another gdro process is at work; expected to be alone") from None
         sweep_below(out, FOLDERS)
         yield
+
+
+def _lock(handle: int) -> None:
+    """Lock a file as long as it is open; OSError if another process has. Children do not inherit it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        msvcrt: Any = import_module("msvcrt")
+        os.lseek(handle, 0, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Clock:
@@ -44,7 +59,7 @@ class Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._noted: dict[str, float] = read_json(path) or {}
+        self._noted: dict[str, float] = find_record(path) or {}
         self._stages: list[str] = []  # those running; only the innermost one counts
         self._since = 0.0
         self._lock = threading.Lock()
@@ -92,11 +107,4 @@ class Clock:
         if not distributed.is_first():
             return
         with suppress(UserError):  # a full disk will be told of by the stage itself
-            write_json(self.path, self.seconds)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What a JSON file of the run holds, None without the file."""
-    if not path.exists():
-        return None
-    return reading.read_json(path, "JSON written by gdro" + remake(path, "run again to make it anew"))
+            write_record(self.path, self.seconds)

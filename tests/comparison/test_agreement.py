@@ -1,6 +1,5 @@
 """Runs that were made with another model, reward or judge are told of, not mixed."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from gdro.config import save_config, validate
 from gdro.errors import UserError
 from gdro.models import model_revision
 from gdro.models.base import FlowModel
+from gdro.sealed import write_record
 
 
 def test_the_same_name_must_mean_the_same_everywhere() -> None:
@@ -30,9 +30,9 @@ def test_a_run_is_made_with_what_its_configuration_names(tmp_path: Path, flux: F
     assert known == versions
 
     assert recorded(tmp_path) == []
-    (tmp_path / MADE_WITH).write_text(json.dumps(versions))
+    write_record(tmp_path / MADE_WITH, versions)
     evaluation = {"revision": "other", "reward_version": versions["reward ocr"], "judge_version": None}
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    write_record(tmp_path / "evaluation.json", evaluation)
     save_config(config, tmp_path)
     assert recorded(tmp_path)[0] == versions
     with pytest.raises(UserError, match=f"model {flux_folder} is"):

@@ -1,6 +1,5 @@
 """Curves, costs to a target, intervals over seeds; and the table, the page and the plots of them."""
 
-import json
 import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -23,6 +22,8 @@ from gdro.comparison.results import (
 )
 from gdro.comparison.table import END, HEAD, START, geneval_rows, markdown, put_into, rows, search_note, searches
 from gdro.errors import UserError
+from gdro.sealed import write_record
+from tests.run_files import write_metrics
 
 
 def validation(step: int, reward: float, evaluations: int) -> dict[str, Any]:
@@ -54,12 +55,12 @@ def run(
         "evaluations": {"sample": 100, "train": 300},
         "seconds": {"sample": 1.0, "score": 2.0, "train": 30.0, "evaluate": 9.0},
     }
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "checkpoints" / "stopped.json").write_text('{"step": 2, "reason": "target_reward"}')
+    write_record(folder / "evaluation.json", evaluation)
+    write_record(folder / "summary.json", summary)
+    write_record(folder / "checkpoints" / "stopped.json", {"step": 2, "reason": "target_reward"})
     points = [validation(step, reward, 200 * (step + 1)) for step, reward in enumerate(rewards)]
     lines = [{"step": p.pop("step"), "validation": p} for p in points]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_metrics(folder / "metrics.jsonl", lines)
     return run_results(folder, target=0.6)
 
 

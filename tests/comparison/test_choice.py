@@ -1,6 +1,5 @@
 """The rule that takes a candidate, and the figures it rests on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from gdro.comparison.choice import choose, figures, validations
 from gdro.errors import UserError
+from tests.run_files import write_metrics
 
 
 def candidate(reward: float, corrected: float | None = 1.0, fall: float | None = 0.0) -> dict[str, Any]:
@@ -55,8 +55,7 @@ def test_validations_are_read_from_the_log_a_cut_line_left_out(tmp_path: Path) -
         {"step": 1, "loss": 1.0},
         {"step": 1, "validation": {"reward": 1}},
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 2, "valid')
+    write_metrics(tmp_path / "metrics.jsonl", lines, '{"step": 2, "valid')
     assert validations(tmp_path) == [{"step": 0, "reward": 0.4}, {"step": 1, "reward": 1}]
     assert validations(tmp_path / "none") == []
     (tmp_path / "metrics.jsonl").write_text("nonsense\n")

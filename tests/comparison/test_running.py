@@ -1,6 +1,5 @@
 """Processes of a bench: order, failures, and their end with the process that started them."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from gdro.comparison.bench import Job
 from gdro.comparison.running import FAILED, LOG, note_end, run_jobs
 from gdro.errors import UserError
+from gdro.sealed import read_record
 
 
 def job(name: str, *after: str) -> Job:
@@ -59,7 +59,7 @@ def test_a_failure_is_noted_until_the_job_is_started_again(tmp_path: Path) -> No
 
     note = tmp_path / "a" / FAILED
     failed = run_jobs([job("a")], tmp_path, workers=1, is_done=lambda one: False, start=start)
-    assert json.loads(note.read_text()) == {"rc": 2, "error": failed["a"]}
+    assert read_record(note) == {"rc": 2, "error": failed["a"]}
     spec = "tiny:ocr:train:2"
     assert run_jobs([job("a")], tmp_path, workers=1, is_done=lambda one: False, start=start) == {}
     assert not note.exists()

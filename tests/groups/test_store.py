@@ -142,7 +142,7 @@ def test_damaged_embeddings_are_made_again_once_the_named_file_is_deleted(tmp_pa
     whole = (tmp_path / "_embeddings-00001.safetensors").read_bytes()
     (tmp_path / "_embeddings-00001.safetensors").write_bytes(whole[:-1])
     writer, parquet = GroupWriter(tmp_path), tmp_path / "groups-00001.parquet"
-    with pytest.raises(UserError, match=r"expected the embeddings of groups-00001\.parquet$"):
+    with pytest.raises(UserError, match=r"expected the file that groups-00001\.parquet was written with$"):
         writer.has_shard(1)
     (tmp_path / "_sampling.json").write_text("{}")  # so it was gdro that made them
     with pytest.raises(UserError, match=re.escape(f"delete {parquet} and run")):
@@ -163,6 +163,18 @@ def test_flipped_byte_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"groups-00000.parquet is damaged"):
         store.images("a")
+
+
+@pytest.mark.parametrize(("name", "place"), [("_embeddings-00000.safetensors", -1), ("groups-00000.parquet", -40)])
+def test_a_bit_that_leaves_a_file_readable_is_named(tmp_path: Path, name: str, place: int) -> None:
+    """One of an embedding, one of the footer's metadata."""
+    write(tmp_path, [["a"]])
+    path = tmp_path / name
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        GroupStore(tmp_path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Evaluation end to end on a very small real FLUX: base against tuned on the same seeds, files, resumption, verdict."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from gdro.rewards.base import ImageFailure, Scores
 from gdro.rewards.geneval import TAGS
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.samplers.generate import Generation
+from gdro.sealed import read_record
 from gdro.stages.evaluate import compare_measured, evaluate, summary_section
 from gdro.tiny.prompts import tiny_prompts
 
@@ -75,7 +75,7 @@ def run(model: Any, out: Path, **changes: Any) -> dict[str, Any]:
 def test_base_and_tuned_share_seeds_and_everything_is_written(flux: Any, tmp_path: Path) -> None:
     model = adapted(flux)
     evaluation = run(model, tmp_path)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+    assert read_record(tmp_path / "evaluation.json") == evaluation
     assert evaluation["prompt_ids"] == ["a", "b", "c"]
     stores = {side: GroupStore(tmp_path / "evaluation" / side) for side in ("base", "tuned")}
     for side, store in stores.items():

@@ -1,6 +1,5 @@
 """An exported adapter gives plain diffusers the images that training saw; the card says what it is."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from gdro.models.flux import FluxModel
 from gdro.prompts import Prompt
 from gdro.samplers.generate import Generation, sample_groups
 from gdro.samplers.ode import generate
+from gdro.sealed import write_record
 from gdro.stages.export import export, model_card
 from gdro.training.checkpoint import save_checkpoint
 from gdro.training.config import RoundsConfig, TrainConfig
@@ -42,11 +42,11 @@ def run_dir(flux: FluxModel, tmp_path: Path) -> Path:
     config = {
         "model": flux.name,
         "seed": 0,
-        "sample": GENERATION.model_dump(),
+        "sample": GENERATION.model_dump(mode="json") | {"prompts": "train.txt", "images_per_prompt": 6},
         "score": {"reward": "ocr"},
-        "train": TrainConfig(rank=4, lora_alpha=10).model_dump(),
+        "train": TrainConfig(rank=4, lora_alpha=10).model_dump(mode="json"),
         "rounds": RoundsConfig().model_dump(),
-        "evaluate": {"num_inference_steps": 3},
+        "evaluate": {"num_inference_steps": 3, "prompts": "test.txt"},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
@@ -107,7 +107,7 @@ def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [0.15, 0.25]}
     axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
     summary = VERDICT | {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
-    (run_dir / "summary.json").write_text(json.dumps(summary))
+    write_record(run_dir / "summary.json", summary)
     out = export(run_dir, run_dir / "adapter")
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -143,7 +143,7 @@ def test_a_card_without_a_judge_leaves_its_rows_out(run_dir: Path):
     nothing = {"base": None, "tuned": None, "gain": None, "ci95": [None, None]}
     axes = {"alignment": None, "coherence": None, "style": None}
     summary = VERDICT | {"reward": figures, "corrected": nothing, "judge": {"base": axes, "tuned": axes}}
-    (run_dir / "summary.json").write_text(json.dumps(summary))
+    write_record(run_dir / "summary.json", summary)
     card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward |" in card
     assert "| corrected |" not in card
@@ -154,7 +154,7 @@ def test_a_card_of_one_prompt_has_no_interval(run_dir: Path):
     figures = {"base": 0.5, "tuned": 0.7, "gain": 0.2, "ci95": [None, None]}
     axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
     summary = VERDICT | {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
-    (run_dir / "summary.json").write_text(json.dumps(summary))
+    write_record(run_dir / "summary.json", summary)
     card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward | 0.5000 | 0.7000 | +0.2000 | – |" in card
 
@@ -173,5 +173,5 @@ def test_runs_without_whole_checkpoints_are_refused(run_dir: Path):
     save(run_dir, 200, {}, {}, best={"step": 300})
     with pytest.raises(UserError, match="step-000300 not found"):
         export(run_dir, run_dir / "adapter")
-    with pytest.raises(UserError, match=r"config\.yaml not found"):
+    with pytest.raises(UserError, match=r"holds no config\.yaml"):
         export(run_dir / "nowhere", run_dir / "adapter")

@@ -1,6 +1,5 @@
 """The report of a fabricated run with real stores: parts present, parts missing, markup escaped, nothing external."""
 
-import json
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -19,8 +18,10 @@ from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.scoring import score_groups
+from gdro.sealed import read_record, write_record
 from gdro.stages.evaluate import compare_measured
 from gdro.stages.report import report
+from tests.run_files import write_metrics
 
 MARKUP = '<script>alert("x")</script> a sign "A&B" <img src=http://example.com/x.png>'
 PROMPTS = [Prompt("evil", MARKUP), *(Prompt(f"p{i}", f'a wall with a sign that says "WORD{i}"') for i in range(7))]
@@ -101,7 +102,7 @@ def fabricate(run: Path, size: tuple[int, int]) -> Path:
         **compare_measured(measured(rewards["base"], 0), measured(rewards["tuned"], -0.7), samples=100, seed=0,
                            alarm={"step": 30, "on": True, "excess": 0.05}),
     }  # fmt: skip
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    write_record(run / "evaluation.json", evaluation)
     rows: list[dict[str, Any]] = [{"step": 0, "validation": {"reward": 0.5, "corrected": 0.4}}]
     rows += [
         {"step": i, "loss": 7 - i / 30, "loss_rank": 6.5 - i / 30, "loss_top1": 0.3, "drift_best": -i, "drift_worst": i,
@@ -109,8 +110,8 @@ def fabricate(run: Path, size: tuple[int, int]) -> Path:
          "alarm": i > 19}
         for i in range(1, 31)
     ]  # fmt: skip
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 31, "lo')
-    (run / "seconds.json").write_text(json.dumps({"sample": 60.0, "score": 20.0, "train": 125.0}))
+    write_metrics(run / "metrics.jsonl", rows, '{"step": 31, "lo')
+    write_record(run / "seconds.json", {"sample": 60.0, "score": 20.0, "train": 125.0})
     (run / "config.yaml").write_text("model: tiny # <b>\n")
     return run
 
@@ -172,7 +173,7 @@ def test_markup_in_prompts_evidence_and_configuration_is_text(run_dir: Path) -> 
 
 def test_the_headline_says_what_evaluation_json_says(run_dir: Path) -> None:
     page, _ = page_of(run_dir)
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = read_record(run_dir / "evaluation.json")
     shown = " ".join(page.shown[0].split())
     for name in ("reward", "corrected"):
         result = evaluation["results"][name]
@@ -189,7 +190,7 @@ def test_the_headline_says_what_evaluation_json_says(run_dir: Path) -> None:
 
 def test_base_and_tuned_stand_side_by_side_with_their_own_rewards(run_dir: Path) -> None:
     page, _ = page_of(run_dir)
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = read_record(run_dir / "evaluation.json")
     gains = np.mean(evaluation["tuned"]["reward"], axis=1) - np.mean(evaluation["base"]["reward"], axis=1)
     most = GroupStore(run_dir / "evaluation" / "base").prompt(PROMPTS[int(np.argmax(gains))].id).text
     after = page.shown[0].split("The most improved")[1]
@@ -227,14 +228,14 @@ def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
 
 
 def test_no_judge_and_one_prompt_read_as_dashes(run_dir: Path) -> None:
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = read_record(run_dir / "evaluation.json")
     nothing = {"base": None, "tuned": None, "gain": None, "ci95": [None, None]}
     for name in ("corrected", "alignment", "coherence", "style"):
         evaluation["results"][name] = nothing
         for side in ("base", "tuned"):
             evaluation[side][name] = [[None] * 2 for _ in PROMPTS]
     evaluation["judge"] = None
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    write_record(run_dir / "evaluation.json", evaluation)
     page, _ = page_of(run_dir)
     assert "– → –" in " ".join(page.shown[0].split())
     assert "No judge" in page.shown[0]
@@ -243,12 +244,12 @@ def test_no_judge_and_one_prompt_read_as_dashes(run_dir: Path) -> None:
 
 def test_missing_scores_are_paired_out_and_told(run_dir: Path) -> None:
     """The first prompt has no pair of images with a score in both, the second has one."""
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = read_record(run_dir / "evaluation.json")
     rewards = {side: np.array(evaluation[side]["reward"]) for side in ("base", "tuned")}
     rewards["base"][0, 0] = rewards["tuned"][0, 1] = rewards["tuned"][1, 0] = np.nan
     sides = measured(rewards["base"], 0), measured(rewards["tuned"], 0.01)
     evaluation |= compare_measured(*sides, samples=100, seed=0)
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    write_record(run_dir / "evaluation.json", evaluation)
     shown = " ".join(page_of(run_dir)[0].shown[0].split())
     gains = [t - b for b, t in zip(rewards["base"][2:].mean(1), rewards["tuned"][2:].mean(1), strict=True)]
     gains.append(rewards["tuned"][1, 1] - rewards["base"][1, 1])
@@ -285,7 +286,7 @@ def test_training_groups_show_the_reward_trained_on_and_the_round(run_dir: Path)
 
 
 def test_geneval_has_a_table_by_tag(run_dir: Path) -> None:
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = read_record(run_dir / "evaluation.json")
     assert "color_attr" not in page_of(run_dir)[0].shown[0]
     strict = {"color_attr": 0.123, "overall": None}
     evaluation["geneval"] = {
@@ -293,7 +294,7 @@ def test_geneval_has_a_table_by_tag(run_dir: Path) -> None:
         "tuned": strict | {"color_attr": 0.456},
         "soft": {"base": strict, "tuned": {"color_attr": 0.789, "overall": 0.5}},
     }
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    write_record(run_dir / "evaluation.json", evaluation)
     shown = " ".join(page_of(run_dir)[0].shown[0].split())
     assert "color_attr0.1230.456+0.3330.1230.789+0.666" in shown
     assert "overall––––0.500–" in shown
@@ -310,8 +311,8 @@ def test_large_images_are_embedded_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("evaluation.json", "{", "evaluation.json is not JSON"),
-        ("evaluation.json", "[]", "evaluation.json holds a list"),
+        ("evaluation.json", "{", "evaluation.json is damaged"),
+        ("evaluation.json", "[]", "evaluation.json is damaged"),
         ("metrics.jsonl", "{}\n", "metrics.jsonl:1"),
     ],
 )

@@ -1,16 +1,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gdro.errors import UserError
-from gdro.training.log import DriftAlarm, MetricsLog, require_trackers
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from gdro.training.log import DriftAlarm, MetricsLog, read_metrics, require_trackers
 
 
 def test_a_resumed_log_is_cut_at_the_resumed_step(tmp_path: Path) -> None:
@@ -23,7 +18,7 @@ def test_a_resumed_log_is_cut_at_the_resumed_step(tmp_path: Path) -> None:
         file.write(b'{"step": 4, "lo')  # killed while writing
     with MetricsLog(path, resumed=2) as log:
         log.write(3, {"loss": 9.0})
-    assert rows(path) == [
+    assert read_metrics(path) == [
         {"step": 0, "validation": {"reward": 0.5}},
         {"step": 1, "loss": 1 / 3},
         {"step": 2, "loss": 2 / 3},
@@ -31,15 +26,29 @@ def test_a_resumed_log_is_cut_at_the_resumed_step(tmp_path: Path) -> None:
     ]
     with MetricsLog(path, resumed=None):
         pass
-    assert rows(path) == []
+    assert read_metrics(path) == []
 
 
 def test_a_damaged_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is damaged"):
-        MetricsLog(path, resumed=2)
-    assert "rubbish" in path.read_text()
+    with MetricsLog(path, resumed=None) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": step / 4})
+    whole = path.read_text()
+    first, second, third = whole.splitlines(keepends=True)
+    for text, message in (
+        (f"{first}rubbish\n{third}", r":2 is damaged"),
+        (first + second.replace("0.5", "0.6") + third, r":2 is damaged; expected a row as gdro wrote it"),
+        (first + third, r":2 is of step 3, the row before of 1; expected the next"),
+        (first + second, r"holds 2 rows until step 3, there were 3"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"metrics\.jsonl{message}| is damaged or missing: it {message}"):
+            MetricsLog(path, resumed=3, rows=3)
+        assert path.read_text() == text
+    path.write_text(whole)
+    with MetricsLog(path, resumed=3, rows=3) as log:
+        assert log.rows == 3
 
 
 def test_a_missing_tracker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """The study's database, `arena.sqlite`: models, pairs, and one row a vote, which any SQLite client can read.
 
-A vote is committed (write-ahead log, synced) before `record` returns, so before anything else is shown.
+A vote is committed (and synced) before `record` returns, so before anything else is shown. Every row carries a digest
+of its other columns, so what is read is what was written.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -17,6 +19,7 @@ from typing import Any
 
 from gdro.arena.pairs import Pair, Shown
 from gdro.errors import UserError
+from gdro.validation import show
 
 FILE = "arena.sqlite"
 QUESTIONS = {
@@ -27,19 +30,24 @@ QUESTIONS = {
 """The paper's three; the first words name them in database and table."""
 CHOICES = ("a", "tie", "b")
 
-_FORMAT = 1
+_RESTORE = "put a copy of it back, or begin another study in a new --out"
+
+_FORMAT = 2
 _SCHEMA = """
-CREATE TABLE study (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE study (name TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL);
 CREATE TABLE pairs (
     pair INTEGER PRIMARY KEY, group_id TEXT NOT NULL, prompt TEXT NOT NULL, image INTEGER NOT NULL,
-    first TEXT NOT NULL, second TEXT NOT NULL
+    first TEXT NOT NULL, second TEXT NOT NULL, digest TEXT NOT NULL
 );
 CREATE TABLE votes (
     vote INTEGER PRIMARY KEY AUTOINCREMENT, rater TEXT NOT NULL, pair INTEGER NOT NULL REFERENCES pairs,
     question TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL, choice TEXT NOT NULL CHECK (choice IN ('a', 'tie', 'b')),
-    voted_at TEXT NOT NULL, UNIQUE (rater, pair, question)
+    voted_at TEXT NOT NULL, digest TEXT NOT NULL, UNIQUE (rater, pair, question)
 );
 """
+_STUDY = "SELECT name, value, digest FROM study ORDER BY name"
+_PAIRS = "SELECT pair, group_id, prompt, image, first, second, digest FROM pairs ORDER BY pair"
+_VOTES = "SELECT rater, pair, question, a, b, choice, voted_at, digest FROM votes"
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Votes:
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA journal_mode = DELETE")  # votes that stood in a log beside could be lost with it
             self._db.execute("PRAGMA synchronous = FULL")  # a commit survives the loss of power
             self._db.execute("PRAGMA foreign_keys = ON")
             with self._transaction() as db:
@@ -94,8 +102,13 @@ class Votes:
                     db.execute(f"PRAGMA user_version = {_FORMAT}")
                 elif found != _FORMAT:
                     raise UserError(f"{self.path} has format {found}; expected {_FORMAT}, as `gdro arena` writes it")
+                problem = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                if problem != "ok":
+                    raise UserError(f"{self.path} is damaged ({problem.splitlines()[-1]}); {_RESTORE}")
+                for query in (_STUDY, _PAIRS, _VOTES):
+                    self._rows(db, query)
         except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {error}; expected the SQLite database of a study") from None
+            raise UserError(f"{self.path}: {error}; expected the SQLite database of a study; {_RESTORE}") from None
 
     def close(self) -> None:
         with self._lock:
@@ -108,10 +121,10 @@ class Votes:
         study was begun with, or if pairs it had are missing.
         """
         with self._transaction() as db:
-            begun = dict(db.execute("SELECT name, value FROM study").fetchall())
+            begun = dict(self._rows(db, _STUDY))
             if not begun:
                 begun = {"models": json.dumps(models), "seed": str(seed), "secret": secrets.token_hex(32)}
-                db.executemany("INSERT INTO study VALUES (?, ?)", begun.items())
+                db.executemany("INSERT INTO study VALUES (?, ?, ?)", [(*row, _digest(row)) for row in begun.items()])
             was = json.loads(begun["models"])
             if was.keys() != models.keys():
                 raise UserError(f"{self.path} compares {', '.join(was)}, not {', '.join(models)}; expected those")
@@ -126,14 +139,14 @@ class Votes:
             if len(pairs) < had:
                 raise UserError(f"--pairs is {len(pairs)}, {self.path} has {had}; expected at least as many")
             rows = [(n, p.group, p.prompt, p.index, p.first, p.second) for n, p in enumerate(pairs)]
-            db.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?)", rows[had:])
+            new = [(*row, _digest(row)) for row in rows[had:]]
+            db.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?)", new)
 
     def study(self) -> Study | None:
         """The study begun here; None if none was."""
         with self._lock:
-            begun = dict(self._db.execute("SELECT name, value FROM study").fetchall())
-            rows = self._db.execute("SELECT pair, group_id, prompt, image, first, second FROM pairs ORDER BY pair")
-            pairs = {number: Pair(*rest) for number, *rest in rows}
+            begun = dict(self._rows(self._db, _STUDY))
+            pairs = {number: Pair(*rest) for number, *rest in self._rows(self._db, _PAIRS)}
         if not begun:
             return None
         return Study(list(json.loads(begun["models"])), pairs, int(begun["seed"]), bytes.fromhex(begun["secret"]))
@@ -141,10 +154,11 @@ class Votes:
     def record(self, rater: str, shown: Shown, question: str, choice: str) -> bool:
         """Commit a vote; the same one again changes nothing. False if another choice stands: that takes an undo."""
         with self._transaction() as db:
+            row = (rater, shown.number, question, *shown.models, choice, datetime.now(UTC).isoformat())
             db.execute(
-                "INSERT INTO votes (rater, pair, question, a, b, choice, voted_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (rater, pair, question) DO NOTHING",
-                (rater, shown.number, question, *shown.models, choice, datetime.now(UTC).isoformat()),
+                "INSERT INTO votes (rater, pair, question, a, b, choice, voted_at, digest) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (rater, pair, question) DO NOTHING",
+                (*row, _digest(row)),
             )
             key = (rater, shown.number, question)
             stands = db.execute("SELECT choice FROM votes WHERE rater = ? AND pair = ? AND question = ?", key)
@@ -166,10 +180,16 @@ class Votes:
         """Every vote, or one rater's, in the order they were given."""
         where, values = ("", ()) if rater is None else (" WHERE rater = ?", (rater,))
         with self._lock:
-            rows = self._db.execute(
-                f"SELECT rater, pair, question, a, b, choice FROM votes{where} ORDER BY vote", values
-            )
-            return [Vote(*row) for row in rows]
+            rows = self._rows(self._db, f"{_VOTES}{where} ORDER BY vote", values)
+        return [Vote(*row[:-1]) for row in rows]
+
+    def _rows(self, db: sqlite3.Connection, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows without their digests, which are checked."""
+        rows = db.execute(query, values).fetchall()
+        for *row, digest in rows:
+            if _digest(row) != digest:
+                raise UserError(f"{self.path} is damaged: the row {show(row)} is not the one written; {_RESTORE}")
+        return [row[:-1] for row in rows]
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -182,3 +202,7 @@ class Votes:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+
+def _digest(row: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()[:16]

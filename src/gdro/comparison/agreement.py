@@ -7,7 +7,7 @@ from gdro.config import RunConfig, saved_config
 from gdro.errors import UserError
 from gdro.models import model_revision
 from gdro.rewards.registry import Spec, load_judge, load_reward, title
-from gdro.rundir import read_json
+from gdro.sealed import find_record
 
 MADE_WITH = "made_with.json"  # in a run directory: what it was begun with
 Versions = dict[str, str]
@@ -30,7 +30,7 @@ def made_with(config: RunConfig, known: Versions) -> Versions:
 
 def recorded(run: Path) -> list[Versions]:
     """What the run directory was begun with and, where it is there, what its evaluation was made with."""
-    begun, evaluation, saved = read_json(run / MADE_WITH), read_json(run / "evaluation.json"), saved_config(run)
+    begun, evaluation, saved = find_record(run / MADE_WITH), find_record(run / "evaluation.json"), saved_config(run)
     found: list[Versions] = [] if begun is None else [begun]
     if evaluation is not None and saved is not None:
         versions = (evaluation["revision"], evaluation["reward_version"], evaluation["judge_version"])

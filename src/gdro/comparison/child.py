@@ -3,6 +3,7 @@
 Its standard input is a pipe whose other end the parent holds: it closes however the parent ends, kill -9 included.
 """
 
+import _thread
 import os
 import signal
 import sys
@@ -23,7 +24,10 @@ def end_with_parent() -> None:
 
     def wait() -> None:
         os.read(0, 1)  # nothing is ever written: it returns at the end; sys.stdin would hold a lock at exit
-        signal.pthread_kill(main, signal.SIGINT)
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(main, signal.SIGINT)
+        else:  # Windows
+            _thread.interrupt_main()
         time.sleep(GRACE_SECONDS)
         os._exit(INTERRUPTED)
 

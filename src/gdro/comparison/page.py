@@ -9,15 +9,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from gdro.comparison.plots import cost_svg
-from gdro.comparison.results import EVALUATION
 from gdro.comparison.table import HEAD, INTERVALS, geneval_rows, rows, search_note, searches
 from gdro.evaluation.gallery import figure, is_pixel_art
 from gdro.evaluation.measure import read_evidence
 from gdro.files import write_bytes
 from gdro.groups.store import GroupStore
 from gdro.progress import duration
-from gdro.reading import read_json
 from gdro.rng import numpy_rng
+from gdro.sealed import read_record
 from gdro.strict_yaml import dump_yaml
 
 SHOWN_PROMPTS = 6
@@ -80,7 +79,7 @@ def _images(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
     shown = {name: method for name, method in finished.items() if seed in method["seeds"]}
     runs = {method["title"]: out / method["seeds"][seed]["folder"] for method in shown.values()}
     first = next(iter(runs.values()))
-    evaluation = read_json(first / "evaluation.json", EVALUATION)
+    evaluation = read_record(first / "evaluation.json")
     ids = evaluation["prompt_ids"]
     places = numpy_rng(int(seed), "report prompts").permutation(len(ids))[:SHOWN_PROMPTS]
     store = GroupStore(first / "evaluation" / "base")
@@ -95,7 +94,7 @@ def _images(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _side(title: str, run: Path, side: str, ids: list[str], places: Any) -> dict[str, Any]:
-    evaluation = read_json(run / "evaluation.json", EVALUATION)
+    evaluation = read_record(run / "evaluation.json")
     folder = run / "evaluation" / side
     store = GroupStore(folder)
     evidence = read_evidence(folder / "rewards" / f"{evaluation['reward']}.parquet")

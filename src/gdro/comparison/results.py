@@ -14,9 +14,8 @@ from gdro.comparison.bench import Bench, run_name
 from gdro.comparison.choice import validations
 from gdro.errors import UserError
 from gdro.evaluation.statistics import AXES
-from gdro.reading import read_json
+from gdro.sealed import read_record
 
-EVALUATION = "the evaluation of a finished run"
 COSTS = ("evaluations", "seconds")
 SCORES = ("reward", "corrected", *AXES)
 LIBRARIES = ("gdro", "torch", "diffusers", "transformers", "peft", "numpy", "rapidocr", "onnxruntime")
@@ -69,8 +68,7 @@ def cost_to_reach(points: Sequence[Mapping[str, Any]], target: float, cost: str)
 
 def run_results(run: Path, target: float) -> dict[str, Any]:
     """Everything the table and the page need of one finished run directory."""
-    evaluation = read_json(run / "evaluation.json", EVALUATION)
-    summary = read_json(run / "summary.json", "the summary of a finished run")
+    evaluation, summary = read_record(run / "evaluation.json"), read_record(run / "summary.json")
     points = curve(validations(run))
     if not points:
         raise UserError(f"{run / 'metrics.jsonl'} holds no validation; expected one at least")
@@ -82,7 +80,7 @@ def run_results(run: Path, target: float) -> dict[str, Any]:
         "alarm": evaluation["alarm"],
         "evaluations": summary["evaluations"],
         "seconds": summary["seconds"],
-        "stopped": read_json(run / "checkpoints" / "stopped.json", "the end of a finished training"),
+        "stopped": read_record(run / "checkpoints" / "stopped.json"),
         "curve": points,
         "to_target": {cost: cost_to_reach(points, target, cost) for cost in COSTS},
         "spent": {cost: last[cost] for cost in COSTS},

@@ -11,8 +11,8 @@ from pathlib import Path
 from gdro.comparison.bench import Job
 from gdro.comparison.child import GRACE_SECONDS
 from gdro.errors import UserError
-from gdro.files import write_json
 from gdro.progress import duration
+from gdro.sealed import write_record
 from gdro.terminal import tell
 
 LOG = "job.log"
@@ -81,7 +81,7 @@ def note_end(folder: Path, code: int) -> str:
         return f"killed by signal {-code}"
     error = last_line(folder / LOG) or f"exit code {code}"
     if code in FAILURES:
-        write_json(folder / FAILED, {"rc": code, "error": error})
+        write_record(folder / FAILED, {"rc": code, "error": error})
     return error
 
 

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from gdro.errors import UserError
-from gdro.files import fingerprint, sweep, write_json
+from gdro.files import fingerprint, sweep
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.images import open_image, path_inside
 from gdro.models.base import FlowModel
 from gdro.progress import Progress
 from gdro.prompts import Prompt
-from gdro.reading import parse_json, read_json, read_lines
+from gdro.reading import parse_json, read_lines
 from gdro.rewards.base import Scores
 from gdro.rewards.store import Header, rewards_table, write_rewards
+from gdro.sealed import read_record, write_record
 from gdro.validation import show
 
 BEGUN = "_importing.json"
@@ -64,6 +65,7 @@ def import_folder(
         "guidance_scale": guidance_scale,
         "max_sequence_length": max_sequence_length,
         "revision": model.weights,
+        "files": len(range(0, len(members), GROUPS_PER_SHARD)),
     }
     _begin(groups, begun)
 
@@ -187,10 +189,10 @@ def _begin(groups: Path, begun: dict[str, Any]) -> None:
     if groups.is_dir() and any(groups.glob("*.parquet")):  # else there is nothing yet, and it may be begun anew
         if not path.exists():
             raise UserError(f"{groups} holds groups of another origin; expected an empty or new folder")
-        before = read_json(path, f"what {groups} was imported from")
+        before = read_record(path)
         for field, value in begun.items():
             if before.get(field) != value:
                 raise UserError(
                     f"{groups} was imported with {field} {before.get(field)!r}, now {value!r}; expected another folder"
                 )
-    write_json(path, begun)
+    write_record(path, begun)

@@ -1,7 +1,8 @@
 """One parquet file of the store of groups: its schema, its checks, its images. Needs no torch.
 
 A row is an image and a row group is a group, so one group is read without touching its neighbours. Pages carry
-checksums, and the footer's metadata a digest of the images, by which rewards know what they were given for.
+checksums, the footer is sealed (`gdro.sealed`), and its metadata have a digest of the images, by which rewards know
+what they were given for, and one of every file beside it.
 """
 
 import json
@@ -19,6 +20,7 @@ from gdro.files import remake
 from gdro.images import open_image
 from gdro.prompts import Prompt
 from gdro.reading import parse_json, reading
+from gdro.sealed import check_footer
 
 SETTINGS = ("guidance_scale", "max_sequence_length", "generator", "revision")
 """Columns that hold one value throughout a store: training must use the same."""
@@ -73,6 +75,7 @@ class Shard:
 
     path: Path
     content: str  # digest of its images and latents
+    beside: dict[str, str]  # name of each file that holds what its groups were made with: digest of its bytes
     groups: dict[str, int]  # group id -> number of images; the n-th group is the n-th row group
     prompts: dict[str, Prompt]
     sizes: dict[str, tuple[int, int]]  # group id -> height and width of its images
@@ -109,9 +112,9 @@ def read_shard(path: Path) -> Shard:
             wrong = [f.name for f in SCHEMA if f.name not in schema.names or not schema.field(f.name).equals(f)]
             found = f"column {wrong[0]!r} is missing or of another type" if wrong else "there are other columns too"
             raise UserError(f"{path} is not a file of groups: {found}; expected the columns of gdro's store")
-        content = (schema.metadata or {}).get(b"gdro.content", b"").decode()
-        if not content:
-            raise UserError(f'{path} has no "gdro.content" in its metadata; expected a file that gdro wrote')
+        check_footer(path)
+        metadata = schema.metadata or {}
+        content, beside = metadata[b"gdro.content"].decode(), json.loads(metadata[b"gdro.beside"])
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         table = file.read(columns=light)
     groups: dict[str, int] = {}
@@ -143,7 +146,7 @@ def read_shard(path: Path) -> Shard:
             raise UserError(f"{path} has several values of {name} ({values[0]!r}, {values[1]!r}); expected one")
         settings[name] = values[0]
     sampler = settings.pop("sampler")
-    return Shard(path, content, groups, prompts, images, settings, text, sampler)
+    return Shard(path, content, beside, groups, prompts, images, settings, text, sampler)
 
 
 def read_rows(path: Path, place: int, columns: Sequence[str]) -> pa.Table:

@@ -8,7 +8,8 @@ parquet file exists only when everything it refers to does.
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from gdro.images import to_rgb
 from gdro.models.base import Text
 from gdro.prompts import Prompt
 from gdro.reading import reading
+from gdro.sealed import check_bytes, seal, unsealed
 
-DISCARDED = {"gdro": "discarded"}  # metadata of an emptied file of trajectories
+EMPTIED = save({}, {"gdro": "discarded"})  # a file of trajectories that are needed no more
 PARTS = ("states", "log_probs", "times")
 
 
@@ -80,10 +82,10 @@ class GroupWriter:
 
     def has_shard(self, i: int) -> bool:
         """Whether file i is there and whole; UserError if it is there but damaged."""
-        path = self.folder / _groups_name(i)
+        path = self.folder / groups_name(i)
         if not path.exists():
             return False
-        _checked(path)
+        check_shard(path)
         return True
 
     def write_shard(
@@ -116,23 +118,29 @@ class GroupWriter:
                 raise ValueError(f"group {group} has the indices {[row.index for row in members]}")
             tables.append(_table(members, f"{_embeddings_name(i)}#{group}", digest))
         tensors = {f"{group}/{name}": t.contiguous() for group, one in text.items() for name, t in one.items()}
-        write_bytes(self.folder / _embeddings_name(i), save(tensors))
+        beside = {_embeddings_name(i): save(tensors)}
         if trajectories is not None:
             tensors = {f"{g}/{part}": getattr(t, part).contiguous() for g, t in trajectories.items() for part in PARTS}
             # groups of one round may share the tensor of times, which safetensors would refuse
             tensors |= {f"{g}/times": t.times.clone() for g, t in trajectories.items()}
-            write_bytes(self.folder / _trajectories_name(i), save(tensors))
+            beside[_trajectories_name(i)] = save(tensors)
+        for name, data in beside.items():
+            write_bytes(self.folder / name, data)
 
-        schema = SCHEMA.with_metadata({**SCHEMA.metadata, "gdro.content": digest.hexdigest()[:16]})
+        own = {
+            "gdro.content": digest.hexdigest()[:16],
+            "gdro.beside": json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}),
+        }
+        schema = SCHEMA.with_metadata({**SCHEMA.metadata, **own})
         names = [field.name for field in SCHEMA if pa.types.is_string(field.type)]
-        with (
-            atomic_path(self.folder / _groups_name(i)) as tmp,
-            pq.ParquetWriter(
+        with atomic_path(self.folder / groups_name(i)) as tmp:
+            with pq.ParquetWriter(
                 tmp, schema, use_dictionary=names, write_statistics=names, write_page_checksum=True
-            ) as writer,
-        ):
-            for table in tables:
-                writer.write_table(table.cast(schema), row_group_size=len(table))
+            ) as writer:
+                writer.add_key_value_metadata(unsealed())
+                for table in tables:
+                    writer.write_table(table.cast(schema), row_group_size=len(table))
+            seal(tmp)
 
 
 class GroupStore:
@@ -148,9 +156,9 @@ class GroupStore:
         if not paths:
             raise UserError(f"{folder} holds no groups-*.parquet; expected a store of groups")
         for i, path in enumerate(paths):
-            if path.name != _groups_name(i):
-                raise UserError(f"{folder} has {path.name} but no {_groups_name(i)}; expected every file of the store")
-        self.shards: list[Shard] = [_checked(path) for path in paths]
+            if path.name != groups_name(i):
+                raise UserError(f"{folder} has {path.name} but no {groups_name(i)}; expected every file of the store")
+        self.shards: list[Shard] = [check_shard(path) for path in paths]
         self._places: dict[str, tuple[Shard, int]] = {}
         self.settings: dict[str, Any] = self.shards[0].settings
         for shard in self.shards:
@@ -229,7 +237,7 @@ class GroupStore:
 def discard_trajectories(folder: Path) -> None:
     """Empty a store's trajectory files, which outweigh its images; the groups stay, and the store stays whole."""
     for path in sorted(folder.glob("_trajectories-*.safetensors")):
-        write_bytes(path, save({}, DISCARDED))
+        write_bytes(path, EMPTIED)
 
 
 def _check_trajectories(groups: Mapping[str, Sequence[ImageRow]], trajectories: Mapping[str, Trajectory]) -> None:
@@ -243,7 +251,7 @@ def _check_trajectories(groups: Mapping[str, Sequence[ImageRow]], trajectories: 
             raise ValueError(f"the trajectory of group {group} is not of {images} images and {steps} steps")
 
 
-def _groups_name(i: int) -> str:
+def groups_name(i: int) -> str:
     return f"groups-{i:05d}.parquet"
 
 
@@ -262,8 +270,7 @@ def _trajectories_path(groups: Path) -> Path:
 
 def _discarded(groups: Path) -> bool:
     path = _trajectories_path(groups)
-    with reading(path, f"the trajectories of {groups.name}"), safe_open(path, framework="np") as file:
-        return bool(file.metadata() == DISCARDED)
+    return path.is_file() and path.stat().st_size == len(EMPTIED) and path.read_bytes() == EMPTIED
 
 
 def _owner(key: str) -> str:
@@ -271,27 +278,15 @@ def _owner(key: str) -> str:
     return key.rpartition("/")[0]
 
 
-def _checked(path: Path) -> Shard:
-    """A parquet file, the embeddings it refers to and the trajectories it should have, all checked."""
+def check_shard(path: Path) -> Shard:
+    """A parquet file and what lies beside it: the text embeddings and, unless discarded, the trajectories."""
     shard = read_shard(path)
-    for name in {reference.partition("#")[0] for reference in shard.text.values()}:
-        groups = [group for group, reference in shard.text.items() if reference.startswith(f"{name}#")]
-        _check_tensors(path.with_name(name), groups, "embeddings", path)
-    if shard.stochastic:
-        _check_tensors(_trajectories_path(path), shard.groups, "trajectories", path)
+    for name, digest in shard.beside.items():
+        file = path.with_name(name)
+        if name != _trajectories_path(path).name or not _discarded(path):
+            again = remake(path, "run what made it (`gdro sample` or `import`) again")
+            check_bytes(file, digest, f"the file that {path.name} was written with{again}")
     return shard
-
-
-def _check_tensors(tensors: Path, groups: Iterable[str], what: str, path: Path) -> None:
-    """Raise UserError if the file `tensors`, beside `path`, is not whole or has nothing of one of `groups`."""
-    expected = f"the {what} of {path.name}" + remake(path, "run what made it (`gdro sample` or `import`) again")
-    with reading(tensors, expected), safe_open(tensors, framework="np") as file:
-        # opening compares the header with the file's length
-        held = {_owner(key) for key in sorted(file.keys())}
-        discarded = file.metadata() == DISCARDED
-    for group in groups:
-        if group not in held and not discarded:
-            raise UserError(f'{tensors} has no {what} of group "{group}"; expected those of {path.name}')
 
 
 def _table(rows: Sequence[ImageRow], text: str, digest: Any) -> pa.Table:

@@ -4,6 +4,8 @@ The strength of a layer, alpha / rank, is kept in as many places as there are tr
 adapter_config.json (peft), in a tensor `<layer>.alpha` (kohya and others), or nowhere, which means 1.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ from gdro.reading import cause, parse_json, read_json, reading
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name and peft's
 CONFIG = "adapter_config.json"
+AGAIN = "`gdro export` makes it again"
 HEADER = "lora_adapter_metadata"
 _MATRIX = re.compile(
     r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up|lora(?:_linear_layer)?\.(?:down|up))(?:\.default)?\.weight"
@@ -74,11 +77,41 @@ def read_adapter(
     return _fitting(path, state, layers)
 
 
+def check_adapter(folder: Path) -> None:
+    """Raise UserError unless `folder` holds an adapter as gdro wrote it, to the last bit."""
+    path = folder / WEIGHTS[0]
+    _, header = _read(path)
+    if _sealed(header) is None:
+        raise UserError(f"adapter: {path} is damaged: its header is not the one written; {AGAIN}")
+
+
+def digest_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
+    """Of an adapter that gdro writes: its matrices (float32, on the CPU) and its header's entry without the digest."""
+    total = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+    for key in sorted(tensors):
+        total.update(f"{key} {tuple(tensors[key].shape)}".encode())
+        total.update(tensors[key].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _sealed(header: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
+    """(digest, the entry it was taken with) of an adapter that gdro wrote; None of another's."""
+    try:
+        entry = parse_json(header.get(HEADER, "{}"), "it")
+        return entry["gdro"].pop("digest"), entry
+    except (UserError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in float32 and the header. Raises UserError naming a tensor that is not finite."""
+    """Tensors in float32 and the header. Raises UserError naming a tensor that is not finite, and for one of gdro's own
+    adapters that is not as it was written."""
     with reading(path, "a safetensors file", f"adapter: {path}"), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (no mapping)
         header = dict(file.metadata() or {})
+    own = _sealed(header)
+    if own is not None and own[0] != digest_of(tensors, own[1]):
+        raise UserError(f"adapter: {path} is damaged: its bytes are not those written; {AGAIN}")
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"adapter: {path}: {key} holds values that are not finite; expected a trained LoRA")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gdro.errors import UserError, did_you_mean
 from gdro.files import write_bytes
-from gdro.models.adapter_file import HEADER, WEIGHTS, read_adapter
+from gdro.models.adapter_file import HEADER, WEIGHTS, digest_of, read_adapter
 from gdro.rng import torch_rng
 
 ADAPTER = "default"
@@ -101,7 +101,7 @@ def write_lora(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, A
     `config` holds the `r` and `lora_alpha` they were trained with. Their ratio goes into B, so that a reader who looks
     for alpha in the header (diffusers), in `.alpha` tensors (ComfyUI) or nowhere applies the same strength. `about` is
     kept under "gdro" in the header's one entry: safetensors writes several in random order, and the same adapter should
-    be the same file.
+    be the same file. There too stands a digest of it all, which `read_lora` checks.
     """
     modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in state})
     header = {"r": config["r"], "lora_alpha": config["r"], "target_modules": modules}
@@ -111,6 +111,7 @@ def write_lora(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, A
         for name, value in state.items()
     }
     path = folder / WEIGHTS[0]
-    entry = {f"transformer.{key}": value for key, value in header.items()} | {"gdro": dict(about)}
+    entry: dict[str, Any] = {f"transformer.{key}": value for key, value in header.items()} | {"gdro": dict(about)}
+    entry["gdro"]["digest"] = digest_of(tensors, entry)
     write_bytes(path, save(tensors, {HEADER: json.dumps(entry)}))
     return path

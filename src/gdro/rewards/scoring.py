@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from gdro import distributed
 from gdro.errors import UserError
-from gdro.files import write_json
 from gdro.groups.shard import Shard, pieces
 from gdro.groups.store import GroupStore
 from gdro.progress import Progress, say
@@ -23,7 +22,7 @@ from gdro.rewards.base import Reward, Scores
 from gdro.rewards.derived import DerivedReward, Scorer
 from gdro.rewards.store import Header, read_header, read_rewards, read_scored, rewards_table, write_rewards
 from gdro.rewards.workers import score_all
-from gdro.rundir import read_json
+from gdro.sealed import find_record, write_record
 
 MAX_MISSING = 0.1
 PER_PROCESS = 128  # images whose scoring pays for starting a process
@@ -155,7 +154,7 @@ def _derive(
     scores = [{group: r.numpy() for group, r in read_rewards(path, store).items()} for path in paths]
     constants = reward.constants(scores) if fit or not reward.standardises else _read_constants(reward, standard)
     if fit and standard is not None and distributed.is_first():
-        write_json(standard, {**(read_json(standard) or {}), reward.version: constants})  # other sums keep theirs
+        write_record(standard, {**(find_record(standard) or {}), reward.version: constants})  # other sums keep theirs
     combined = reward.combined(scores, constants)
     header = Header(reward.name, reward.version, store.contents)
 
@@ -178,7 +177,7 @@ def _derive(
 
 
 def _read_constants(reward: DerivedReward, standard: Path | None) -> list[tuple[float, float]]:
-    saved = None if standard is None else read_json(standard)
+    saved = None if standard is None else find_record(standard)
     if saved is None or reward.version not in saved:
         raise UserError(
             f'{standard} has no constants of the reward "{reward.name}"; expected those that scoring the first '

@@ -20,6 +20,7 @@ from gdro.errors import UserError
 from gdro.files import atomic_path
 from gdro.reading import parse_json, reading
 from gdro.rewards.base import Scores
+from gdro.sealed import check_footer, seal, unsealed
 
 SCHEMA = pa.schema(
     [
@@ -77,15 +78,20 @@ def write_rewards(path: Path, header: Header, tables: Iterable[pa.Table]) -> Non
     """Write the file, atomically; `tables` in the order of `header.contents`, held in memory one at a time."""
     meta = {"name": header.name, "version": header.version, "contents": header.contents}
     schema = SCHEMA.with_metadata({"gdro.rewards": json.dumps(meta, ensure_ascii=False)})
-    with atomic_path(path) as tmp, pq.ParquetWriter(tmp, schema, write_page_checksum=True) as writer:
-        for table in tables:
-            writer.write_table(table.cast(schema), row_group_size=len(table))
+    with atomic_path(path) as tmp:
+        with pq.ParquetWriter(tmp, schema, write_page_checksum=True) as writer:
+            writer.add_key_value_metadata(unsealed())
+            for table in tables:
+                writer.write_table(table.cast(schema), row_group_size=len(table))
+        seal(tmp)
 
 
 def read_header(path: Path) -> Header:
     """UserError if the file is missing, damaged, truncated or not one of rewards."""
     with reading(path, WHOLE), pq.ParquetFile(path) as file:
         schema, row_groups = file.schema_arrow, file.num_row_groups
+        if b"gdro.rewards" in (schema.metadata or {}):
+            check_footer(path)
     meta = (schema.metadata or {}).get(b"gdro.rewards")
     if meta is None or not schema.equals(SCHEMA):
         raise UserError(f"{path} is not a file of rewards; expected the columns {', '.join(SCHEMA.names)}")
@@ -112,7 +118,9 @@ def read_rewards(path: Path, store: Images) -> dict[str, Tensor]:
     """
     header = read_header(path)
     for name, content in header.contents.items():
-        if store.contents.get(name) != content:
+        if name not in store.contents:
+            raise UserError(f"{path} has rewards of {name}, which the groups lack; expected them (`gdro sample`)")
+        if store.contents[name] != content:
             raise UserError(f'{path} has rewards of another {name} than the groups have; score again ("gdro score")')
     scores: dict[str, float] = {}
     for place in range(len(header.contents)):

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from gdro import distributed
 from gdro.errors import UserError
-from gdro.files import fingerprint, sweep, write_json
+from gdro.files import fingerprint, sweep
 from gdro.groups.store import GroupWriter, ImageRow, Trajectory
 from gdro.models.base import FlowModel, Text
 from gdro.progress import Progress, say
 from gdro.prompts import Prompt, check_unique_ids
-from gdro.reading import read_json
 from gdro.rng import torch_rng
 from gdro.samplers.ode import generate
 from gdro.samplers.rollout import rollout
 from gdro.samplers.settings import Generation
 from gdro.samplers.windows import window_steps
+from gdro.sealed import find_record, write_record
 
 STARTED = "_sampling.json"
 
@@ -338,16 +338,11 @@ def _plan(
                 f'{label}.prompts: {folder} was begun with other prompts from "{shards[i][0].id}" on; '
                 "expected the same ones first"
             )
-    write_json(path, {"settings": begun, "shards": plan})
+    write_record(path, {"settings": begun, "shards": plan})
     return list(accumulate(len(shard) for shard in shards))
 
 
 def read_begun(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """The settings and shards a store was begun with; None without the file."""
-    if not path.exists():
-        return None
-    begun = read_json(path, "the settings its folder was sampled with")
-    try:
-        return dict(begun["settings"]), list(begun["shards"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; expected the settings its folder was sampled with") from None
+    begun = find_record(path)
+    return None if begun is None else (begun["settings"], begun["shards"])

@@ -11,7 +11,6 @@ from gdro import distributed
 from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
 from gdro.evaluation.signs import compare_signs, verdict
 from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means, text_numbers
-from gdro.files import write_json
 from gdro.models.base import FlowModel
 from gdro.prompts import Prompt
 from gdro.rewards.base import Judge
@@ -19,6 +18,7 @@ from gdro.rewards.derived import Scorer
 from gdro.rewards.geneval import summary
 from gdro.rewards.scoring import MAX_MISSING
 from gdro.samplers.generate import Generation
+from gdro.sealed import write_record
 
 AXIS_FALL = 0.25  # a judge axis (1 to 5) that falls by more, its interval below zero, counts against the tuned model
 
@@ -104,7 +104,7 @@ def evaluate(
         )
         if sides["base"].verdicts:
             evaluation["geneval"] = geneval_section(prompts, sides)
-        write_json(out / "evaluation.json", evaluation)
+        write_record(out / "evaluation.json", evaluation)
         return evaluation
 
     return distributed.first(compared)

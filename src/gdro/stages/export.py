@@ -8,14 +8,15 @@ from typing import Any
 
 from PIL import Image
 
+from gdro.config import saved_config
 from gdro.errors import UserError
 from gdro.files import atomic_path, write_bytes
 from gdro.groups.store import GroupStore
 from gdro.models.loading import family as family_of
 from gdro.models.lora import write_lora
 from gdro.progress import interval
-from gdro.rundir import read_json
-from gdro.strict_yaml import dump_yaml, read_yaml
+from gdro.sealed import find_record
+from gdro.strict_yaml import dump_yaml
 from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, steps_saved
 from gdro.training.config import HYPERPARAMETERS
 
@@ -29,7 +30,10 @@ def export(run_dir: Path, out: Path) -> Path:
     They are those of the checkpoint with the best corrected score, or of the last one if none was validated or
     train.export says so. Raises UserError if the run has no checkpoint or a damaged one.
     """
-    config = read_yaml(run_dir / "config.yaml")
+    saved = saved_config(run_dir)
+    if saved is None:
+        raise UserError(f"{run_dir} holds no config.yaml; expected the folder of a run")
+    config = saved.model_dump(mode="json")
     checkpoint = chosen(run_dir / "checkpoints", config["train"]["export"])
     lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
     about = {"model": config["model"], "objective": config["train"]["objective"], "step": checkpoint.step}
@@ -38,7 +42,7 @@ def export(run_dir: Path, out: Path) -> Path:
     card = model_card(
         config,
         checkpoint.step,
-        read_json(run_dir / "summary.json"),
+        find_record(run_dir / "summary.json"),
         _gallery(run_dir, out / "images"),
     )
     write_bytes(out / "README.md", card.encode())

@@ -22,7 +22,7 @@ from gdro.progress import duration
 from gdro.reading import read_text
 from gdro.rewards.ocr import target_of
 from gdro.rewards.store import read_rewards
-from gdro.rundir import read_json
+from gdro.sealed import find_record
 from gdro.training.log import read_metrics
 
 SIDES = ("base", "tuned")
@@ -52,9 +52,9 @@ def report(run_dir: Path, rewards: Path) -> Path:
     """
     if not run_dir.is_dir():
         raise UserError(f"report: {run_dir} is not a folder; expected the folder of a run")
-    evaluation = read_json(run_dir / "evaluation.json")
+    evaluation = find_record(run_dir / "evaluation.json")
     config = _text(run_dir / "config.yaml")
-    seconds = read_json(run_dir / "seconds.json")
+    seconds = find_record(run_dir / "seconds.json")
     rounds = 1 + len(list((run_dir / "rounds").glob("[0-9]*")))
     page: dict[str, Any] = {
         "evaluation": evaluation,

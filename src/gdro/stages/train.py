@@ -22,8 +22,8 @@ from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
 from gdro.progress import Progress, say
 from gdro.rewards.store import read_rewards
-from gdro.rundir import read_json
 from gdro.samplers.generate import STARTED
+from gdro.sealed import find_record
 from gdro.training.batch import Batches, Joined, Visits
 from gdro.training.checkpoint import (
     Checkpoint,
@@ -40,7 +40,7 @@ from gdro.training.checkpoint import (
 )
 from gdro.training.config import MAY_CHANGE, TrainConfig
 from gdro.training.ema import Ema, carrying
-from gdro.training.log import DriftAlarm, MetricsLog, require_trackers
+from gdro.training.log import LOG, DriftAlarm, MetricsLog, require_trackers
 from gdro.training.passes import choose_portion, given_portion
 from gdro.training.reference import ReferenceErrors
 from gdro.training.step import Learner, check_reference, train_step
@@ -108,7 +108,13 @@ def train(
         sweep(folder)
         mark_best(folder, best)
 
-    log = MetricsLog(out / "metrics.jsonl", resumed=start if checkpoint else None, report_to=config.report_to)
+    own = checkpoint is not None and checkpoint.path.resolve().parent == folder.resolve()  # so the log is here too
+    log = MetricsLog(
+        out / LOG,
+        resumed=start if checkpoint else None,
+        rows=memory["rows"] if own else None,
+        report_to=config.report_to,
+    )
     with log, Progress(_label(place), until, "step", done=start) as progress:
 
         def validated(step: int) -> dict[str, Any]:
@@ -148,6 +154,7 @@ def train(
                     "alarm": {"window": list(alarm.window), "on": alarm.on},
                     "evaluations": spent,
                     "portion": asdict(learner.portion),
+                    "rows": log.rows,
                 }
                 if distributed.is_first():
                     log.sync()
@@ -323,7 +330,7 @@ def _stochastic(store: GroupStore) -> dict[str, Any]:
     """How the trajectories in the store were sampled, if there are any: training repeats their steps."""
     if not store.has_trajectories:
         return {}
-    begun = read_json(store.folder / STARTED)
+    begun = find_record(store.folder / STARTED)
     level = begun["settings"]["noise_level"] if begun else None
     return {"sampler": store.shards[0].sampler} | ({} if level is None else {"noise_level": level})
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from gdro import distributed
 from gdro.errors import UserError
-from gdro.files import discard, remake, write_bytes, write_json
-from gdro.reading import read_bytes, read_json
+from gdro.files import discard, remake, sync_folder, write_bytes
+from gdro.reading import read_bytes
+from gdro.sealed import find_record, parse_record, write_record
 from gdro.training.config import TrainConfig
 
 FIELD = "train.resume_from_checkpoint"
@@ -82,10 +83,10 @@ def save_checkpoint(
         digests = {file: digest for one in distributed.gather(digests) for file, digest in one.items()}
         if first:
             state = {"step": step, "settings": dict(settings), "memory": dict(memory), "sha256": digests}
-            write_json(tmp / "state.json", state)
+            write_record(tmp / "state.json", state)
             discard(path)
             os.rename(tmp, path)
-            _sync(folder)
+            sync_folder(folder)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
     finally:
@@ -101,14 +102,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     held = {file.name.partition(".")[0].partition("-")[0] for file in path.iterdir()}
     if not re.fullmatch(rf"{PREFIX}\d{{6,}}", path.absolute().name) or not held & {"state", "ema", "optimizer"}:
         raise UserError(f"{FIELD}: {path} is no checkpoint of gdro; expected a folder {PREFIX}NNNNNN of a run")
+    data = read_bytes(path / "state.json", "the state of a checkpoint", f"{FIELD}: {path / 'state.json'}")
     try:
-        state = read_json(path / "state.json", "the state of a checkpoint")
+        state = parse_record(data)
         digests = {path / f"{file}.safetensors": digest for file, digest in state["sha256"].items()}
         tensors: dict[str, dict[str, Tensor]] = {file.stem.partition("-")[0]: {} for file in digests}
         if set(tensors) != set(TENSORS):
             raise ValueError(f"it names {', '.join(tensors)}")
         step, settings, memory = int(state["step"]), dict(state["settings"]), dict(state["memory"])
-    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(_damaged(path / "state.json", error)) from None
     for file, digest in digests.items():
         try:
@@ -155,7 +157,7 @@ def mark_best(folder: Path, best: Mapping[str, Any] | None) -> None:
     if best is None:
         (folder / "best.json").unlink(missing_ok=True)
     else:
-        write_json(folder / "best.json", best)
+        write_record(folder / "best.json", best)
 
 
 def mark_stopped(folder: Path, step: int, reason: str, config: TrainConfig) -> None:
@@ -163,15 +165,14 @@ def mark_stopped(folder: Path, step: int, reason: str, config: TrainConfig) -> N
 
     Called before the checkpoint itself is written, so that a run never has its last step without knowing it.
     """
-    write_json(folder / "stopped.json", {"step": step, "reason": reason, **_limits(config)})
+    write_record(folder / "stopped.json", {"step": step, "reason": reason, **_limits(config)})
 
 
 def stopped_at(folder: Path, config: TrainConfig) -> int | None:
     """The step at which training ended under the limits of `config`; None if it has not, or they have changed."""
-    path = folder / "stopped.json"
-    if not path.exists():
+    stopped = find_record(folder / "stopped.json")
+    if stopped is None:
         return None
-    stopped = read_json(path, "the step at which training ended" + remake(path, "go on"))
     under = {name: stopped.get(name) for name in _limits(config)}
     return int(stopped["step"]) if under == _limits(config) and stopped["step"] in steps_saved(folder) else None
 
@@ -208,11 +209,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
 def _damaged(path: Path, cause: object) -> str:
     earlier = remake(path.parent, "go on from an earlier one")
     return f"{FIELD}: {path} is damaged ({cause}); expected a whole checkpoint{earlier}"
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

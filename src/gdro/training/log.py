@@ -14,6 +14,7 @@ from gdro.errors import UserError
 from gdro.files import write_bytes
 from gdro.progress import say
 from gdro.reading import parse_json, read_text
+from gdro.sealed import DIGEST, row_digest
 
 
 def require_trackers(report_to: Sequence[str]) -> None:
@@ -27,17 +28,25 @@ def require_trackers(report_to: Sequence[str]) -> None:
             ) from None
 
 
+LOG = "metrics.jsonl"
+
+
 class MetricsLog:
     """Appends one JSON object a line to `path`, after cutting off what a resumed run will write again.
 
-    Rows of steps after `resumed` are dropped (all rows if it is None), and so is a last line cut short by a kill.
-    Raises UserError for any other line that is no row. Of several processes only the first writes.
+    Rows of steps after `resumed` are dropped (all if it is None), and so is a last line cut short by a kill; `rows`
+    counts what is there. Raises UserError for any other line that is not as it was written, and if the rows kept are
+    not as many as `rows`, where that is given. Of several processes only the first writes.
     """
 
-    def __init__(self, path: Path, *, resumed: int | None, report_to: Sequence[str] = ()) -> None:
-        first = distributed.is_first()
+    def __init__(
+        self, path: Path, *, resumed: int | None, rows: int | None = None, report_to: Sequence[str] = ()
+    ) -> None:
+        first, kept = distributed.is_first(), []
         if first:
-            write_bytes(path, b"" if resumed is None else _rows_until(path, resumed))
+            kept = [] if resumed is None else _rows_until(path, resumed, rows)
+            write_bytes(path, "".join(kept).encode())
+        self.rows = len(kept)
         self._file = open(path if first else os.devnull, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._tensorboard: Any = None
         if first and "tensorboard" in report_to:
@@ -59,7 +68,8 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Any], under: str | None = None) -> None:
         """Append {"step", **values}, or {"step", under: {...}}."""
         row = {"step": step, **({under: dict(values)} if under else values)}
-        data = (json.dumps(row) + "\n").encode()
+        self.rows += 1
+        data = (json.dumps(row | {DIGEST: row_digest(row)}) + "\n").encode()
         try:
             if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -83,22 +93,38 @@ def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without a last one that a kill cut short; none without the file."""
+    """The rows of a log, without a last one that a kill cut short; none without the file.
+
+    Raises UserError for a row that is not as it was written, and where one is missing.
+    """
     return [row for row, _ in _rows(path)] if path.exists() else []
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Every row and its line."""
     lines = read_text(path, "the log of a training").split("\n")
+    step: int | None = None
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is a row cut short
         row = parse_json(line, f"{path}:{number} is damaged: it")
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f'{path}:{number} is damaged; expected a JSON object with "step"')
+        if not isinstance(row, dict) or row.pop(DIGEST, None) != row_digest(row):
+            raise UserError(f"{path}:{number} is damaged; expected a row as gdro wrote it")
+        if "validation" not in row:
+            if step is not None and row["step"] != step + 1:
+                raise UserError(
+                    f"{path}:{number} is of step {row['step']}, the row before of {step}; expected the next"
+                )
+            step = row["step"]
         yield row, line + "\n"
 
 
-def _rows_until(path: Path, step: int) -> bytes:
-    return "".join(line for row, line in _rows(path) if row["step"] <= step).encode() if path.exists() else b""
+def _rows_until(path: Path, step: int, rows: int | None) -> list[str]:
+    kept = [line for row, line in _rows(path) if row["step"] <= step] if path.exists() else []
+    if rows not in (None, len(kept)):
+        raise UserError(
+            f"{path} is damaged or missing: it holds {len(kept)} rows until step {step}, there were {rows}; "
+            "expected it whole, or train.resume_from_checkpoint with another --out"
+        )
+    return kept
 
 
 class DriftAlarm:

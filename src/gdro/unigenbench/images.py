@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from gdro.errors import UserError
-from gdro.files import fingerprint, write_json
+from gdro.files import fingerprint
 from gdro.hub import digest
 from gdro.images import open_image
 from gdro.prompts import Prompt
-from gdro.rundir import read_json
 from gdro.samplers.settings import Generation
+from gdro.sealed import find_record, write_record
 
 if TYPE_CHECKING:  # which imports torch
     from gdro.groups.store import GroupStore
@@ -84,7 +84,7 @@ class Sampled:
         """
         done = self.store.with_name("images.json")
         whole = self.about | {"prompts": fingerprint([prompt.to_json() for prompt in prompts])}
-        if read_json(done) == whole:
+        if find_record(done) == whole:
             return
         import torch
 
@@ -99,7 +99,7 @@ class Sampled:
         sample_groups(
             self.generation, model, prompts, self.store, seed=self.seed, purpose="evaluation", label="benchmark"
         )
-        write_json(done, whole)
+        write_record(done, whole)
 
     def images(self, prompt: Prompt) -> list[Image.Image]:
         return self._groups.images(prompt.id)
