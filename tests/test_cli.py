@@ -71,6 +71,7 @@ def test_prompts_by_spec_or_by_options_are_the_same(tmp_path: Path, capsys: pyte
         (["prompts", "--task", "ocr", "--out", "x.jsonl"], "--task, --split and --count"),
         (["prompts", "tiny:ocr:trian:5", "--out", "x.jsonl"], 'did you mean "train"?'),
         (["prompts", "tiny:ocr:train:5", "--out", "x.txt"], "ends in .jsonl"),
+        (["prompts", "", "--out", "x.jsonl"], '"" is not a spec'),
         (["prompts", "tiny:ocr:train:5", "--out", "x.jsonl", "--bogus"], "--bogus"),
     ],
 )

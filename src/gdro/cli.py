@@ -407,7 +407,8 @@ def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
     from gdro.prompt_sets import named_prompts
     from gdro.prompts import write_prompts
 
-    prompts = named_prompts(args.spec or f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}")
+    own = f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}"
+    prompts = named_prompts(own if args.spec is None else args.spec)
     write_prompts(args.out, prompts)
     put(f"{args.out}: {len(prompts)} prompts")
 

@@ -40,6 +40,7 @@ def locate(name: str, file: str, *, field: str, expected: str, revision: str | N
     if not HUB_ID.fullmatch(name):
         raise UserError(f"{field}: {name} not found; expected {expected}")
     from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError
 
     commit, cause = None, ""
     try:
@@ -48,6 +49,11 @@ def locate(name: str, file: str, *, field: str, expected: str, revision: str | N
         cause = _cause(error)
     try:
         path = Path(hf_hub_download(name, file, revision=commit or revision, local_files_only=commit is None))
+    except GatedRepoError:
+        raise UserError(
+            f"{field}: {name} is gated; expected its terms accepted on its page of the Hub, and that account's token "
+            "(hf auth login, or HF_TOKEN)"
+        ) from None
     except Exception as error:
         cause = cause or _cause(error)
         raise UserError(f"{field}: {name} is no folder here, nor on the Hub ({cause}); expected {expected}") from None
