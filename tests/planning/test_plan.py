@@ -25,6 +25,7 @@ from gdro.pipeline import run
 from gdro.planning.gpus import gpu
 from gdro.planning.ledger import Operation, Work
 from gdro.planning.plan import memory_parts, plan, portion_of, refuse
+from gdro.planning.report import plan_run, prompt_counts
 from gdro.planning.shapes import KNOWN, _configurations, shapes_of
 from gdro.prompts import read_prompts
 from gdro.rundir import read_json
@@ -257,6 +258,19 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(
     monkeypatch.setattr("gdro.run_state.load_model", None)
     with pytest.raises(UserError, match=r"base weights need at least .* by the plan"):
         run(config, tmp_path / "out")
+
+
+def test_prompts_are_looked_at_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistake in them costs no seconds; a name too long for a file is one that is not there yet."""
+    config = config_of(tmp_path, "no-such-model")
+    with pytest.raises(UserError, match='names the split "tran"; did you mean "train"'):
+        plan_run(with_prompts(config, "gdro:ocr:tran"), "h200", as_json=False)
+    counts, notes = prompt_counts(with_prompts(config, "x" * 5000))
+    assert (counts["train"], len(notes)) == (None, 1)
+
+
+def with_prompts(config: RunConfig, spec: str) -> RunConfig:
+    return config.model_copy(update={"sample": config.sample.model_copy(update={"prompts": spec})})
 
 
 def test_the_command_prints_a_table_or_json(

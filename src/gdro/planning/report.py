@@ -1,8 +1,8 @@
 """`gdro plan`: what a run will cost, as a table or as JSON."""
 
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -18,9 +18,9 @@ from gdro.run_state import resolve
 
 def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:
     """The plan of `config` on the GPU called `gpu_name`, "cpu", or (None) the device the run would use here."""
+    prompts, notes = prompt_counts(config)
     device, here = _device(config, gpu_name)
     shapes = shapes_of(config, cuda=here is None or here.type == "cuda")
-    prompts, notes = prompt_counts(config)
     pace = None
     if here is not None and shapes.transformer.parameters <= SMALL:
         pace = measured_pace(config, here)
@@ -61,7 +61,7 @@ def prompt_counts(config: RunConfig) -> tuple[dict[str, int | None], list[str]]:
         counts[split] = None
         if spec is None:
             continue
-        if is_named(spec) or Path(spec).exists():
+        if is_named(spec) or os.path.exists(spec):
             counts[split] = len(resolve(field, spec))
         else:
             notes.append(f"{field}: {spec} is not there yet, so what depends on its number of prompts is not known")
