@@ -24,6 +24,7 @@ from gdro.comparison.agreement import MADE_WITH
 from gdro.comparison.bench import Bench, Job, load_bench
 from gdro.comparison.running import FAILED
 from gdro.errors import UserError
+from gdro.sealed import read_record, write_record
 from gdro.training.checkpoint import stopped_at
 
 
@@ -217,7 +218,7 @@ def test_runs_of_other_models_and_rewards_are_not_mixed(copy: Path, bench: Bench
     bed = Comparison(bench, copy, workers=1)
     bed.check_versions(bench.plan(["red"]))
     path = copy / "red/gdro/search/0" / MADE_WITH
-    path.write_text(json.dumps(read(path) | {"judge my_rewards:calm": "older"}))
+    write_record(path, read_record(path) | {"judge my_rewards:calm": "older"})
     message = "judge my_rewards:calm is older in red/gdro/search/0, but .* in .*; expected one version"
     with pytest.raises(UserError, match=message):
         bed.check_versions(bench.plan(["red"]))

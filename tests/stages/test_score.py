@@ -25,7 +25,7 @@ from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.registry import load_reward
-from gdro.rewards.store import read_header, read_rewards
+from gdro.rewards.store import read_header, read_rewards, write_rewards
 from gdro.rewards.winrate import WinRate
 from gdro.stages.score import ScoreConfig, score
 
@@ -286,14 +286,9 @@ def test_bad_configuration_is_refused(values: dict[str, object]) -> None:
 
 
 def damage(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    table = pq.read_table(path)
-    metadata = pq.read_schema(path).metadata
-    changed = change(table)
-    header = read_header(path)
-    with pq.ParquetWriter(path, changed.schema.with_metadata(metadata)) as writer:
-        for group in range(len(header.contents)):
-            part = changed if group == 0 else changed.slice(0, 0)
-            writer.write_table(part.cast(writer.schema), row_group_size=max(1, len(part)))
+    changed, header = change(pq.read_table(path)), read_header(path)
+    last = len(header.contents) - 1
+    write_rewards(path, header, [*(changed.slice(i, 1) for i in range(last)), changed.slice(last)])
 
 
 @pytest.mark.parametrize(
