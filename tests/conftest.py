@@ -9,6 +9,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import random
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,27 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         small_flux().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's pipeline, as diffusers writes it, and of the tiny model. Do not write into it."""
+    from small_pipelines import PIPELINES
+
+    from gdro.tiny import MODEL_FOLDER
+
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        if name == "tiny":
+            return MODEL_FOLDER
+        if not (root / name).exists():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                PIPELINES[name]().save_pretrained(root / name)
+        return root / name
+
     return folder
 
 

@@ -1,8 +1,8 @@
-"""Very small, real pipelines of the families other than FLUX.1: random weights from configurations, no download."""
+"""Very small, real pipelines of the families: random weights from configurations, no download."""
 
 from typing import Any
 
-from conftest import CHARACTERS, clip_config, clip_tokenizer, small_vae, t5_encoder, t5_tokenizer
+from conftest import CHARACTERS, clip_config, clip_tokenizer, small_flux, small_vae, t5_encoder, t5_tokenizer
 from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
@@ -215,3 +215,13 @@ def small_flux2_klein(is_distilled: bool = False) -> Flux2KleinPipeline:
     encoder = Qwen3ForCausalLM(qwen_config(tokenizer, layers=28))
     parts = flux2_parts(guidance_embeds=False)
     return Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, is_distilled=is_distilled, **parts)
+
+
+PIPELINES = {
+    "flux": small_flux,
+    "sd3": small_sd3,
+    "qwen-image": small_qwen_image,
+    "z-image": small_z_image,
+    "flux2": small_flux2,
+    "flux2-klein": small_flux2_klein,
+}

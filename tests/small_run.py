@@ -54,7 +54,7 @@ def small_run(folder: Path, model: Path) -> Path:
             "prompts": str(folder / "train.jsonl"),
             "images_per_prompt": 4,
             "num_inference_steps": 2,
-            "max_sequence_length": 16,
+            "max_sequence_length": 32,
             "height": 32,
             "width": 64,
             "prompts_per_shard": 1,

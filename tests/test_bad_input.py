@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_run import REWARDS, small_run, start
 
 from gdro.cli import main
@@ -135,6 +137,53 @@ def test_a_model_of_an_unknown_class(work: Workplace, kind: str) -> None:
     assert all(family in line for family in FAMILIES)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer.json not found; expected"),
+        ("vae/config.json", "vae/config.json not found; expected what the AutoencoderKL is made of"),
+    ],
+)
+def test_a_component_that_a_library_would_make_up(work: Workplace, file: str, message: str) -> None:
+    shutil.copytree(yaml.safe_load(work.config.read_text())["model"], work.folder / "model")
+    (work.folder / "model" / file).unlink()
+    for command in ("run", "sample"):
+        assert f"gdro: model: model: {message}" in work.refuses_at_once("--model", "model", command=command)
+
+
+def test_a_vae_replaced_after_training(work: Workplace) -> None:
+    """The adapter was trained on images of another one: base and tuned would not show what was trained."""
+    model = work.folder / "model"
+    shutil.copytree(yaml.safe_load(work.config.read_text())["model"], model)
+    few = ("--model", str(model), "--train.max_train_steps", "1", "--train.groups_per_step", "1")
+    for command in ("sample", "score", "train"):
+        assert work.run(command, *few)[0] == 0
+    vae = model / "vae" / "diffusion_pytorch_model.safetensors"
+    state = {name: value.clone() for name, value in load_file(vae).items()}
+    state["decoder.conv_out.bias"] += 0.5
+    save_file(state, vae, metadata={"format": "pt"})
+    for command in ("evaluate", "run"):
+        code, err = work.run(command, *few)
+        assert code == 2
+        line = err.splitlines()[-1]
+        assert f"gdro: model: {model} has revision 'sha256:" in line
+        assert "was trained on 'sha256:" in line
+    assert not (work.out / "evaluation").exists()
+
+
+def test_prompts_that_are_cut(work: Workplace) -> None:
+    """Said before any work, with one of them; refused where the OCR reward looks for what is cut off."""
+    few = ("--sample.max_sequence_length", "10")
+    line = work.refuses_at_once("--score.reward", "ocr", *few)
+    assert 'max_sequence_length is 10, where the train prompt "train0" is cut after "a sign \\""' in line
+    assert "before the end of the text that the reward ocr looks for; expected more tokens" in line
+    code, err = work.run("sample", *few)
+    assert code == 0
+    said = 'max_sequence_length is 10: 4 of 4 prompts are cut, such as "train0" after "a sign \\""'
+    assert err.startswith(f"{said}\n")
+    assert "are cut" not in work.run("sample", *few)[1]  # finished before
+
+
 def test_unknown_key_in_the_file(work: Workplace) -> None:
     work.config.write_text(work.config.read_text().replace("max_train_steps", "max_steps"))
     assert 'unknown field "train.max_steps"; did you mean "train.max_train_steps"?' in work.refuses_at_once()
@@ -203,7 +252,7 @@ def test_groups_that_do_not_fit_the_training(work: Workplace) -> None:
     assert work.run("sample")[0] == 0
     assert work.run("score")[0] == 0
     made = work.out
-    for field, value, old in (("guidance_scale", "5.0", "3.5"), ("max_sequence_length", "24", "16")):
+    for field, value, old in (("guidance_scale", "5.0", "3.5"), ("max_sequence_length", "24", "32")):
         work.out = work.folder / field
         for part in ("groups", "rewards"):
             shutil.copytree(made / part, work.out / part)

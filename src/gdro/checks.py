@@ -18,8 +18,9 @@ from gdro.config import RunConfig, check_unchanged, save_config, saved_config
 from gdro.errors import UserError
 from gdro.files import discard
 from gdro.groups.store import GroupStore
-from gdro.models import check_compiler, check_model, check_quantisation
-from gdro.prompts import read_prompts, same_text, write_prompts
+from gdro.models import check_compiler, check_model, check_quantisation, text_seen
+from gdro.progress import say
+from gdro.prompts import Prompt, read_prompts, same_text, write_prompts
 from gdro.rewards.derived import DerivedReward, base_rewards, is_relative
 from gdro.rewards.store import read_header, read_rewards
 from gdro.rewards.user import UserJudge, UserReward
@@ -71,6 +72,8 @@ def _check_input(job: RunState) -> None:
         _check_version(job, begun)
     _check_scorers(job)
     todo = [stage for stage, is_done in _done(job).items() if stage in job.stages and not is_done()]
+    if todo:
+        _check_text(job, todo)
     if todo and job.device.type == "cuda":
         _check_memory(job, todo)
 
@@ -214,6 +217,52 @@ def _check_version(job: RunState, begun: set[str]) -> None:
             f"score.reward: {job.reward.name} is of version {now}, but {path} was scored by version {version}; "
             f"expected {wanted}"
         )
+
+
+def _check_text(job: RunState, todo: Sequence[str]) -> None:
+    """A prompt that is cut is said to be; the words that an OCR reward looks for must be among what is read."""
+    from gdro.rewards.ocr import OcrReward, target_of
+
+    length = job.config.sample.max_sequence_length
+    splits = [SPLIT_OF_STAGE[stage] for stage in todo if SPLIT_OF_STAGE[stage] in job.prompts]
+    everyone = [prompt for split in splits for prompt in job.prompts[split]]
+    seen = _seen(job.config.model, everyone, length)
+    for split in splits:
+        scorer = job.reward if split == "train" else job.measure
+        if not any(isinstance(reward, OcrReward) for reward in base_rewards(scorer)):
+            continue
+        for prompt in job.prompts[split]:
+            if prompt.text in seen and target_of(prompt) not in seen[prompt.text]:
+                raise UserError(
+                    f'sample.max_sequence_length is {length}, where the {split} prompt "{prompt.id}" is cut after '
+                    f"{_end(seen[prompt.text])}, before the end of the text that the reward {scorer.name} looks for; "
+                    "expected more tokens or a shorter prompt"
+                )
+    _say_cut(everyone, seen, length)
+
+
+def tell_cut(model: str, prompts: Sequence[Prompt], length: int) -> None:
+    """Say how many of the prompts the model's text encoder reads only a part of at that length."""
+    _say_cut(prompts, _seen(model, prompts, length), length)
+
+
+def _seen(model: str, prompts: Sequence[Prompt], length: int) -> dict[str, str]:
+    """Text -> what is read of it, of the prompts that are cut."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    return {t: seen for t, seen in zip(texts, text_seen(model, texts, length), strict=True) if seen is not None}
+
+
+def _say_cut(prompts: Sequence[Prompt], seen: Mapping[str, str], length: int) -> None:
+    cut = [prompt for prompt in prompts if prompt.text in seen]
+    if cut:
+        say(
+            f"max_sequence_length is {length}: {len(cut)} of {len(prompts)} prompts are cut, such as "
+            f'"{cut[0].id}" after {_end(seen[cut[0].text])}'
+        )
+
+
+def _end(text: str) -> str:
+    return json.dumps(text[-60:], ensure_ascii=False)
 
 
 def _check_memory(job: RunState, todo: Sequence[str]) -> None:

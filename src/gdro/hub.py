@@ -60,6 +60,18 @@ def locate(name: str, file: str, *, field: str, expected: str, revision: str | N
     return Source(name, path.parent.name, path)
 
 
+def fetch(source: str, commit: str | None, file: str) -> Path:
+    """The file in the folder `source`, or of a Hub repository at `commit`; OSError or ValueError if it is not there."""
+    if commit is None:
+        path = Path(source) / file
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        return path
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(source, file, revision=commit))
+
+
 def _cause(error: Exception) -> str:
     """In one line, with the variables of the environment that may have to do with it."""
     proxies = [f"{kind}_proxy" for kind in ("http", "https", "all", "no")]

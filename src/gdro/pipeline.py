@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gdro import distributed
-from gdro.checks import check, check_sizes
+from gdro.checks import check, check_sizes, tell_cut
 from gdro.config import RunConfig, check_unchanged, save_config
 from gdro.device import savings, telling
+from gdro.errors import UserError
 from gdro.evaluation.measure import make_scored, measure
 from gdro.files import discard, sweep
 from gdro.groups.importer import import_folder, read_metadata
@@ -63,6 +64,7 @@ def import_groups(config: RunConfig, folder: Path, out: Path) -> str:
         check_unchanged(config, out, job.begun())
         check_model(config.model)
         check_sizes(config, {rows[0].path: rows[0].size for rows in members.values()})
+        tell_cut(config.model, [rows[0].prompt for rows in members.values()], config.sample.max_sequence_length)
         write_prompts(Path(config.sample.prompts), [rows[0].prompt for rows in members.values()])
         save_config(config, out)
         with job.clock.running("sample"):
@@ -144,6 +146,13 @@ class Run(RunState):
         if self.evaluation.exists():
             say(f"evaluate: finished before, {self.evaluation}")
             return
+        last = checkpoint_path(self.checkpoints, steps_saved(self.checkpoints)[-1])
+        trained_on = load_checkpoint(last).settings["model"]
+        if trained_on != self.model.revision:
+            raise UserError(
+                f"model: {self.model.name} has revision {self.model.revision!r}, but {self.checkpoints} was trained on "
+                f"{trained_on!r}; expected the components it was trained with"
+            )
         alarm = distributed.first(self._export)
         self.model.load_adapter(self.adapter)  # what is measured is the file that is handed on
         evaluate(

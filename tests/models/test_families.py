@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import small_flux
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model
 from pictures import noise_image
 from safetensors.torch import load_file
-from small_pipelines import small_flux2, small_flux2_klein, small_qwen_image, small_sd3, small_z_image
+from small_pipelines import small_flux2_klein
 from torch import Tensor
 
 from gdro import models
@@ -56,38 +55,22 @@ def packed(latents: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """A row a family: how its pipeline is built, and how it differs from FLUX.1's."""
+    """A row a family of `small_pipelines.PIPELINES`: how it differs from FLUX.1."""
 
-    make: Callable[[], DiffusionPipeline]
     guidance: Mapping[float, int]  # passes through the network an image takes at some scales
     layout: Callable[[Tensor, int, int], Tensor] = packed  # of its latents
     start: Callable[[Tensor, int, int], Tensor] | None = None  # of the noise it takes, if another
 
 
 FAMILIES = {
-    "flux": Family(small_flux, {1.0: 1, 3.5: 1}),
-    "sd3": Family(small_sd3, {1.0: 1, 4.5: 2}, patches),
-    "qwen-image": Family(small_qwen_image, {1.0: 1, 4.0: 2}),
-    "z-image": Family(small_z_image, {0.0: 1, 4.0: 2}, patches),
-    "flux2": Family(small_flux2, {1.0: 1, 2.5: 1}, start=grid),
-    "flux2-klein": Family(small_flux2_klein, {1.0: 1, 4.0: 2}, start=grid),
+    "flux": Family({1.0: 1, 3.5: 1}),
+    "sd3": Family({1.0: 1, 4.5: 2}, patches),
+    "qwen-image": Family({1.0: 1, 4.0: 2}),
+    "z-image": Family({0.0: 1, 4.0: 2}, patches),
+    "flux2": Family({1.0: 1, 2.5: 1}, start=grid),
+    "flux2-klein": Family({1.0: 1, 4.0: 2}, start=grid),
 }
 SCALES = [(name, scale) for name, family in FAMILIES.items() for scale in family.guidance]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's pipeline, as diffusers writes it. Do not write into it."""
-    root = tmp_path_factory.mktemp("families")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                FAMILIES[name].make().save_pretrained(root / name)
-        return root / name
-
-    return folder
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusersModel:

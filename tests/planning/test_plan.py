@@ -47,7 +47,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 def config_of(folder: Path, model: Path | str, *overrides: tuple[str, str]) -> RunConfig:
     folder.mkdir(exist_ok=True)
-    return load_config(small_run(folder, Path(model)), [("model", str(model)), *overrides])
+    return load_config(
+        small_run(folder, Path(model)), [("model", str(model)), ("sample.max_sequence_length", str(LENGTH)), *overrides]
+    )
 
 
 class Real:

@@ -1,6 +1,7 @@
 """Groups do not depend on batch size, order or interruption, and a store is never mixed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,3 +162,37 @@ def test_ids_that_two_rounds_could_share_are_refused():
         check("a", "a@1")
     with pytest.raises(UserError, match='"a@1" and "a@1@12"'):
         check("a@1@12", "a@1", "b")
+
+
+@pytest.mark.parametrize("sampler", ["ode", "flow_grpo"])
+def test_nan_is_named_by_what_it_is_in_and_its_image(flux: FluxModel, tmp_path: Path, sampler: str):
+    """Not finite: a prompt's embeddings, the velocities of an image, its pixels; no file is written of any."""
+    steps = Generation(**SETTINGS.model_dump() | {"sampler": sampler, "noise_level": None})
+
+    def refusal() -> str:
+        with pytest.raises(UserError) as error:
+            sample_groups(steps, flux, PROMPTS, tmp_path, seed=7)
+        assert not list(tmp_path.glob("*.parquet"))
+        return str(error.value)
+
+    flux.decode(torch.zeros(1, 32, 64), 32, 64)
+    bias = flux._vae.decoder.conv_out.bias
+    bias[0] = torch.inf
+    assert f'model: {flux.name}: the VAE\'s pixels hold NaN or infinity for image "p0/0"; expected' in refusal()
+    bias[0] = 0
+
+    network = flux.transformer.forward
+
+    def second_row(*args: Any, **kwargs: Any) -> Any:
+        out = network(*args, **kwargs)[0]
+        out[1] = torch.nan
+        return (out,)
+
+    flux.transformer.forward = second_row
+    assert 'the velocities of call 1 of 2 hold NaN or infinity for image "p0/1"; expected' in refusal()
+    flux.transformer.forward = network
+
+    encoder = flux._text_pipeline.text_encoder_2.get_input_embeddings()
+    letter = flux._text_pipeline.tokenizer_2("w").input_ids[1]  # of "wall" in the first prompt, not in the second
+    encoder.weight[letter] = torch.nan
+    assert 'the prompt_embeds of the text encoders hold NaN or infinity for prompt "p0"; expected' in refusal()

@@ -18,6 +18,7 @@ from gdro.files import fingerprint, sweep
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.images import open_image, path_inside
 from gdro.models.base import FlowModel
+from gdro.models.finite import check_rows, naming
 from gdro.progress import Progress
 from gdro.prompts import Prompt
 from gdro.reading import parse_json, read_lines
@@ -81,8 +82,12 @@ def import_folder(
             rows, text = [], {}
             for group in shards[i]:
                 images = [open_image(row.path, f"{row.where}: {row.path}") for row in members[group]]
-                text[group] = model.encode_text([members[group][0].prompt.text], max_sequence_length)
-                for index, (image, latent) in enumerate(zip(images, model.encode_images(images).cpu(), strict=True)):
+                with naming(model.name, [str(row.path) for row in members[group]]):
+                    text[group] = model.encode_text([members[group][0].prompt.text], max_sequence_length)
+                    for name, value in text[group].items():
+                        check_rows(f"the {name} of the text encoders", value)
+                    latents = model.encode_images(images).cpu()
+                for index, (image, latent) in enumerate(zip(images, latents, strict=True)):
                     row = ImageRow(
                         group_id=group,
                         index=index,

@@ -17,21 +17,20 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gdro import distributed
 from gdro.errors import UserError
 from gdro.images import to_rgb
-from gdro.models import lora
+from gdro.models import lora, tokenizers
 from gdro.models.base import Text
-from gdro.models.loading import revision_of
+from gdro.models.components import Components
+from gdro.models.finite import check_rows, check_weights
 from gdro.models.quantisation import Quantisation, quantised
 from gdro.samplers.schedulers import flow_scheduler, resolution_shift
 
 # Of one function: with and without adapter, gradient and each number of images, and all over again in another LoRA.
 RECOMPILATIONS = 64
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
 def with_negative(text: Text) -> Text:
@@ -53,38 +52,45 @@ class DiffusersModel(ABC):
     pipeline: ClassVar[Any]  # diffusers' pipeline: its own functions encode text and pack latents
     transformer_class: ClassVar[Any]
     vae_class: ClassVar[Any]
+    vae_fields: ClassVar[Sequence[str]] = ("scaling_factor", "shift_factor")  # of its configuration, for latents
     text_parts: ClassVar[Mapping[str, Any]]  # tokenizers and text encoders by component name
+    reader: ClassVar[str] = "tokenizer"  # the one whose tokens `max_sequence_length` bounds
+    special_tokens: ClassVar[bool] = True  # whether it adds its own to what `written` says
     _distilled = False  # of guidance: model_index.json says so for some models
     lora_presets: ClassVar[Mapping[str, str]]  # name: regular expression of layer names
 
     def __init__(
         self,
-        name: str,
-        source: str,
-        commit: str | None,
+        parts: Components,
         *,
         device: torch.device,
         dtype: torch.dtype,
         quantisation: Quantisation | None = None,
         sharded: bool = False,
     ) -> None:
-        self.name, self.device, self.dtype, self.quantisation = name, device, dtype, quantisation
-        self._source, self._commit = source, commit
+        self.name, self.device, self.dtype, self.quantisation = parts.name, device, dtype, quantisation
+        self._parts = parts
+        self._stamps = {} if device.type == "meta" else {part: parts.stamp(part) for part in parts.kinds}
         options = quantised(quantisation, dtype) if quantisation else {}
+        if quantisation and "quantization_config" in parts.json("transformer/config.json"):
+            raise UserError(f'quantisation is "{quantisation}", but {parts.name} is stored quantised; expected none')
         whole = torch.device("cpu") if sharded else device
         self.transformer = self._load(self.transformer_class, "transformer", whole, **options)
         if sharded:
             distributed.shard(self.transformer, self._blocks(), device)
-        self._vae_config: dict[str, Any] = self._config(self.vae_class, "vae")
-        self._scheduler_config: dict[str, Any] = self._config(diffusers.FlowMatchEulerDiscreteScheduler, "scheduler")
+        self._vae_config, self._scheduler_config = parts.vae(), parts.scheduler()
+        if device.type != "meta":  # small, and a damaged one is found before the images are made that it would decode
+            self._own_vae = self._load(self.vae_class, "vae", torch.device("cpu"))
         self._adapter: dict[str, nn.Parameter] = {}
         self._lora_layers: list[BaseTunerLayer] = []
         self.evaluations = 0
 
     @cached_property
     def revision(self) -> str:
-        """The Hub commit, or the digest of the transformer's weights; and their quantisation."""
-        base = revision_of(self._source, self._commit)
+        """The Hub commit, or the digest of the folder's files; and the quantisation."""
+        base = self._parts.revision()
+        for part in self._stamps:
+            self._check_unchanged(part)
         return f"{base}-{self.quantisation}" if self.quantisation else base
 
     @property
@@ -99,6 +105,16 @@ class DiffusersModel(ABC):
         return f"{self.revision}+{digest.hexdigest()[:16]}"
 
     # ---- what a family says
+
+    @classmethod
+    def written(cls, tokenizer: Any, prompt: str) -> str:
+        """The prompt as the tokenizer `reader` is given it: in the pipeline's template."""
+        return prompt
+
+    @classmethod
+    def dropped(cls) -> int:
+        """First tokens of it that the text encoder reads and the transformer is not given."""
+        return 0
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
@@ -238,13 +254,17 @@ class DiffusersModel(ABC):
 
     @cached_property
     def _own_text_pipeline(self) -> Any:
-        parts = {name: self._load(kind, name) for name, kind in self.text_parts.items()}
+        parts = {}
+        for name, kind in self.text_parts.items():
+            self._check_unchanged(name)
+            parts[name] = self._load(kind, name) if issubclass(kind, nn.Module) else tokenizers.load(self._parts, name)
         return self.pipeline(scheduler=None, vae=None, transformer=None, **parts)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of packed latents (n, tokens, channels)."""
+        """Images of packed latents (n, tokens, channels); NotFinite, with the row, for NaN, which would be black."""
         pixels = self._decode(latents.to(self.device), height, width)
+        check_rows("the VAE's pixels", pixels)
         return self._image_processor.postprocess(pixels, output_type="pil")
 
     @torch.no_grad()
@@ -261,7 +281,9 @@ class DiffusersModel(ABC):
                 )
         self.latent_shape(height, width)
         pixels = self._image_processor.preprocess([to_rgb(image) for image in images], height, width)
-        return self._encode(pixels.to(self.device, self.dtype)).float()
+        latents = self._encode(pixels.to(self.device, self.dtype)).float()
+        check_rows("the VAE's latents", latents)
+        return latents
 
     @cached_property
     def _own_vae(self) -> Any:
@@ -293,6 +315,7 @@ class DiffusersModel(ABC):
         strange = set(state) ^ set(self._adapter)
         if strange:
             raise UserError(f"adapter: layer {min(strange)} is in only one of the state and the model's adapter")
+        check_weights("adapter", state.items())
         with torch.no_grad():
             for name, parameter in self._adapter.items():
                 if state[name].shape != parameter.shape:
@@ -336,38 +359,35 @@ class DiffusersModel(ABC):
         return {"transformer": self.transformer, "vae": self._vae} | {p: self._load(k, p) for p, k in encoders.items()}
 
     def _load(self, kind: Any, part: str, device: torch.device | None = None, **options: Any) -> Any:
-        """Component `part`, frozen and complete (a missing tensor would otherwise be drawn at random)."""
-        options |= {"subfolder": part, "revision": self._commit}
-        if not issubclass(kind, nn.Module):
-            return self._try(part, lambda: kind.from_pretrained(self._source, **options))
-        if self.device.type == "meta":
-            return self._try(part, lambda: self._outline(kind, options))
-        options |= {"use_safetensors": True, "output_loading_info": True}
-        key = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
-        model, info = self._try(part, lambda: kind.from_pretrained(self._source, **options, **{key: self.dtype}))
+        """Network `part`, frozen, complete (a missing tensor would be drawn at random) and finite."""
+        options |= {"subfolder": part, "revision": self._parts.commit}
+        with self._parts.refusing(part):
+            if self.device.type == "meta":
+                return self._outline(kind, options)
+            self._check_unchanged(part)
+            options |= {"use_safetensors": True, "output_loading_info": True}
+            key = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
+            model, info = kind.from_pretrained(self._parts.source, **options, **{key: self.dtype})
         missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
         if missing:
-            raise UserError(f"model: {self.name}: {part} lacks {len(missing)} weights ({min(missing)}, ...)")
-        return model.eval().requires_grad_(False).to(device or self.device)
+            raise self._parts.error(f"{part} lacks {len(missing)} weights ({min(missing)}, ...)")
+        model = model.eval().requires_grad_(False).to(device or self.device)
+        check_weights(f"model: {self.name}: {part}", [*model.named_parameters(), *model.named_buffers()])
+        return model
 
     def _outline(self, kind: Any, options: Mapping[str, Any]) -> Any:
         """A component of the right shapes and types that has no weights: what a plan is made of."""
         with torch.device("meta"):
             if issubclass(kind, diffusers.ModelMixin):
-                model = kind.from_config(kind.load_config(self._source, **options))
+                model = kind.from_config(kind.load_config(self._parts.source, **options))
             else:
-                model = kind(kind.config_class.from_pretrained(self._source, **options))
+                model = kind(kind.config_class.from_pretrained(self._parts.source, **options))
         return nn.Module.to(model.eval().requires_grad_(False), self.dtype)
 
-    def _config(self, kind: Any, part: str) -> Any:
-        return self._try(part, lambda: kind.load_config(self._source, subfolder=part, revision=self._commit))
-
-    def _try(self, part: str, load: Any) -> Any:
-        try:
-            return load()
-        except _LOAD_ERRORS as error:
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"model: {self.name}: {part} cannot be loaded ({cause})") from None
+    def _check_unchanged(self, part: str) -> None:
+        """Raise UserError if other files than there were at the start would be loaded under the same revision."""
+        if self._parts.stamp(part) != self._stamps[part]:
+            raise self._parts.error(f"the files of {part} have changed since the start; expected them left alone")
 
 
 def _moved(part: Any, device: torch.device) -> Any:

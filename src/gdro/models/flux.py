@@ -29,6 +29,7 @@ class FluxModel(DiffusersModel):
         "text_encoder": transformers.CLIPTextModel,
         "text_encoder_2": transformers.T5EncoderModel,
     }
+    reader = "tokenizer_2"
     lora_presets: ClassVar = {
         "attention": f"{_BLOCK}({_ATTENTION})",
         "attention+ff": f"{_BLOCK}({_ATTENTION}|{_FEED_FORWARD})",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, compute_empirical_mu, format_input
 from torch import Tensor
 
 from gdro.models.base import Text
@@ -28,11 +28,13 @@ class Flux2Model(DiffusersModel):
     pipeline: ClassVar[Any] = Flux2Pipeline
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
+    vae_fields = ("batch_norm_eps",)
     # The published tokenizer is a processor of text and images; text needs the tokenizer in it, and no torchvision.
     text_parts: ClassVar = {
         "tokenizer": transformers.AutoTokenizer,
         "text_encoder": transformers.Mistral3ForConditionalGeneration,
     }
+    special_tokens = False
     lora_presets: ClassVar = {
         "attention": f"{_BLOCK}{_ATTENTION}|{_FUSED}",
         "attention+ff": f"{_BLOCK}({_ATTENTION}|{_FEED_FORWARD})|{_FUSED}",
@@ -41,6 +43,11 @@ class Flux2Model(DiffusersModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ids = cache(self._make_ids)
+
+    @classmethod
+    def written(cls, tokenizer: Any, prompt: str) -> str:
+        messages = format_input([prompt], SYSTEM_MESSAGE)[0]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
@@ -104,11 +111,16 @@ class Flux2KleinModel(Flux2Model):
         "tokenizer": transformers.AutoTokenizer,
         "text_encoder": transformers.Qwen3ForCausalLM,
     }
+    special_tokens = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        index = self._config(self.pipeline, "")
-        self._distilled = bool(index.get("is_distilled", False))
+        self._distilled = bool(self._parts.index.get("is_distilled", False))
+
+    @classmethod
+    def written(cls, tokenizer: Any, prompt: str) -> str:
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **how)
 
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
         """`prompt_embeds` as FLUX.2's and, for guidance, `negative_prompt_embeds` of nothing."""

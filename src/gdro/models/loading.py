@@ -1,14 +1,14 @@
 """From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
 
 import importlib.util
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gdro.errors import UserError
-from gdro.hub import digest, locate
+from gdro.hub import locate
 from gdro.models.base import FlowModel
 from gdro.models.quantisation import Quantisation, check_quantisation, hush
 from gdro.reading import read_json
@@ -40,33 +40,31 @@ def load_model(
     configurations, without weights. Raises UserError if it is missing, of an unknown class, or without safetensors
     weights.
     """
-    source, commit = check_model(name)
+    components = _components(name)
+    if device.type == "meta":
+        components.check_configurations()
+    else:
+        components.check()
     if quantisation is not None:
         check_quantisation(quantisation, device)
     # torch would take it first on Hopper, where its backward pass fails on the FLUX family's shapes; flash attention
     # takes over. It holds for the process: a model made on "meta" may be timed on a GPU later.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    hush()
-    # These take seconds to import, which neither `--help` nor a misspelt name should cost.
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return family(name)(name, source, commit, device=device, dtype=dtype, quantisation=quantisation, sharded=sharded)
+    return components.family(components, device=device, dtype=dtype, quantisation=quantisation, sharded=sharded)
 
 
-def check_model(name: str) -> tuple[str, str | None]:
-    """(folder or Hub id, Hub commit if any) of a model that is there and of a known class; loads no weights.
+def check_model(name: str) -> None:
+    """Raise UserError unless the model is there, of a known class and whole in every component; loads no weights."""
+    _components(name).check()
 
-    Raises UserError otherwise.
-    """
-    source, commit, index = _find(name)
-    kind = str(index.get("_class_name"))
-    if kind not in FAMILIES:
-        raise UserError(f"model: {name} is a {kind}; expected one of {', '.join(FAMILIES)}")
-    return source, commit
+
+def text_seen(name: str, prompts: Sequence[str], max_sequence_length: int) -> list[str | None]:
+    """Of each prompt what the text encoder of the model called `name` reads of it at that length; None: all of it."""
+    from gdro.models import tokenizers
+
+    components = _components(name)
+    tokenizer = tokenizers.load(components, components.family.reader)
+    return tokenizers.text_seen(components.family, tokenizer, prompts, max_sequence_length)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -87,13 +85,23 @@ def check_compiler(device: torch.device) -> None:
 
 def pipeline_class(name: str) -> str:
     """The name of diffusers' class of the model called `name`, e.g. FluxPipeline."""
-    check_model(name)
-    return str(_find(name)[2]["_class_name"])
+    kind = str(_find(name)[2].get("_class_name"))
+    if kind not in FAMILIES:
+        raise UserError(f"model: {name} is a {kind}; expected one of {', '.join(FAMILIES)}")
+    return kind
 
 
 def family(name: str) -> Any:
     """gdro's class for the model called `name`, e.g. FluxModel."""
     module, kind = FAMILIES[pipeline_class(name)]
+    hush()
+    # These take seconds to import, which neither `--help` nor a misspelt name should cost.
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()  # they warn of each prompt that is cut, `checks.tell_cut` once
     return getattr(import_module(module), kind)
 
 
@@ -104,13 +112,15 @@ def passes(name: str, guidance_scale: float) -> int:
 
 
 def model_revision(name: str) -> str:
-    """`FlowModel.revision` of the model called `name`, without loading it."""
-    return revision_of(*check_model(name))
+    """`FlowModel.revision` of the model called `name`, not quantised, without loading it."""
+    return _components(name).revision()
 
 
-def revision_of(source: str, commit: str | None) -> str:
-    """The Hub commit, or the digest of the transformer's weights in the folder `source`."""
-    return commit or digest(sorted((Path(source) / "transformer").glob("*.safetensors")))
+def _components(name: str) -> Any:
+    (source, commit, _), kind = _find(name), family(name)
+    from gdro.models.components import Components  # imports diffusers
+
+    return Components(name, source, commit, kind)
 
 
 def _find(name: str) -> tuple[str, str | None, dict[str, object]]:

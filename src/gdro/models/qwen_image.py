@@ -1,7 +1,7 @@
 """Qwen-Image: a language model reads the prompt, guidance keeps the velocity's length, the VAE is a video's."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +18,19 @@ _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|
 _FEED_FORWARD = r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)"
 
 
+@cache
+def _template() -> Any:
+    """The pipeline without its components: it carries the template."""
+    return QwenImagePipeline(scheduler=None, vae=None, transformer=None, text_encoder=None, tokenizer=None)
+
+
 class QwenImageModel(DiffusersModel):
     """Qwen-Image; a guidance scale of at most 1 is no guidance, in one pass."""
 
     pipeline = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage
+    vae_fields = ("latents_mean", "latents_std")
     text_parts: ClassVar = {
         "tokenizer": transformers.Qwen2Tokenizer,
         "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration,
@@ -36,6 +43,14 @@ class QwenImageModel(DiffusersModel):
     @classmethod
     def call_arguments(cls, guidance_scale: float) -> dict[str, Any]:
         return {"true_cfg_scale": guidance_scale, "negative_prompt": BLANK}
+
+    @classmethod
+    def written(cls, tokenizer: Any, prompt: str) -> str:
+        return _template().prompt_template_encode.format(prompt)
+
+    @classmethod
+    def dropped(cls) -> int:
+        return int(_template().prompt_template_encode_start_idx)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:

@@ -35,6 +35,7 @@ class StableDiffusion3Model(DiffusersModel):
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
         "text_encoder_3": transformers.T5EncoderModel,
     }
+    reader = "tokenizer_3"
     lora_presets: ClassVar = {
         "attention": f"{_BLOCK}{_ATTENTION}",
         "attention+ff": f"{_BLOCK}({_ATTENTION}|{_FEED_FORWARD})",
@@ -67,9 +68,7 @@ class StableDiffusion3Model(DiffusersModel):
 
     def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
         config = self.transformer.config
-        clip = transformers.CLIPTextConfig.from_pretrained(
-            self._source, subfolder="text_encoder", revision=self._commit
-        )
+        clip = transformers.CLIPTextConfig(**self._parts.json("text_encoder/config.json"))
         of_prompt = {
             "prompt_embeds": (clip.max_position_embeddings + max_sequence_length, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),

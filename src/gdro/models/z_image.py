@@ -1,7 +1,7 @@
 """Z-Image: the network's time runs from noise (0) to image (1), and a caption is as long as it is."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -28,6 +28,11 @@ class ZImageModel(DiffusersModel):
         "attention": f"{_BLOCK}{_ATTENTION}",
         "attention+ff": f"{_BLOCK}({_ATTENTION}|{_FEED_FORWARD})",
     }
+
+    @classmethod
+    def written(cls, tokenizer: Any, prompt: str) -> str:
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **how)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:

@@ -17,6 +17,7 @@ from gdro.errors import UserError
 from gdro.files import fingerprint, sweep
 from gdro.groups.store import GroupWriter, ImageRow, Trajectory
 from gdro.models.base import FlowModel, Text
+from gdro.models.finite import check_rows, naming
 from gdro.progress import Progress, say
 from gdro.prompts import Prompt, check_unique_ids
 from gdro.rng import torch_rng
@@ -157,6 +158,9 @@ def _made(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> Callable
     """The images of a file of groups, made; what is returned writes them."""
     settings, groups = job.settings, job.groups
     text = model.encode_text([prompt.text for prompt in job.prompts], settings.max_sequence_length)
+    with naming(model.name, [f'prompt "{prompt.id}"' for prompt in job.prompts]):
+        for name, value in text.items():
+            check_rows(f"the {name} of the text encoders", value)
     rows: list[ImageRow] = []
     paths: dict[str, list[Trajectory]] = {}
     done: list[Made] = []
@@ -227,22 +231,23 @@ def _images(
         scheduler = model.scheduler(settings.scheduler, settings.num_inference_steps, height, width)
         how: dict[str, Any] = {"guidance_scale": settings.guidance_scale, "height": height, "width": width}
         paths: Sequence[Trajectory | None]
-        if settings.noise_level is None:
-            latents, paths = generate(model, noise, texts, scheduler, **how), [None] * len(batch)
-        else:
-            latents, trajectory = rollout(
-                model,
-                noise,
-                texts,
-                scheduler,
-                sampler=settings.sampler,
-                noise_level=settings.noise_level,
-                window=_window(settings, seed, round),
-                step_noise=normal,
-                **how,
-            )
-            paths = _split(trajectory)
-        images = model.decode(latents, height, width)
+        with naming(model.name, [f'image "{groups[place]}/{index}"' for place, index in batch]):
+            if settings.noise_level is None:
+                latents, paths = generate(model, noise, texts, scheduler, **how), [None] * len(batch)
+            else:
+                latents, trajectory = rollout(
+                    model,
+                    noise,
+                    texts,
+                    scheduler,
+                    sampler=settings.sampler,
+                    noise_level=settings.noise_level,
+                    window=_window(settings, seed, round),
+                    step_noise=normal,
+                    **how,
+                )
+                paths = _split(trajectory)
+            images = model.decode(latents, height, width)
         for (place, index), latent, image, path in zip(batch, latents.cpu(), images, paths, strict=True):
             yield Made(place, index, latent, image, path)
 

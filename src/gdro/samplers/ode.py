@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gdro.models.base import FlowModel, Text
+from gdro.models.finite import Watch
 
 
 @torch.no_grad()
@@ -22,12 +23,14 @@ def generate(
     """Integrate `noise` (n, tokens, channels) with `scheduler`'s own steps; latents of the same shape, float32.
 
     `scheduler` is fresh from `model.scheduler(...)`: it holds the state of one integration. A second-order solver
-    lists an inner point as one more timestep, so one evaluation a timestep serves every solver.
+    lists an inner point as one more timestep, so one evaluation a timestep serves every solver. Raises NotFinite.
     """
     horizon = scheduler.config.num_train_timesteps
-    x = noise.to(model.device, torch.float32)
+    x, watch = noise.to(model.device, torch.float32), Watch()
     for timestep in scheduler.timesteps:
         t = (timestep / horizon).expand(len(x))
         velocity = model.velocity(x, t, text, guidance_scale=guidance_scale, height=height, width=width)
+        watch.see(velocity)
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    watch.check(x)
     return x

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gdro.groups.store import Trajectory
 from gdro.models.base import FlowModel, Text
+from gdro.models.finite import Watch
 from gdro.samplers.sde import STEPS, log_prob
 
 
@@ -30,14 +31,15 @@ def rollout(
     """Integrate `noise` (n, tokens, channels); (latents of that shape, trajectory of the n images), float32.
 
     The times are the sigmas of `scheduler`, diffusers' Euler. Step i of `window` is STEPS[sampler] with the standard
-    normal `step_noise(i)` (n, tokens, channels); the others are Euler's.
+    normal `step_noise(i)` (n, tokens, channels); the others are Euler's. Raises NotFinite.
     """
     step = STEPS[sampler]
     times = scheduler.sigmas.to(model.device, torch.float32)
-    x = noise.to(model.device, torch.float32)
+    x, watch = noise.to(model.device, torch.float32), Watch()
     states, log_probs = [], []
     for i, (t, t_next) in enumerate(pairwise(times)):
         velocity = model.velocity(x, t.expand(len(x)), text, guidance_scale=guidance_scale, height=height, width=width)
+        watch.see(velocity)
         if i in window:
             states.append(x)
             mean, std = step(x, velocity, t, t_next, noise_level)
@@ -47,5 +49,6 @@ def rollout(
             x = x + velocity * (t_next - t)
         if i == window[-1]:
             states.append(x)
+    watch.check(x)
     seen = times[window.start : window.stop + 1]
     return x, Trajectory(torch.stack(states, 1).cpu(), torch.stack(log_probs, 1).cpu(), seen.cpu())

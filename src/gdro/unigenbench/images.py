@@ -72,9 +72,11 @@ class Sampled:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a model, adapter or device that is not there."""
+        from gdro.checks import tell_cut
         from gdro.models import check_model
 
         check_model(self.model)
+        tell_cut(self.model, prompts, self.generation.max_sequence_length)
         _ = self._device()
 
     def make(self, prompts: Sequence[Prompt]) -> None:

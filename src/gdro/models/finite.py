@@ -1,0 +1,70 @@
+"""NaN and infinity, named where they arise: they would else become black images and rewards that are all equal."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gdro.errors import UserError
+
+
+class NotFinite(Exception):
+    """NaN or infinity in row `row` of a batch: whoever knows what the rows are names it."""
+
+    def __init__(self, what: str, row: int) -> None:
+        super().__init__(what)
+        self.what, self.row = what, row
+
+
+def check_weights(where: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise UserError naming the first of the tensors that is not finite."""
+    for name, tensor in weights:
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor.detach()):
+            raise UserError(f"{where}: {name} holds NaN or infinity; expected finite weights")
+
+
+def check_rows(what: str, batch: Tensor) -> None:
+    """Raise NotFinite for the first row that is not finite."""
+    finite = batch.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise NotFinite(f"{what} hold NaN or infinity", int(finite.logical_not().nonzero()[0]))
+
+
+class Watch:
+    """Whether the velocities of an integration were finite: looked at once, at its end, so no step waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._finite: list[Tensor] = []
+
+    def see(self, velocity: Tensor) -> None:
+        self._finite.append(velocity.isfinite().flatten(1).all(1))
+
+    def check(self, latents: Tensor) -> None:
+        """Raise NotFinite for the earliest velocity that was not finite, or else for the latents it ended in."""
+        bad = torch.stack(self._finite).logical_not()
+        if bad.any():
+            step, row = bad.nonzero()[0].tolist()
+            raise NotFinite(f"the velocities of call {step + 1} of {len(bad)} hold NaN or infinity", row)
+        check_rows("the latents", latents)
+
+
+@contextmanager
+def naming(model: str, rows: Sequence[str]) -> Iterator[None]:
+    """NotFinite becomes a UserError that names the model and the row, such as `prompt "000001"`."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(
+            f"model: {model}: {error.what} for {rows[error.row]}; expected finite numbers (look for NaN in weights and "
+            "adapter, or for a value out of bounds, such as guidance_scale)"
+        ) from None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a copy of it, as NaN passes through minimum and maximum; of a quantised layer, what it stands for."""
+    if type(tensor) is not Tensor:
+        tensor = tensor.dequantize()
+    low, high = tensor.aminmax()
+    return math.isfinite(low) and math.isfinite(high)
