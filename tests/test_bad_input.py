@@ -231,7 +231,7 @@ def test_commands_and_options(work: Workplace) -> None:
         ([], "expected"),
         (["run", str(work.config)], "--out"),
         (["run", "none.yaml", "--out", "out"], "none.yaml not found"),
-        (["prompts", "--out", "p.jsonl"], "expected tiny:TASK:SPLIT:COUNT"),
+        (["prompts", "--out", "p.jsonl"], "expected gdro:TASK:SPLIT[:COUNT], tiny:TASK:SPLIT:COUNT[:SEED], or"),
         (["prompts", "tiny:ocr:train:0", "--out", "p.jsonl"], '"0"'),
     ):
         assert main(arguments) == 2

@@ -25,7 +25,7 @@ from gdro.rewards.unified_prompts import template_text
 from gdro.rundir import alone
 from gdro.strict_yaml import parse_yaml, read_yaml
 from gdro.training.log import read_metrics
-from gdro.unigenbench.judging import published_prompt
+from gdro.unigenbench.published import published_prompt
 from gdro.unigenbench.reading import read_benchmark
 
 DEEP, LONG = "[" * 200_000, "1" * 5_000
@@ -39,7 +39,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "geneval": ("x.jsonl", read_official),
     "metrics": ("metrics.jsonl", lambda path: read_metrics(path)),
     "benchmark": ("x.csv", read_benchmark),
-    "judge prompt": ("x.py", published_prompt),
+    "judge prompt": ("x.py", lambda path: published_prompt(path, "en")),
     "template": ("x.txt", lambda path: template_text("", str(path))),
     "phrases": ("x.txt", lambda path: read_phrases(path, "safe")),
     "rewards": ("x.parquet", read_header),

@@ -28,8 +28,8 @@ from gdro.planning.plan import memory_parts, plan, portion_of, refuse
 from gdro.planning.report import plan_run, prompt_counts
 from gdro.planning.shapes import KNOWN, _configurations, shapes_of
 from gdro.prompts import read_prompts
-from gdro.rundir import read_json
 from gdro.samplers.generate import sample_groups
+from gdro.sealed import read_record
 from gdro.tiny.prompts import tiny_prompts
 from gdro.training.passes import saved_bytes
 
@@ -194,7 +194,7 @@ def test_evaluations_are_those_a_run_counts(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     run(config, tmp_path / "out")
-    counted = read_json(tmp_path / "out" / "summary.json")["evaluations"]
+    counted = read_record(tmp_path / "out" / "summary.json")["evaluations"]
     prompts = {"train": 4, "validation": None, "test": len(read_prompts(tmp_path / "test.jsonl"))}
     planned = plan(config, shapes_of(config, cuda=False), gpu("l4"), prompts)
     stages = {stage.name: stage.evaluations for stage in planned.stages}

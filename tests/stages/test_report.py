@@ -270,7 +270,7 @@ class Mixed(FakeOcr):
 
 
 def test_training_groups_show_the_reward_trained_on_and_the_round(run_dir: Path) -> None:
-    path = score_groups(Mixed(), run_dir / "groups", run_dir / "rewards", batch_size=6)
+    path = score_groups(Mixed(), run_dir / "groups", run_dir / "rewards", batch_size=6, max_missing=0.2)
     (run_dir / "rounds" / "0001").mkdir(parents=True)
     shown = Page(report(run_dir, path).read_text()).shown
     before, after = "".join(shown).split("What it learned from")
