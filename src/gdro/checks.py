@@ -72,8 +72,7 @@ def _check_input(job: RunState) -> None:
         _check_version(job, begun)
     _check_scorers(job)
     todo = [stage for stage, is_done in _done(job).items() if stage in job.stages and not is_done()]
-    if todo:
-        _check_text(job, todo)
+    _check_text(job, todo)
     if todo and job.device.type == "cuda":
         _check_memory(job, todo)
 

@@ -298,6 +298,7 @@ def test_what_is_read_of_a_prompt_is_all_that_its_text_is_made_of(folders: Folde
     short, words, quoted = text_seen(str(folders(name)), prompts, length)
     assert short is None
     assert text_seen(str(folders(name)), prompts, 200) == [None, None, None]
+    assert text_seen(str(folders(name)), [], 200) == []
     for prompt, read in zip(prompts[1:], (words, quoted), strict=True):
         assert read is not None
         assert prompt.startswith(read)

@@ -97,6 +97,8 @@ def _unreachable(tokenizer: Any) -> list[str]:
 
 def text_seen(family: Any, tokenizer: Any, prompts: Sequence[str], max_sequence_length: int) -> list[str | None]:
     """Of each prompt what its text encoder reads of it at that length; None: all of it."""
+    if not prompts:  # which tokenizers do not take
+        return []
     before, after = (len(side) for side in family.written(tokenizer, _MARK).split(_MARK))
     written = [family.written(tokenizer, prompt) for prompt in prompts]
     how = {"add_special_tokens": family.special_tokens, "return_offsets_mapping": True}
