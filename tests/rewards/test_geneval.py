@@ -163,7 +163,7 @@ def drawn(prompts: list[Prompt]) -> list[Image.Image]:
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_pictures_of_the_world_satisfy_their_records(split: str) -> None:
     """Every tag, classes, colours and relations of the records mean what the world draws."""
-    prompts = tiny_prompts(f"tiny:geneval:{split}:150")
+    prompts = tiny_prompts(f"tiny:geneval:{split}:60")
     assert {prompt.fields["tag"] for prompt in prompts} == set(TAGS)
     pictures = drawn(prompts)
     for name in ("geneval", "geneval_strict"):
