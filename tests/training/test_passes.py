@@ -1,7 +1,8 @@
 """The gradient of a group a few images at a time: the same as in one pass, in memory that does not grow with k."""
 
+import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,8 @@ from gdro.objectives.registry import FORWARD
 from gdro.stages.train import prepare, train
 from gdro.training import passes
 from gdro.training.config import TrainConfig
-from gdro.training.passes import largest_portion, saved_bytes
-from gdro.training.step import Learner, Portion, backward, train_step
+from gdro.training.passes import choose_portion, largest_portion, saved_bytes
+from gdro.training.step import Learner, Portion, backward, check_reference, train_step
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,36 @@ def test_what_autograd_keeps_is_counted_once_and_without_the_weights() -> None:
     address = weight.untyped_storage().data_ptr()
     assert saved_bytes(lambda: x * weight * weight, besides={address}) == 800  # x and x weight
     assert saved_bytes(lambda: x * weight * weight, besides=set()) == 1200
+
+
+def living_bytes() -> int:
+    """Of every tensor that there is, each storage once."""
+    gc.collect()
+    storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in (Tensor, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_rounds_need_no_more_memory_than_one(flux: Any, toy: tuple[Path, Path]) -> None:
+    """Whatever looks at a pass lets go of it: the measurement of `auto`, a step either way, the check after it."""
+
+    def measured(one: Learner) -> None:
+        choose_portion(one)
+
+    def stepped(one: Learner) -> None:
+        check_reference(one, 1, train_step(one, 1))
+
+    probes: list[tuple[Callable[[Learner], None], dict[str, Any]]] = [
+        (measured, {}),
+        (stepped, {"group_gradient": "one_pass"}),
+        (stepped, {"group_gradient": "two_pass", "reference_draws": 2}),
+        (stepped, {"gradient_checkpointing": True}),
+    ]
+    for probe, changes in probes:
+        living = []
+        for _ in range(4):
+            probe(learner(flux, toy, **changes))
+            living.append(living_bytes())
+        assert living[3] == living[1], changes  # the first may fill a cache
 
 
 def test_auto_takes_what_fits_and_a_resumed_run_what_it_took(

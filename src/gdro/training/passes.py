@@ -73,7 +73,7 @@ def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:
         for storage in _storages(tensor):
             if storage.data_ptr() not in besides:
                 found[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # a node that held its own output would be a cycle no collector sees: the graph stays
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()  # held until counted, or another tensor could take a freed one's address
