@@ -126,13 +126,30 @@ def test_memory_does_not_grow_with_the_group(flux: Any, toy: tuple[Path, Path]) 
     assert peaks["one_pass", 16] > 4 * peaks["one_pass", 2]
 
 
-def test_passes_are_counted(flux: Any, toy: tuple[Path, Path]) -> None:
-    """Of 2 x 4 images: the base once, the policy three times in one pass, four times in two."""
+def test_a_step_counts_what_it_draws_however_memory_divides_it(flux: Any, toy: tuple[Path, Path]) -> None:
+    """Of 2 x 4 images: the base once, the policy three times in one pass; in two once more, which is not counted."""
     for how, cost in (("one_pass", 4), ("two_pass", 5)):
         one = learner(flux, toy, group_gradient=how)
         before = flux.evaluations
-        train_step(one, 1)
+        assert train_step(one, 1)["evaluations"] == 8 * 4
         assert flux.evaluations - before == 8 * cost
+
+
+def test_a_step_counts_what_the_model_computes(flux: Any, toy: tuple[Path, Path]) -> None:
+    """By every objective, at the round's first step and after; "round" is the policy itself at the first."""
+    for name, cost in (
+        ("gdro", (4, 4)),
+        ("nft", (5, 5)),
+        ("awm", (3, 4)),
+        ("sft", (3, 3)),
+        *((kind.name, None) for kind in FORWARD),
+    ):
+        one = learner(flux, toy, objective=name, k=2)
+        for step in (1, 2):
+            before = flux.evaluations
+            counted = train_step(one, step)["evaluations"]
+            assert counted == flux.evaluations - before, name
+            assert cost is None or counted == 4 * cost[step - 1], name
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,21 @@
 """The reference's errors on a pool of draws: those that the reference itself gives, asked for once."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from run_files import rows, same, weights
+from run_files import rows
+from small_run import small_run
 from toy_groups import SAMPLING, write_toy
 
-from gdro.errors import UserError
-from gdro.groups.store import GroupStore
+from gdro import pipeline
+from gdro.config import load_config
 from gdro.models.base import FlowModel
 from gdro.stages import train as stage
-from gdro.stages.train import prepare, train
+from gdro.stages.train import prepare
 from gdro.training.config import TrainConfig
 from gdro.training.step import Learner, backward, noised, train_step
 
@@ -27,10 +29,6 @@ def toy(tmp_path: Path, flux: Any) -> tuple[Path, Path]:
 
 def learner(model: FlowModel, toy: tuple[Path, Path], seed: int = 0, **changes: Any) -> Learner:
     return prepare(TrainConfig(**(SMALL | changes)), model, *toy, seed=seed, sampling=SAMPLING)[0]
-
-
-def files(toy: tuple[Path, Path]) -> list[Path]:
-    return sorted(toy[0].glob("_reference-*.npy"))
 
 
 @pytest.mark.parametrize("scope", ["group", "image"])
@@ -80,89 +78,88 @@ def test_the_kept_errors_are_the_references_own(flux: Any, toy: tuple[Path, Path
         torch.testing.assert_close(figures[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_each_error_is_computed_once(flux: Any, toy: tuple[Path, Path]) -> None:
+def test_each_error_is_computed_once_and_counted_once(flux: Any, toy: tuple[Path, Path]) -> None:
     def cost(one: Learner, step: int) -> int:
         before = flux.evaluations
-        train_step(one, step)
-        return int(flux.evaluations - before)
+        counted = train_step(one, step)["evaluations"]
+        assert counted == flux.evaluations - before
+        return int(counted)
 
     one = learner(flux, toy)
     costs = [cost(one, step) for step in range(1, 40)]
     assert costs[0] == 2 * 3 * (1 + 3)
     assert costs[-1] == 2 * 3 * 3
     assert sum(costs) == 39 * 18 + 3 * 4 * 2
-    assert not np.isnan(np.load(files(toy)[0])).any()
-    assert cost(learner(flux, toy), 1) == 18  # another run on the same groups
+    assert one.reference_errors is not None
+    (known,) = one.reference_errors.state().values()
+    assert known.shape == (12, 2)
+    assert not known.isnan().any()
+    assert cost(learner(flux, toy), 1) == costs[0]  # another run on the same groups counts the same
 
 
-def test_a_hole_in_the_file_is_filled_with_the_same_values(flux: Any, toy: tuple[Path, Path]) -> None:
-    first = learner(flux, toy)
-    for step in range(1, 40):
-        train_step(first, step)
-    (path,) = files(toy)
-    whole = np.load(path)
-    holes = whole.copy()
-    holes[::2, 1] = np.nan
-    np.save(path, holes)
-    again = learner(flux, toy)
-    for step in range(1, 40):
-        train_step(again, step)
-    np.testing.assert_allclose(np.load(path), whole, rtol=1e-5)
+def test_a_group_met_twice_in_a_step_is_counted_once(flux: Any, toy: tuple[Path, Path]) -> None:
+    one = learner(flux, toy, groups_per_step=9, reference_draws=1, k=4)
+    assert train_step(one, 1)["evaluations"] == 9 * 4 * 3 + 3 * 4
 
 
-def test_what_the_errors_depend_on_has_a_file_of_its_own(flux: Any, toy: tuple[Path, Path]) -> None:
-    changes = [{}, {"seed": 1}, {"reference_draws": 3}, {"timestep": "uniform"}, {"noise_scope": "image"}]
-    for count, change in enumerate([*changes, {"logit_mean": 0.5}], 1):
-        learner(flux, toy, **change)
-        assert len(files(toy)) == count
-    for same_errors in ({"k": 2}, {"beta": 3.0}, {"rank": 2}, {"objective": "dgpo"}):
-        learner(flux, toy, **same_errors)
-        assert len(files(toy)) == 6
-    flux.transformer.bfloat16()
-    learner(flux, toy)
-    assert len(files(toy)) == 7
+def test_what_is_known_is_kept_for_the_same_images_only(flux: Any, toy: tuple[Path, Path], tmp_path: Path) -> None:
+    one = learner(flux, toy)
+    train_step(one, 1)
+    assert one.reference_errors is not None
+    state = {name: values.clone() for name, values in one.reference_errors.state().items()}
+    other = write_toy(tmp_path / "other", flux, groups=3, images=5)
+    for groups, known in ((toy, True), (other, False)):
+        again = learner(flux, groups)
+        assert again.reference_errors is not None
+        again.reference_errors.load(state)
+        (values,) = again.reference_errors.state().values()
+        assert bool(values.isnan().all()) is not known
 
 
-def test_a_damaged_file_is_refused(flux: Any, toy: tuple[Path, Path]) -> None:
-    learner(flux, toy)
-    (path,) = files(toy)
-    data = path.read_bytes()
-    for damage in (b"", data[:40], data[:-4]):
-        path.write_bytes(damage)
-        with pytest.raises(UserError, match=rf"^{path} is damaged .*; delete it to compute it again$"):
-            learner(flux, toy)
-    np.save(path, np.zeros((2, 2), np.float32))
-    with pytest.raises(UserError, match=r"holds float32 of \(2, 2\), expected float32 of \(12, 2\); delete it"):
-        learner(flux, toy)
-    path.unlink()
-    learner(flux, toy)
-    assert len(GroupStore(toy[0]).group_ids) == 3  # the store is none the wiser
-
-
-def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
-    flux: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one_at_its_budget(
+    flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    config = TrainConfig(**SMALL, max_train_steps=8, checkpointing_steps=3, validation_steps=0)
-
-    def run(name: str) -> None:
-        groups = tmp_path / name / "toy"
-        made = (groups / "groups", groups / "rewards" / "toy.parquet")
-        if not groups.exists():
-            write_toy(groups, flux, groups=3, images=4)
-        train(config, flux, *made, tmp_path / name, seed=0, sampling=SAMPLING)
-
-    run("whole")
+    """In rounds: what was computed after the last checkpoint counts again, what is known of a kept round does not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {
+        "train.reference_draws": "2",
+        "train.max_train_steps": "9",
+        "train.checkpointing_steps": "3",
+        "train.max_evaluations": "170",
+        "rounds.train_steps": "4",
+        "rounds.prompts": "2",
+        "rounds.keep": str(kept),
+    }
+    config = load_config(small_run(tmp_path, flux_folder), list(changes.items()))
+    pipeline.run(config, tmp_path / "whole")
     real = stage.train_step
+    for last in (2, 5, 6):
 
-    def stop(one: Learner, step: int) -> dict[str, float]:
-        if step > 5:
-            raise KeyboardInterrupt
-        return real(one, step)
+        def stop(one: Learner, step: int, last: int = last) -> dict[str, float]:
+            if step > last:
+                raise KeyboardInterrupt
+            return real(one, step)
 
-    monkeypatch.setattr(stage, "train_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run("cut")
+        monkeypatch.setattr(stage, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(config, tmp_path / "cut")
     monkeypatch.setattr(stage, "train_step", real)
-    run("cut")
-    assert same(weights(tmp_path / "cut", 8), weights(tmp_path / "whole", 8))
-    assert [row["loss"] for row in rows(tmp_path / "cut")] == [row["loss"] for row in rows(tmp_path / "whole")]
+    pipeline.run(config, tmp_path / "cut")
+    whole, cut = (results(tmp_path / name) for name in ("whole", "cut"))
+    assert whole["summary"]["steps"] == 7  # the budget's, not max_train_steps
+    assert cut == whole
+
+
+def results(out: Path) -> dict[str, Any]:
+    """All that comes out of a run but its times."""
+    summary = json.loads((out / "summary.json").read_text())
+    metrics = rows(out)
+    for row in metrics:
+        for figures in (row, row.get("validation", {})):
+            for name in ("seconds", "images_per_second"):
+                figures.pop(name, None)
+    adapter = (out / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
+    del summary["seconds"]
+    return {"summary": summary, "metrics": metrics, "adapter": hashlib.sha256(adapter).hexdigest()}

@@ -44,6 +44,10 @@ class FlowModel(Protocol):
         """v_theta(x_t, t, c) with the adapter as it is now; x_t (n, tokens, channels), t (n,); float32 out."""
         ...
 
+    def passes(self, guidance_scale: float) -> int:
+        """Passes through the transformer for one velocity."""
+        ...
+
     def compile(self) -> None:
         """Compile the transformer's blocks (torch.compile): slow at first, faster afterwards, equal to rounding."""
         ...

@@ -211,13 +211,13 @@ class DiffusersModel(ABC):
                 raise UserError(f"{field}: {value} does not fit the model's grid; expected a multiple of {side}")
         return (height // side) * (width // side), self._channels
 
+    def passes(self, guidance_scale: float) -> int:
+        """Passes through the transformer for one velocity: two with classifier-free guidance."""
+        return 1 + self.guides(guidance_scale, distilled=self._distilled)
+
     def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         """v_theta(x_t, t, c): x_t (n, tokens, channels), t (n,) in (0, 1), text of n rows; float32 out."""
-        self.evaluations += (
-            len(x_t)
-            * (1 + self.guides(guidance_scale, distilled=self._distilled))
-            * (3 if torch.is_grad_enabled() else 1)
-        )
+        self.evaluations += len(x_t) * self.passes(guidance_scale) * (3 if torch.is_grad_enabled() else 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             velocity = self._predict(
                 x_t.to(self.device, self.dtype),

@@ -130,7 +130,7 @@ def _training(config: RunConfig, shapes: Shapes, portion: Portion, prompts: int 
         images,
         unlearned * shapes.base.flops + shapes.learning.flops,
         (unlearned * pace("base", batch) + pace("learning", batch)) / batch,
-        round((others + again + 3 * images) * shapes.evaluations),
+        round((others + 3 * images) * shapes.evaluations),  # as a run counts them: without the second pass
     )
 
 

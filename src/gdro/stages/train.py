@@ -167,6 +167,7 @@ def train(
                     adapter=learner.parameters,
                     ema=learner.ema.weights,
                     optimizer=optimizer_tensors(learner.optimizer, list(learner.parameters)),
+                    reference=None if learner.reference_errors is None else learner.reference_errors.state(),
                     settings=settings,
                     memory=remembered,
                 )
@@ -269,7 +270,7 @@ def prepare(
         sampler=sampling.get("sampler", "ode"),
         noise_level=sampling.get("noise_level") or 0.0,
         portion=given_portion(config),
-        reference_errors=_reference_errors(config, stores, geometry, seed=seed, model=model),
+        reference_errors=None if config.reference_draws is None else ReferenceErrors(stores, config.reference_draws),
         done=place.done,
     )
     settings = {f"train.{name}": value for name, value in config.model_dump(mode="json").items()}
@@ -287,23 +288,6 @@ def prepare(
         f"{sum(p.numel() for p in parameters.values())} parameters"
     )
     return learner, settings
-
-
-def _reference_errors(
-    config: TrainConfig, stores: Sequence[GroupStore], geometry: Mapping[str, Any], *, seed: int, model: FlowModel
-) -> ReferenceErrors | None:
-    if config.reference_draws is None:
-        return None
-    pool = {"timestep", "logit_mean", "logit_std", "timestep_scope", "noise_scope"}
-    made_with = {
-        **geometry,
-        **config.model_dump(include=pool),
-        "weights": model.revision,
-        "precision": str(next(model.transformer.parameters()).dtype),
-        "max_sequence_length": stores[0].settings["max_sequence_length"],
-        "seed": seed,
-    }
-    return ReferenceErrors(stores, draws=config.reference_draws, made_with=made_with)
 
 
 def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
@@ -363,6 +347,8 @@ def _restore(learner: Learner, checkpoint: Checkpoint) -> None:
     for name, weight in learner.ema.weights.items():
         weight.copy_(checkpoint.ema[name])
     load_optimizer(learner.optimizer, list(learner.parameters), checkpoint.optimizer)
+    if learner.reference_errors is not None:
+        learner.reference_errors.load(checkpoint.reference)
 
 
 def over(config: TrainConfig, round: Round, step: int, spent: int) -> str:

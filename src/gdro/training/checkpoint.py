@@ -1,7 +1,8 @@
 """Checkpoints: one folder a checkpoint, safetensors and JSON, complete or absent.
 
-`step-NNNNNN/` holds `adapter`, `ema` and `optimizer` safetensors and `state.json`: the step, digests of the other
-files, the settings of the run, and what the loop must remember. There is no RNG state: draws are counter-based. Of n
+`step-NNNNNN/` holds `adapter`, `ema` and `optimizer` safetensors, with `train.reference_draws` also `reference`, and
+`state.json`: the step, digests of the other files, the settings of the run, and what the loop must remember. There is
+no RNG state: draws are counter-based. Of n
 processes each writes its share of the tensors, `adapter-00001-of-0000n` and so on; any number of them reads all.
 """
 
@@ -27,7 +28,8 @@ from gdro.training.config import TrainConfig
 
 FIELD = "train.resume_from_checkpoint"
 PREFIX = "step-"
-TENSORS = ("adapter", "ema", "optimizer")
+TENSORS = ("adapter", "ema", "optimizer", "reference")
+OPTIONAL = {"reference"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Checkpoint:
     adapter: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    reference: dict[str, Tensor]  # the reference errors known so far; empty where none are kept
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -58,6 +61,7 @@ def save_checkpoint(
     adapter: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor] | None = None,
     settings: Mapping[str, Any],
     memory: Mapping[str, Any],
 ) -> Path:
@@ -74,7 +78,9 @@ def save_checkpoint(
             tmp.mkdir(parents=True)
         distributed.wait()
         digests = {}
-        for name, tensors in zip(TENSORS, (adapter, ema, optimizer), strict=True):
+        for name, tensors in zip(TENSORS, (adapter, ema, optimizer, reference), strict=True):
+            if tensors is None:
+                continue
             shared = distributed.mine(sorted(tensors))  # in an order that all processes have
             own = {key: tensors[key].detach().cpu().contiguous() for key in shared}
             file, data = name + place * (distributed.size() > 1), safetensors.save(own)
@@ -106,9 +112,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         state = parse_record(data)
         digests = {path / f"{file}.safetensors": digest for file, digest in state["sha256"].items()}
-        tensors: dict[str, dict[str, Tensor]] = {file.stem.partition("-")[0]: {} for file in digests}
-        if set(tensors) != set(TENSORS):
-            raise ValueError(f"it names {', '.join(tensors)}")
+        named = {file.stem.partition("-")[0] for file in digests}
+        if named | OPTIONAL != set(TENSORS):
+            raise ValueError(f"it names {', '.join(sorted(named))}")
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in TENSORS}
         step, settings, memory = int(state["step"]), dict(state["settings"]), dict(state["memory"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(_damaged(path / "state.json", error)) from None

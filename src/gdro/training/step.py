@@ -83,7 +83,7 @@ class Learner:
 def train_step(learner: Learner, step: int) -> dict[str, float]:
     """One update of the adapter and its EMA; the step's figures, means over the groups that carry a ranking.
 
-    Several processes share the groups and make the same update. `evaluations`: what the step cost them all.
+    Several processes share the groups and make the same update.
     A step without any such group costs nothing and changes nothing but the EMA. Raises UserError, before anything is
     changed, if the loss or gradient is not finite.
     """
@@ -91,20 +91,20 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
     visits = learner.visits.at(step)
     ranked = sum(visit.ranked for visit in visits)
     own = dealt(visits, distributed.rank(), distributed.size()) if ranked else []
+    spent = evaluations(learner, visits) if ranked else 0
     totals: dict[str, Tensor] = {}
-    before = learner.model.evaluations
     for some in of_one_size(own, learner.batches.groups, _groups_at_once(learner, visits)):
         figures = backward(learner, some, ranked)
         totals = {name: totals[name] + value for name, value in figures.items()} if totals else figures
     means: dict[str, float] = {"evaluations": 0}
     if ranked:
-        real = len(visits[distributed.rank() :: distributed.size()])
-        cost = (learner.model.evaluations - before) * real // len(own)
+        if learner.reference_errors is not None:
+            learner.reference_errors.share()
         distributed.sum_gradients(learner.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), config.max_grad_norm)
         *sums, grad_norm = torch.stack([*totals.values(), norm]).tolist()
-        means = distributed.summed({**dict(zip(totals, sums, strict=True)), "evaluations": cost})
-        means["grad_norm"] = grad_norm
+        means = distributed.summed(dict(zip(totals, sums, strict=True)))
+        means |= {"evaluations": spent, "grad_norm": grad_norm}
     for name in {"loss", "grad_norm"} & set(means):  # read above at once: the only synchronisation with a GPU
         if not math.isfinite(means[name]):
             raise UserError(
@@ -117,6 +117,26 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
         learner.optimizer.zero_grad()
     learner.ema.update(learner.parameters, ema_decay(step, warmup=config.ema_warmup, decay=config.ema_decay))
     return {"groups": ranked, **means}
+
+
+def evaluations(learner: Learner, visits: Sequence[Visit]) -> int:
+    """What a step of these visits costs (`FlowModel.evaluations`), by what they draw: one process, one pass.
+
+    Which budget a run has spent, and so where it ends, must not depend on how memory divides a step (a second pass is
+    not counted, as recomputed activations are not), on the number of processes, or on what a killed one computed.
+    """
+    objective, fresh = learner.objective, visits[0].step == learner.done + 1
+    images, once = len(visits) * learner.config.k, 0
+    if objective.kind == "trajectory":
+        images *= learner.transitions.count(visits[0])
+        others = objective.uses_base + (objective.uses_old_mean and not fresh)
+    elif learner.reference_errors is not None:
+        others = int(objective.uses_base)
+        once = learner.reference_errors.missing(visits, [learner.batches.draw(visit) for visit in visits])
+    else:
+        known = objective.uses_reference is None or (learner.config.reference == "round" and fresh)
+        others = objective.uses_base + (not known)
+    return (images * (3 + others) + once) * learner.model.passes(learner.geometry["guidance_scale"])
 
 
 def _groups_at_once(learner: Learner, visits: Sequence[Visit]) -> int:
@@ -166,15 +186,15 @@ def _reference_error(learner: Learner, known: ReferenceErrors, visits: Sequence[
     """d_ref (g, k) of the pool's draws; those not known yet are computed, and kept."""
     draws = [learner.batches.draw(visit) for visit in visits]
     errors = known.of(visits, draws)
-    missing = errors.isnan()
+    asked = errors.isnan()
     if distributed.is_sharded(learner.model.transformer):  # all its processes compute, or none
-        missing[:] = any(distributed.gather(bool(missing.any())))
-    if missing.any():
-        rows = missing.flatten().nonzero()[:, 0].to(learner.model.device)
+        asked[:] = any(distributed.gather(bool(asked.any())))
+    if asked.any():
+        rows = asked.flatten().nonzero()[:, 0].to(learner.model.device)
         v = (batch.eps - batch.x0).flatten(0, 1)[rows]
         with torch.no_grad(), learner.carrying("base"):
             found = velocity_error(v, _velocities(learner, *_rows(*batch.noised(), rows)))
-        errors[missing] = found.cpu()
+        errors[asked] = found.cpu()
         known.keep(visits, draws, errors)
     return errors.to(learner.model.device)
 

@@ -40,11 +40,17 @@ class Transitions:
         chosen = [self._chosen(visit) for visit in visits]
         return len(chosen[0]), self._batches(visits, chosen)
 
+    def count(self, visit: Visit) -> int:
+        """How many steps a visit is trained on."""
+        return max(1, round(self.fraction * self._window(visit)))
+
+    def _window(self, visit: Visit) -> int:
+        return len(self.groups.trajectory(visit.group).times) - 1
+
     def _chosen(self, visit: Visit) -> list[int]:
-        window = len(self.groups.trajectory(visit.group).times) - 1
-        count = max(1, round(self.fraction * window))
-        order = torch.randperm(window, generator=torch_rng(self.seed, "train/transitions", visit.step, visit.slot))
-        return sorted(order[:count].tolist())
+        generator = torch_rng(self.seed, "train/transitions", visit.step, visit.slot)
+        order = torch.randperm(self._window(visit), generator=generator)
+        return sorted(order[: self.count(visit)].tolist())
 
     def _batches(self, visits: Sequence[Visit], chosen: list[list[int]]) -> Iterator[TransitionBatch]:
         trajectories = [self.groups.trajectory(visit.group) for visit in visits]
