@@ -53,6 +53,8 @@ def transition(n: int = 5, *, moved: float = 0.1, noise: float = 0.3, dt: float 
         mean=mean,
         std=std,
         dt=dt,
+        ratio_scale=1.0,
+        kl_scale=-dt,
         base_mean=old_mean + std * base,
         old_mean=old_mean,
     )

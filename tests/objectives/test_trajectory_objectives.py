@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from examples import gradient, transition
 
 from gdro.objectives.base import Transition, clipped_surrogate
@@ -13,6 +14,7 @@ from gdro.objectives.registry import TRAJECTORY
 from gdro.objectives.trajectory.dance_grpo import DanceGrpo
 from gdro.objectives.trajectory.flow_grpo import FlowGrpo, step_kl
 from gdro.objectives.trajectory.grpo_guard import GrpoGuard, guarded_log_ratio
+from gdro.samplers.sde import flow_cps_step, kl_scale, log_prob, ratio_scale
 
 ALL = [kind() for kind in TRAJECTORY]
 NAMES = [objective.name for objective in ALL]
@@ -147,3 +149,42 @@ def test_guard_weighs_steps_by_their_length() -> None:
     torch.testing.assert_close(objective.loss(long)[1]["kl"], 2 * objective.loss(short)[1]["kl"])
     each = dataclasses.replace(long, dt=torch.full((5,), -0.2), std=long.std.expand(5, 1, 1))
     torch.testing.assert_close(objective.loss(each)[0], objective.loss(long)[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("step", "density"), [(0, 0.68), (8, 7900.0)])
+def test_flow_cps_weighs_its_steps_as_its_authors_do(step: int, density: float) -> None:
+    """log-ratio: mean (x' - old)^2 - mean (x' - new)^2, which densities would multiply by `density`; KL: the whole."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    t, t_next = scheduler.sigmas[step].double(), scheduler.sigmas[step + 1].double()
+    generator = torch.Generator().manual_seed(0)
+    x, v, n, move = (torch.randn(5, 4, 3, generator=generator, dtype=torch.float64) for _ in range(4))
+    old, std = flow_cps_step(x, v, t, t_next, 0.7)
+    x_next = old + std * n
+    mean = flow_cps_step(x, v + 1e-3 * move, t, t_next, 0.7)[0].requires_grad_()
+    assert 1 / (2 * float(std) ** 2) == pytest.approx(density, rel=0.01)
+    seen = Transition(
+        log_prob=log_prob(x_next, mean, std),
+        old_log_prob=log_prob(x_next, old, std),
+        advantage=torch.ones(5, dtype=torch.float64),
+        mean=mean,
+        std=std,
+        dt=t_next - t,
+        ratio_scale=ratio_scale("flow_cps", std),
+        kl_scale=kl_scale("flow_cps", t_next - t),
+        base_mean=old,
+    )
+    expected = ((x_next - old).square() - (x_next - mean).square()).flatten(1).mean(1)
+    loss, figures = FlowGrpo(clip_range=1.0, kl_weight=0.1).loss(seen)
+    kl = (mean - old).square().flatten(1).mean(1) / (2 * std.square())
+    torch.testing.assert_close(figures["ratio"], expected.exp().detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(figures["kl"], kl.detach(), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(gradient(loss, mean), gradient(0.1 * kl - expected.exp(), mean), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", ["flow_grpo", "dance_grpo"])
+def test_the_other_samplers_ratios_are_of_densities(sampler: str) -> None:
+    std, dt = torch.linspace(0.1, 0.5, 5)[:, None, None], -torch.linspace(0.1, 0.2, 5)
+    assert torch.equal(ratio_scale(sampler, std), torch.ones(5))
+    assert torch.equal(torch.as_tensor(kl_scale(sampler, dt)), -dt)
+    assert torch.equal(ratio_scale("flow_cps", std), 2 * std.flatten() ** 2)

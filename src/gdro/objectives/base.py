@@ -60,6 +60,8 @@ class Transition:
     mean: Tensor  # (n, tokens, channels) of the policy, with gradient
     std: Tensor  # of the step's Gaussian: the sampler's noise level times sqrt(-dt); broadcasts to mean
     dt: float | Tensor  # t_next - t < 0; a number or (n,)
+    ratio_scale: float | Tensor  # of a log-ratio, and of a divergence from the base: as the sampler's authors weigh
+    kl_scale: float | Tensor  # them (samplers/sde.py); numbers or (n,)
     base_mean: Tensor | None = None  # (n, tokens, channels) of the frozen base, only if `uses_base`
     old_mean: Tensor | None = None  # (n, tokens, channels) of the policy that sampled, only if `uses_old_mean`
 
@@ -126,8 +128,9 @@ def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -
     return torch.maximum(free, bound), ratio.detach(), (bound > free).to(ratio.dtype)
 
 
-def policy_loss(seen: Transition, log_ratio: Tensor, clip_range: float) -> Loss:
+def policy_loss(seen: Transition, clip_range: float) -> Loss:
     """`clipped_surrogate` of a step's images (n,), and its figures: loss_policy, ratio, clipped."""
+    log_ratio = (seen.log_prob - seen.old_log_prob) * seen.ratio_scale
     loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, clip_range)
     return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
 

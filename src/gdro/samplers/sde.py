@@ -64,12 +64,24 @@ def flow_cps_step(
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(n,): mean over elements, as in Flow-GRPO's code, of log N(x_next; mean, std^2); not finite if std is 0.
-
-    Flow-CPS's code leaves out the constants and the division by 2 std^2; here a ratio is one of densities.
-    """
+    """(n,): mean over elements, as in Flow-GRPO's code, of log N(x_next; mean, std^2); not finite if std is 0."""
     density = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(2 * math.pi) / 2
     return density.flatten(1).mean(1)
+
+
+def ratio_scale(sampler: str, std: Tensor) -> Tensor:
+    """() or (n,): what the sampler's authors multiply a difference of two `log_prob` by.
+
+    Flow-CPS's code leaves out the constants and the division by 2 std^2, so its log-ratio is the difference of mean
+    squares; densities would weigh the ninth of ten steps 10,000 times the first.
+    """
+    return (2 * std.square() if sampler == "flow_cps" else torch.ones_like(std)).flatten().squeeze()
+
+
+def kl_scale(sampler: str, dt: float | Tensor) -> float | Tensor:
+    """What the sampler's authors multiply the KL of two steps of equal std by: -dt, for their std leaves sqrt(-dt) out;
+    Flow-CPS's is the whole."""
+    return 1.0 if sampler == "flow_cps" else -dt
 
 
 STEPS: dict[str, Step] = {"flow_grpo": flow_grpo_step, "dance_grpo": dance_grpo_step, "flow_cps": flow_cps_step}

@@ -13,7 +13,7 @@ from gdro import distributed
 from gdro.errors import UserError
 from gdro.models.base import FlowModel, Text
 from gdro.objectives.base import ForwardObjective, Noised, TrajectoryObjective, Transition, velocity_error
-from gdro.samplers.sde import STEPS, log_prob
+from gdro.samplers.sde import STEPS, kl_scale, log_prob, ratio_scale
 from gdro.training.batch import Batch, Batches, Visit, Visits, dealt, of_one_size
 from gdro.training.config import TrainConfig
 from gdro.training.ema import Ema, carrying, ema_decay
@@ -301,6 +301,8 @@ def transition(learner: Learner, objective: TrajectoryObjective, batch: Transiti
         old_mean=mean.detach() if objective.uses_old_mean and fresh else old_mean,
         std=std,
         dt=batch.t_next - batch.t,
+        ratio_scale=ratio_scale(learner.sampler, std),
+        kl_scale=kl_scale(learner.sampler, batch.t_next - batch.t),
     )
 
 

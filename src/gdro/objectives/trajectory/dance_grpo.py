@@ -23,4 +23,4 @@ class DanceGrpo:
     uses_old_mean: ClassVar[bool] = False
 
     def loss(self, seen: Transition) -> Loss:
-        return policy_loss(seen, seen.log_prob - seen.old_log_prob, self.clip_range)
+        return policy_loss(seen, self.clip_range)

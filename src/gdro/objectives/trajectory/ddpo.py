@@ -22,4 +22,4 @@ class Ddpo:
     uses_old_mean: ClassVar[bool] = False
 
     def loss(self, seen: Transition) -> Loss:
-        return policy_loss(seen, seen.log_prob - seen.old_log_prob, self.clip_range)
+        return policy_loss(seen, self.clip_range)

@@ -29,16 +29,11 @@ class FlowGrpo:
         return self.kl_weight > 0
 
     def loss(self, seen: Transition) -> Loss:
-        loss, figures = policy_loss(seen, seen.log_prob - seen.old_log_prob, self.clip_range)
+        loss, figures = policy_loss(seen, self.clip_range)
         if self.kl_weight == 0:
             return loss, figures
-        kl = drift_kl(seen.mean, given(seen.base_mean), seen.std, seen.dt)
+        kl = step_kl(seen.mean, given(seen.base_mean), seen.std) * seen.kl_scale
         return loss + self.kl_weight * kl, figures | {"kl": kl.detach()}
-
-
-def drift_kl(mean: Tensor, base_mean: Tensor, std: Tensor, dt: float | Tensor) -> Tensor:
-    """The step's KL times -dt, (n,): as the authors' code weighs it, whose std leaves sqrt(-dt) out."""
-    return step_kl(mean, base_mean, std) * -dt
 
 
 def step_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from gdro.objectives.base import Advantage, Loss, Transition, clipped_surrogate, given
-from gdro.objectives.trajectory.flow_grpo import drift_kl, step_kl
+from gdro.objectives.trajectory.flow_grpo import step_kl
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GrpoGuard:
         figures = {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
         if self.kl_weight == 0:
             return loss, figures
-        kl = drift_kl(seen.mean, given(seen.base_mean), seen.std, seen.dt)
+        kl = step_kl(seen.mean, given(seen.base_mean), seen.std) * seen.kl_scale
         return loss + self.kl_weight * kl, figures | {"kl": kl.detach()}
 
 
