@@ -265,7 +265,7 @@ def test_status_writes_nothing_while_a_bench_is_at_work(copy: Path, capsys: pyte
     [
         (["none.yaml"], "none.yaml not found"),
         (["bench.yaml", "--task", "rde"], 'no task of bench.yaml; did you mean "red"?'),
-        (["bench.yaml", "--jobs", "0"], "--jobs is 0; expected at least 1"),
+        (["bench.yaml", "--jobs", "0"], "argument --jobs: it is 0; expected an integer from 1 to 1024"),
         (["bench.yaml", "--train.k", "3"], "unrecognized arguments: --train.k"),
     ],
 )

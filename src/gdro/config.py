@@ -18,7 +18,7 @@ from gdro.stages.score import ScoreConfig
 from gdro.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
 from gdro.training.config import RoundsConfig, TrainConfig
-from gdro.validation import expected, show
+from gdro.validation import MAX_SEED, expected, show
 
 CONFIG = "config.yaml"
 _MARK = b"# sha256 "
@@ -52,7 +52,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field("tiny", min_length=1, description='"tiny", a folder in diffusers\' layout, or a Hub id.')
-    seed: int = Field(0, ge=0, description="Everything random follows from it.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Everything random follows from it.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one.")
     distributed: Literal["ddp", "fsdp"] = Field(
         "ddp", description="Of several processes each has the whole model (ddp), or a share of its weights (fsdp)."

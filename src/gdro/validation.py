@@ -1,7 +1,13 @@
-"""Words for what pydantic finds wrong: what was found, what was expected."""
+"""Bounds of numbers, and words for what is wrong: what was found, what was expected."""
 
 import json
-from typing import Any
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T", int, float)
+
+MAX_SEED = 2**63 - 1  # what a column of a parquet file holds
 
 _WORDS = {
     "int_type": "an integer",
@@ -31,3 +37,27 @@ def show(value: Any) -> str:
     """A value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an option that is an integer from `low` to `high`."""
+    return _number(int, low, high, "an integer")
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """The type of an option that is a number from `low` to `high`."""
+    return _number(float, low, high, "a number")
+
+
+def _number(kind: type[T], low: T, high: T, what: str) -> Callable[[str], T]:
+    def read(text: str) -> T:
+        wrong = ArgumentTypeError(f"it is {text[:80]}; expected {what} from {low} to {high}")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise wrong from None
+        if not low <= value <= high:  # so not of NaN
+            raise wrong
+        return value
+
+    return read

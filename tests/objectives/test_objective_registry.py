@@ -57,6 +57,22 @@ def test_given_hyperparameters_replace_the_defaults() -> None:
     }
 
 
+def test_defaults_are_the_authors() -> None:
+    """Of their configurations for OCR or GenEval on SD3.5: whose deviation, and the divergence's weight."""
+    published = {
+        "flow_grpo": ("batch", 0.04, 1e-4),
+        "grpo_guard": ("batch", 0.0, 2e-6),
+        "dance_grpo": ("group", None, 1e-4),
+        "ddpo": ("group", None, 1e-4),
+        "dgpo": ("batch", None, None),
+        "nft": ("batch", 1e-4, None),
+        "awm": ("batch", None, 1.0),
+    }
+    for name, values in published.items():
+        own = asdict(make_objective(name, {}))
+        assert (own["advantage"], own.get("kl_weight"), own.get("clip_range")) == values
+
+
 def test_an_unknown_objective_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match=r'^train\.objective: "flow_gpro" is no objective; did you mean "flow_grpo"\?$'):
         make_objective("flow_gpro", {})

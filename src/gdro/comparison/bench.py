@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,7 @@ from gdro.config import MAY_CHANGE, RunConfig, validate
 from gdro.errors import UserError, did_you_mean
 from gdro.rewards.registry import IN_UNIT
 from gdro.strict_yaml import read_yaml
+from gdro.validation import MAX_SEED
 
 Fields = dict[str, Any]
 # What the bench sets itself in every run, and where a bench file says it.
@@ -33,8 +34,10 @@ class _Section(BaseModel):
 class Task(_Section):
     """One task of the bench."""
 
-    target_reward: float = Field(description="The cost of a method is counted up to this validation reward.")
-    budget: int = Field(ge=1, description="Model evaluations (sampling and training) a run may cost.")
+    target_reward: float = Field(
+        ge=-1e6, le=1e6, description="The cost of a method is counted up to this validation reward."
+    )
+    budget: int = Field(ge=1, le=10**15, description="Model evaluations (sampling and training) a run may cost.")
     set: Fields = Field({}, description="Fields of the run's configuration.")
 
 
@@ -46,14 +49,14 @@ class Method(_Section):
     per_task: dict[str, Fields] = Field({}, description="Task -> further fields.")
     search: dict[str, list[Any]] = Field({}, description="Dotted field -> values; every combination is a candidate.")
     stop_at_target: bool = Field(False, description="Stop at the first validation that reaches the task's target.")
-    budget: float = Field(1.0, gt=0, description="Of the task's budget.")
+    budget: float = Field(1.0, gt=0, le=1000, description="Of the task's budget.")
     continues: str | None = Field(None, description="A method whose finished runs this one takes on from.")
 
 
 class Search(_Section):
     """How candidates are compared: on validation prompts, at a seed of their own."""
 
-    seed: int = Field(100, ge=0)
+    seed: int = Field(100, ge=0, le=MAX_SEED)
     task: str | None = Field(None, description="The task searched on, for all of them; null: each its own.")
     budget: float = Field(0.25, gt=0, le=1, description="Of the task's budget, for each candidate.")
     set: Fields = {}
@@ -69,7 +72,7 @@ class Quick(_Section):
 
 
 class _File(_Section):
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(min_length=1)
     common: Fields = {}
     tasks: dict[str, Fields] = Field(min_length=1)
     methods: dict[str, Fields] = Field(min_length=1)

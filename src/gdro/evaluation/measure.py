@@ -35,8 +35,12 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     prompts: str = Field(min_length=1, description="Held-out prompts, as sample.prompts.")
-    images_per_prompt: int = Field(4, ge=1, description="Images of each prompt, from the same noise for both models.")
-    num_inference_steps: int = Field(28, ge=1, description="Steps of the solver; the rest is as in section sample.")
+    images_per_prompt: int = Field(
+        4, ge=1, le=10_000, description="Images of each prompt, from the same noise for both models."
+    )
+    num_inference_steps: int = Field(
+        28, ge=1, le=1000, description="Steps of the solver; the rest is as in section sample."
+    )
     judge: str | dict[str, Any] | None = Field(
         "tiny", description="A judge's name, module:function or {name: ...}; null goes without corrected score."
     )
@@ -47,9 +51,9 @@ class EvaluateConfig(BaseModel):
         None, min_length=1, description="Axes of the corrected score; null is all three, without alignment for GenEval."
     )
     bootstrap_samples: int = Field(
-        10_000, ge=100, description="Resamples of the prompts' distinct texts behind the 95 % intervals."
+        10_000, ge=100, le=100_000, description="Resamples of the prompts' distinct texts behind the 95 % intervals."
     )
-    batch_size: int = Field(16, ge=1, description="Images generated at once.")
+    batch_size: int = Field(16, ge=1, le=10**6, description="Images generated at once.")
 
     def generation(self, sample: Generation) -> Generation:
         """How the images to measure are made: by the ODE, otherwise as section `sample` says."""

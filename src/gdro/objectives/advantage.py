@@ -12,7 +12,9 @@ FLOOR = 1e-4  # added to a standard deviation
 def advantages(rewards: Sequence[Tensor], kind: str, exponent: float = 0.0) -> list[Tensor]:
     """Advantages of whole groups; rewards (K,) each, K may differ -> (K,) each, at most 5 in size.
 
-    group: (r - mean) / (std + 1e-4) of the group (Flow-GRPO, 2505.05470). batch: the std of all rewards given.
+    group: (r - mean) / (std + 1e-4) of the group (Flow-GRPO, 2505.05470). batch: the std of all rewards given, which
+    are those of a step's groups; one whose rewards are all equal is never among them, while the authors' code counts it
+    (their std is smaller, their advantages larger, the more such groups there are).
     slas: sign(dr) |dr|^(1 + exponent), dr = r - mean, over the std of all rewards given (2605.10937).
     win_rate: "group" of each image's win rate (Pref-GRPO, 2508.20751).
     """

@@ -17,13 +17,13 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    images_per_prompt: int = Field(16, ge=1, description="Images of one prompt: the group's size K.")
-    num_inference_steps: int = Field(28, ge=1, description="Steps of the solver from noise to image.")
-    guidance_scale: float = Field(3.5, ge=0, description="Guidance, as the model's own pipeline means it.")
+    images_per_prompt: int = Field(16, ge=1, le=10_000, description="Images of one prompt: the group's size K.")
+    num_inference_steps: int = Field(28, ge=1, le=1000, description="Steps of the solver from noise to image.")
+    guidance_scale: float = Field(3.5, ge=0, le=100, description="Guidance, as the model's own pipeline means it.")
     max_sequence_length: int = Field(512, ge=1, le=512, description="Tokens of the text embedding.")
-    height: int = Field(512, ge=1, description="Height of the images in pixels.")
-    width: int = Field(512, ge=1, description="Width of the images in pixels.")
-    buckets: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = Field(
+    height: int = Field(512, ge=1, le=8192, description="Height of the images in pixels.")
+    width: int = Field(512, ge=1, le=8192, description="Width of the images in pixels.")
+    buckets: list[Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=2, max_length=2)]] = Field(
         [], description="Further sizes [height, width]; each prompt is dealt one of these or height x width."
     )
     scheduler: SchedulerName = Field(EULER, description="A deterministic flow scheduler of diffusers.")
@@ -32,21 +32,32 @@ class Generation(BaseModel):
     )
     noise_level: float | None = Field(
         None,
-        gt=0,
         validate_default=True,
+        ge=1e-3,
+        le=10,
         description="Noise of a stochastic step (at most 1 for flow_cps); null: the sampler's published one.",
     )
     window: Window = Field("all", description="The stochastic steps: all but the last, fixed, random, or sliding.")
-    window_size: int | None = Field(None, ge=1, validate_default=True, description="Steps of a window other than all.")
+    window_size: int | None = Field(
+        None, ge=1, validate_default=True, le=1000, description="Steps of a window other than all."
+    )
     window_start: int | None = Field(
-        None, ge=0, validate_default=True, description="First step of a fixed window; null: 0."
+        None, ge=0, validate_default=True, le=1000, description="First step of a fixed window; null: 0."
     )
     window_interval: int | None = Field(
-        None, ge=1, validate_default=True, description="Rounds after which a sliding window moves on a step; null: 1."
+        None,
+        ge=1,
+        validate_default=True,
+        le=10**7,
+        description="Rounds after which a sliding window moves on a step; null: 1.",
     )
     shared_noise: bool = Field(False, description="One initial noise for the whole group; needs stochastic steps.")
-    batch_size: int = Field(16, ge=1, description="Images generated at once; more is faster until memory runs out.")
-    prompts_per_shard: int = Field(16, ge=1, description="Prompts of one file; an interruption loses at most one file.")
+    batch_size: int = Field(
+        16, ge=1, le=10**6, description="Images generated at once; more is faster until memory runs out."
+    )
+    prompts_per_shard: int = Field(
+        16, ge=1, le=10**6, description="Prompts of one file; an interruption loses at most one file."
+    )
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

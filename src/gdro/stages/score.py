@@ -20,9 +20,11 @@ class ScoreConfig(BaseModel):
         "ocr", description="A name (`gdro rewards` lists them), module:function, {name: ..., option: ...}, or a list."
     )
     workers: int = Field(
-        0, ge=0, description="Processes; 0 is one a core for ocr and one in all for your own function."
+        0, ge=0, le=1024, description="Processes; 0 is one a core for ocr and one in all for your own function."
     )
-    batch_size: int = Field(64, ge=1, description="Images given to the reward at once; never changes a score.")
+    batch_size: int = Field(
+        64, ge=1, le=10**6, description="Images given to the reward at once; never changes a score."
+    )
     max_missing: float = Field(
         MAX_MISSING,
         ge=0,

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gdro.objectives.registry import OBJECTIVES, make_objective, own_hyperparameters
 
@@ -20,48 +20,65 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     objective: str = Field("gdro", description="The loss by name; gdro/objectives has one file for each.")
-    k: int = Field(6, ge=2, description="Images of a group seen at each visit, of the K sampled.")
-    tau: float | None = Field(None, description="Temperature of soft targets, in units of reward; smaller is harder.")
-    beta: float | None = Field(None, gt=0, description="s = -beta (d - d_ref), d the mean squared velocity error.")
-    gamma: float | None = Field(None, ge=0, description="Weight of the velocity error of the group's best image.")
-    kl_weight: float | None = Field(None, ge=0, description="Weight of the divergence from the frozen base.")
-    clip_range: float | None = Field(None, gt=0, description="The policy ratio is clipped to 1 +- this.")
+    k: int = Field(6, ge=2, le=10_000, description="Images of a group seen at each visit, of the K sampled.")
+    tau: float | None = Field(
+        None,
+        ge=1e-6,
+        le=1e6,
+        description="Temperature of soft targets, in units of reward; smaller is harder, its limit objective: rank.",
+    )
+    beta: float | None = Field(
+        None, ge=1e-6, le=1e6, description="s = -beta (d - d_ref), d the mean squared velocity error."
+    )
+    gamma: float | None = Field(
+        None, ge=0, le=1e6, description="Weight of the velocity error of the group's best image."
+    )
+    kl_weight: float | None = Field(None, ge=0, le=1e6, description="Weight of the divergence from the frozen base.")
+    clip_range: float | None = Field(None, ge=1e-7, le=100, description="The policy ratio is clipped to 1 +- this.")
     advantage: Advantage | None = Field(
         None, description="Rewards centred in the group, over the group's or the batch's deviation; SLAS; win rates."
     )
-    advantage_exponent: float | None = Field(None, ge=0, description="SLAS: |r - mean| to the power of 1 + this.")
+    advantage_exponent: float | None = Field(
+        None, ge=0, le=10, description="SLAS: |r - mean| to the power of 1 + this."
+    )
     reference: Literal["base", "round", "ema"] | None = Field(
         None, description="Reference: the frozen base, the policy that sampled the round, or the moving average."
     )
     reference_draws: int | None = Field(
         None,
         ge=1,
+        le=1024,
         description="t and eps come from a fixed pool of so many draws a group, on which the frozen base is asked once "
         "and never again: a quarter less computation, with less variety of noise; null: new ones at each visit.",
     )
-    mix: float | None = Field(None, gt=0, le=1, description="DiffusionNFT: b of v+- = (1 -+ b) v_old +- b v.")
-    regulariser: float | None = Field(None, gt=0, description="LAIR: weight of mean s^2.")
-    low_weight: float | None = Field(None, ge=0, description="TabGRAA: weight of the low half.")
-    learning_rate: float = Field(3e-4, gt=0, description="AdamW's learning rate, constant.")
+    mix: float | None = Field(None, le=1, ge=1e-3, description="DiffusionNFT: b of v+- = (1 -+ b) v_old +- b v.")
+    regulariser: float | None = Field(None, ge=1e-6, le=1e6, description="LAIR: weight of mean s^2.")
+    low_weight: float | None = Field(None, ge=0, le=1e6, description="TabGRAA: weight of the low half.")
+    learning_rate: float = Field(3e-4, ge=1e-8, le=1, description="AdamW's learning rate, constant.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2.")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="The gradient's norm is clipped to this.")
-    max_train_steps: int = Field(300, ge=1, description="Optimizer steps of the whole run.")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, ge=1e-4, le=1e6, description="The gradient's norm is clipped to this.")
+    max_train_steps: int = Field(300, ge=1, le=10**7, description="Optimizer steps of the whole run.")
     max_evaluations: int | None = Field(
-        None, ge=1, description="Stop once sampling and training have cost this many model evaluations."
+        None, ge=1, le=10**15, description="Stop once sampling and training have cost this many model evaluations."
     )
-    target_reward: float | None = Field(None, description="Stop at the first validation whose reward reaches this.")
-    groups_per_step: int = Field(16, ge=1, description="Groups an optimizer step; times k: images a step.")
+    target_reward: float | None = Field(
+        None, ge=-1e6, le=1e6, description="Stop at the first validation whose reward reaches this."
+    )
+    groups_per_step: int = Field(16, ge=1, le=10_000, description="Groups an optimizer step; times k: images a step.")
     micro_batch_groups: int | None = Field(
-        None, ge=1, description="Groups a forward pass; null: all. Fewer need less memory for the same gradient."
+        None,
+        ge=1,
+        le=10_000,
+        description="Groups a forward pass; null: all. Fewer need less memory for the same gradient.",
     )
     group_gradient: Literal["auto", "one_pass", "two_pass"] = Field(
         "auto",
         description="two_pass: the same gradient a few images at a time, in memory that does not grow with k, for one "
         "forward pass an image more; auto: where a forward pass's groups do not fit in memory.",
     )
-    images_per_pass: int | None = Field(None, ge=1, description="Images at a time in two_pass; null: one.")
+    images_per_pass: int | None = Field(None, ge=1, le=10**6, description="Images at a time in two_pass; null: one.")
     gradient_checkpointing: bool = Field(
         False, description="Keep little of a forward pass and compute it again in the backward: slower, less memory."
     )
@@ -71,44 +88,54 @@ class TrainConfig(BaseModel):
         le=1,
         description="Share of the stochastic steps trained on, drawn each visit (trajectories).",
     )
-    rank: int = Field(32, ge=1, description="Rank of the LoRA.")
-    lora_alpha: int = Field(64, ge=1, description="The LoRA is scaled by lora_alpha / rank.")
+    rank: int = Field(32, ge=1, le=2048, description="Rank of the LoRA.")
+    lora_alpha: int = Field(64, ge=1, le=16_384, description="The LoRA is scaled by lora_alpha / rank.")
     target_modules: str | list[str] = Field(
         "attention+ff", description="Layers that get a LoRA: attention, attention+ff, all-linear, or name endings."
     )
     ema_decay: float = Field(0.5, ge=0, lt=1, description="The EMA's decay at step i is min(ema_warmup i, ema_decay).")
-    ema_warmup: float = Field(0.001, ge=0, description="Growth of the EMA's decay a step.")
+    ema_warmup: float = Field(0.001, ge=0, le=1, description="Growth of the EMA's decay a step.")
     timestep: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="Distribution of t, in (0, 1): 0 is the image, 1 noise."
     )
-    logit_mean: float = Field(0.0, description="Mean of logit t: above 0, t nearer to the noise, where content is set.")
-    logit_std: float = Field(1.0, gt=0, description="Standard deviation of logit t.")
+    logit_mean: float = Field(
+        0.0, ge=-10, le=10, description="Mean of logit t: above 0, t nearer to the noise, where content is set."
+    )
+    logit_std: float = Field(1.0, ge=1e-3, le=5, description="Standard deviation of logit t.")
     timestep_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of t.")
     noise_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of eps.")
     subset: Literal["spread", "random", "extremes"] = Field(
         "spread", description="The k of K: one from each of k slices of the reward ranking; any k; the best and worst."
     )
-    min_spread: float = Field(0.0, ge=0, description="Groups whose rewards' standard deviation is below: left out.")
+    min_spread: float = Field(
+        0.0, ge=0, le=1e6, description="Groups whose rewards' standard deviation is below: left out."
+    )
     max_mean: float | None = Field(
-        None, description="Groups whose mean reward is above are left out, as already solved; null: none."
+        None,
+        ge=-1e6,
+        le=1e6,
+        description="Groups whose mean reward is above are left out, as already solved; null: none.",
     )
     memory_gigabytes: float = Field(
-        4.0, ge=0, description="Latents and text embeddings kept in memory; the rest is read at each visit."
+        4.0, ge=0, le=1e6, description="Latents and text embeddings kept in memory; the rest is read at each visit."
     )
     checkpointing_steps: int = Field(
-        50, ge=1, description="Steps between checkpoints; a round's last step always has one."
+        50, ge=1, le=10**7, description="Steps between checkpoints; a round's last step always has one."
     )
     checkpoints_total_limit: int | None = Field(
-        3, ge=1, description="Older checkpoints are deleted, never one that is needed; null: keep all."
+        3, ge=1, le=10**7, description="Older checkpoints are deleted, never one that is needed; null: keep all."
     )
     resume_from_checkpoint: str | None = Field(
         "latest", description="latest (from the start if there is none), a checkpoint's folder, or null: start anew."
     )
-    validation_steps: int = Field(50, ge=0, description="Steps between validations; 0: none.")
+    validation_steps: int = Field(50, ge=0, le=10**7, description="Steps between validations; 0: none.")
     validation_prompts: str | None = Field(None, description="As sample.prompts; null: no validation.")
     export: Literal["best", "last"] = Field("best", description="The checkpoint handed on: the best or last.")
     alarm_drift: float = Field(
-        0.02, gt=0, description="Alarm when the best images' error exceeds the reference's by this share for 20 steps."
+        0.02,
+        ge=1e-6,
+        le=1e6,
+        description="Alarm when the best images' error exceeds the reference's by this share for 20 steps.",
     )
     report_to: list[Literal["tensorboard"]] = Field([], description="Trackers beside metrics.jsonl.")
 
@@ -131,13 +158,6 @@ class TrainConfig(BaseModel):
         name = data.get("objective", "gdro")
         own = own_hyperparameters(name, {field: data.get(field) for field in HYPERPARAMETERS})
         return data | {field: default if data.get(field) is None else data[field] for field, default in own.items()}
-
-    @field_validator("tau")
-    @classmethod
-    def _tau(cls, tau: float | None) -> float | None:
-        if tau is not None and tau <= 0:
-            raise ValueError("a number greater than 0 (for the limit tau -> 0 set objective: rank)")
-        return tau
 
 
 # Hyperparameters of objectives, by the names the objectives share.
@@ -172,10 +192,14 @@ class RoundsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps of each round; null: one round of all train.max_train_steps."
+        None, ge=1, le=10**7, description="Optimizer steps of each round; null: one round of all train.max_train_steps."
     )
-    prompts: int | None = Field(None, ge=1, description="Prompts sampled in each round, by epochs; null: all.")
-    keep: int = Field(1, ge=1, description="The latest rounds whose groups are trained on; older ones stay on disk.")
+    prompts: int | None = Field(
+        None, ge=1, le=10**7, description="Prompts sampled in each round, by epochs; null: all."
+    )
+    keep: int = Field(
+        1, ge=1, le=10**6, description="The latest rounds whose groups are trained on; older ones stay on disk."
+    )
     generator: Literal["policy", "ema"] = Field(
         "policy", description="The weights that sample the rounds after the first: as trained, or averaged."
     )

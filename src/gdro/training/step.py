@@ -20,6 +20,8 @@ from gdro.training.ema import Ema, carrying, ema_decay
 from gdro.training.reference import ReferenceErrors
 from gdro.training.transitions import TransitionBatch, Transitions
 
+VISIBLE = 1e-2  # a weight of an adapter that shows in any precision
+
 
 @dataclass(frozen=True)
 class Portion:
@@ -321,12 +323,15 @@ def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -
     # the same shape as the step had: another would be compiled anew, and pass or fail for itself
     visits = next(of_one_size(learner.visits.at(step), learner.batches.groups, learner.portion.groups))
     learner = learner.at(visits[0].group)
+    own = {name: value.detach() for name, value in learner.parameters.items()}
+    largest = max(float(value.abs().max()) for name, value in own.items() if "lora_B" in name)
+    scale = max(2.0, VISIBLE / largest) if largest else 2.0  # a small learning rate's update shows in bfloat16 as well
     with torch.no_grad():
         batch = learner.batches.of(visits)
         seen = noised(learner, batch, base=True, reference=None)
-        with carrying(learner.model, {name: 2 * value.detach() for name, value in learner.parameters.items()}):
+        with carrying(learner.model, {name: value * (scale if "lora_B" in name else 1) for name, value in own.items()}):
             again = noised(learner, batch, base=True, reference=None)
-    gap = (seen.d - seen.d_base).abs().max()
+    gap = (again.d - again.d_base).abs().max()
     if gap == 0:
         raise RuntimeError("after an update the policy equals the reference: the adapter has no effect")
     if (again.d_base - seen.d_base).abs().max() > 0.1 * gap:

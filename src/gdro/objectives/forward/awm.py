@@ -10,7 +10,9 @@ from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use, clippe
 class Awm:
     """mean max(-A rho, -A clip(rho)), rho = exp(d_old - d); at policy = old its gradient is mean A grad d.
 
-    Without the weighting of timesteps and the KL terms of the authors' code; their clip_range 1 hardly binds.
+    The authors' code differs: it divides the advantages, at most 5, by 5; takes 4 t d^(1/4) in place of d (their paper
+    d, as here); adds divergences from base and average; draws noise for each image (`train.noise_scope: image`) and t
+    from the sampler's own levels. Their clip_range 1 hardly binds.
     """
 
     clip_range: float = 1.0

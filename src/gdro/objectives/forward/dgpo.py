@@ -11,10 +11,11 @@ from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use
 
 @dataclass(frozen=True)
 class Dgpo:
-    """Default beta: the authors' with a frozen reference (10 to 100); with reference "ema" they take 2000 to 5000."""
+    """Defaults: the authors' for OCR with a frozen reference (beta 10 to 100); with reference "ema" they take 2000 to
+    5000, for GenEval advantage "group". Without their clipping of the errors and their choice of noise levels."""
 
     beta: float = 100.0
-    advantage: Advantage = "group"
+    advantage: Advantage = "batch"
     advantage_exponent: float = 0.0
     reference: Reference = "base"
     name: ClassVar[str] = "dgpo"

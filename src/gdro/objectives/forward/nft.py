@@ -12,7 +12,10 @@ from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use, given,
 class Nft:
     """The paper's loss; code of it has a factor 5 / b before the main term, which makes the KL weaker by as much.
 
-    Defaults: the authors'; they take mix 0.1 for OCR. `kl_weight` 0 spares the evaluation of the base.
+    Defaults: the authors' for GenEval; for OCR they take mix 0.1 and a slower decay of the sampling weights (here
+    `train.ema_decay`, `ema_warmup`: 0 for 75 steps, then 0.0075 a step up to 0.999, where theirs otherwise grows by
+    0.001 a step up to 0.5). They draw noise for each image (`train.noise_scope: image`; here a group shares it unless
+    told otherwise) and train on the sampler's own noise levels. `kl_weight` 0 spares the evaluation of the base.
     """
 
     mix: float = 1.0

@@ -10,7 +10,11 @@ from gdro.objectives.base import Loss, Noised, Use
 
 @dataclass(frozen=True)
 class Rwr:
-    """Default tau: GDRO's; as tau falls to 0 this becomes `sft`."""
+    """Default tau: GDRO's; as tau falls to 0 this becomes `sft`.
+
+    Weights are a softmax inside the group, as in the paper's exponential; Flow-GRPO's code of this name takes the
+    rewards themselves.
+    """
 
     tau: float = 0.05
     name: ClassVar[str] = "rwr"

@@ -12,7 +12,8 @@ from gdro.objectives.base import Advantage, Loss, Transition, policy_loss
 
 @dataclass(frozen=True)
 class DanceGrpo:
-    """mean max(-A rho, -A clip(rho, 1 +- c)). Defaults: the authors'."""
+    """mean max(-A rho, -A clip(rho, 1 +- c)). Defaults: the authors', but for the deviation: theirs is the
+    sample's (n - 1), ours the population's, so that our advantages are larger by sqrt(n / (n - 1))."""
 
     clip_range: float = 1e-4
     advantage: Advantage = "group"

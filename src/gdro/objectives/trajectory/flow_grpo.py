@@ -14,11 +14,15 @@ from gdro.objectives.base import Advantage, Loss, Transition, given, policy_loss
 
 @dataclass(frozen=True)
 class FlowGrpo:
-    """Defaults: the authors' for OCR and GenEval; with a window they clip at 1e-5. `kl_weight` 0 spares the base."""
+    """Defaults: the authors' for OCR and GenEval on SD3.5 (`kl_weight` 0 spares the base).
+
+    They differ with a window (clip 1e-5, no divergence) and on FLUX.1 with PickScore (advantage "group"). MixGRPO's
+    code divides by the sample's deviation (n - 1), ours is the population's. `advantages` says what "batch" leaves out.
+    """
 
     clip_range: float = 1e-4
     kl_weight: float = 0.04
-    advantage: Advantage = "group"
+    advantage: Advantage = "batch"
     advantage_exponent: float = 0.0
     name: ClassVar[str] = "flow_grpo"
     kind: ClassVar[Literal["trajectory"]] = "trajectory"

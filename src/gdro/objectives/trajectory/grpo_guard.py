@@ -11,11 +11,12 @@ from gdro.objectives.trajectory.flow_grpo import step_kl
 
 @dataclass(frozen=True)
 class GrpoGuard:
-    """Defaults: the authors' clip range, small because the log-ratio is scaled by the step's std; else Flow-GRPO's."""
+    """Defaults: the authors': a clip range that is small because the log-ratio is scaled by the step's std, no
+    divergence, else Flow-GRPO's. Published for the sampler flow_grpo; with any other the same formula of densities."""
 
     clip_range: float = 2e-6
-    kl_weight: float = 0.04
-    advantage: Advantage = "group"
+    kl_weight: float = 0.0
+    advantage: Advantage = "batch"
     advantage_exponent: float = 0.0
     name: ClassVar[str] = "grpo_guard"
     kind: ClassVar[Literal["trajectory"]] = "trajectory"
