@@ -66,7 +66,7 @@ def work(
         (["--train.k", "2.5"], "train.k is 2.5; expected an integer"),
         (["--train.k", "5"], "train.k is 5; expected at most sample.images_per_prompt, which is 4"),
         (["--train.k", "1"], "train.k is 1; expected a number greater than or equal to 2"),
-        (["--train.tau", "-0.05"], "train.tau is -0.05; expected a number greater than or equal to 1e-06"),
+        (["--train.tau", "-0.05"], "train.tau is -0.05; expected a number greater than or equal to 0.000001"),
         (["--train.validation_prompts", ""], "--train.validation_prompts is empty; expected --train.validation_pro"),
         (["--train.resume_from_checkpoint= "], "--train.resume_from_checkpoint is empty; expected"),
         (["--train.resume_from_checkpoint", "."], "train.resume_from_checkpoint: . is no checkpoint of gdro"),
