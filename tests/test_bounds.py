@@ -19,7 +19,7 @@ from gdro.errors import UserError
 from gdro.models import load_model
 from gdro.stages.train import train
 from gdro.training.config import TrainConfig
-from gdro.validation import MAX_SEED, real, whole
+from gdro.validation import MAX_SEED, integer, number
 
 BASE: dict[str, Any] = {
     "sample": {"prompts": "tiny:ocr:train:4"},
@@ -113,11 +113,11 @@ def test_every_number_of_the_command_line_has_bounds() -> None:
     for command in _parsers()[1].values():
         for action in command._actions:
             assert action.type not in (int, float), f"{action.option_strings} has no bounds"
-            found += getattr(action.type, "__qualname__", "").startswith("_number")
+            found += getattr(action.type, "__qualname__", "").startswith("_between")
     assert found >= 15
-    assert whole(0, 9)("7") == 7
-    assert real(0, 9)("0.5") == 0.5
-    for kind in (whole(0, 9), real(0, 9)):
+    assert integer(0, 9)("7") == 7
+    assert number(0, 9)("0.5") == 0.5
+    for kind in (integer(0, 9), number(0, 9)):
         for text in ("-1", "10", "1e300", "nan", "x", "9" * 5000):
             with pytest.raises(argparse.ArgumentTypeError, match=r"^it is .{1,80}; expected an? .* from 0 to 9$"):
                 kind(text)

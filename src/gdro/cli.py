@@ -17,7 +17,7 @@ from typing import NoReturn
 from gdro import __version__, environment
 from gdro.errors import LostProcess, UserError, did_you_mean
 from gdro.terminal import put, tell
-from gdro.validation import MAX_SEED, real, whole
+from gdro.validation import MAX_SEED, integer, number
 
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
@@ -189,7 +189,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     compare.add_argument("--quick", action="store_true", help="the shape of it: one seed, small budgets, no search")
     compare.add_argument("--status", action="store_true", help="start nothing; what is done, and the results so far")
     compare.add_argument("--task", help="this task only")
-    compare.add_argument("--jobs", type=whole(1, 1024), help="runs at once (as many as there are cores; 1 on a GPU)")
+    compare.add_argument("--jobs", type=integer(1, 1024), help="runs at once (as many as there are cores; 1 on a GPU)")
     compare.add_argument("--results", type=_path, help="also write the figures to this .json file")
     compare.add_argument("--readme", type=_path, help="also put the table into this Markdown file, between its markers")
     compare.add_argument("--pictures", type=_path, help="also write the plots into this folder")
@@ -208,16 +208,16 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     bench.add_argument("--judge-prompt", type=_path, help="UniGenBench's eval/src/eval_common.py, for its words")
     bench.add_argument("--judge-api-key-env", help="environment variable that holds the key")
     bench.add_argument("--judge-revision", help="noted in the results")
-    bench.add_argument("--judge-concurrency", type=whole(1, 1024), default=8, help="requests at once (8)")
-    bench.add_argument("--judge-max-tokens", type=whole(1, 10**6), default=4096, help="of a reply (4096)")
-    bench.add_argument("--images", type=whole(1, 10_000), default=4, help="images a prompt (4)")
-    bench.add_argument("--steps", type=whole(1, 1000), default=30, help="steps of the solver (30)")
-    bench.add_argument("--guidance", type=real(0, 100), default=3.5, help="guidance scale (3.5)")
-    bench.add_argument("--height", type=whole(1, 8192), default=1024, help="pixels (1024)")
-    bench.add_argument("--width", type=whole(1, 8192), default=1024, help="pixels (1024)")
-    bench.add_argument("--max-sequence-length", type=whole(1, 512), default=512, help="text tokens (512)")
-    bench.add_argument("--batch-size", type=whole(1, 10**6), default=4, help="images generated at once (4)")
-    bench.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the noise (0)")
+    bench.add_argument("--judge-concurrency", type=integer(1, 1024), default=8, help="requests at once (8)")
+    bench.add_argument("--judge-max-tokens", type=integer(1, 10**6), default=4096, help="of a reply (4096)")
+    bench.add_argument("--images", type=integer(1, 10_000), default=4, help="images a prompt (4)")
+    bench.add_argument("--steps", type=integer(1, 1000), default=30, help="steps of the solver (30)")
+    bench.add_argument("--guidance", type=number(0, 100), default=3.5, help="guidance scale (3.5)")
+    bench.add_argument("--height", type=integer(1, 8192), default=1024, help="pixels (1024)")
+    bench.add_argument("--width", type=integer(1, 8192), default=1024, help="pixels (1024)")
+    bench.add_argument("--max-sequence-length", type=integer(1, 512), default=512, help="text tokens (512)")
+    bench.add_argument("--batch-size", type=integer(1, 10**6), default=4, help="images generated at once (4)")
+    bench.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="of the noise (0)")
     bench.add_argument("--repair", action="store_true", help="put in commas that FILE lacks, and say so in the results")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto")
     bench.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="of the model's weights (no)")
@@ -228,7 +228,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     engines.add_argument("--out", type=_path, default=Path("calibration.json"), help="all figures (calibration.json)")
     engines.add_argument("--engine", action="append", default=[], help="this one; may be repeated (all)")
     engines.add_argument("--lang", help="PaddleOCR's language")
-    engines.add_argument("--limit", type=whole(1, 10**9), help="this many images at most")
+    engines.add_argument("--limit", type=integer(1, 10**9), help="this many images at most")
 
     verdicts = command("geneval", "GenEval's table of stored verdicts, without looking at an image", _geneval)
     verdicts.add_argument("results", type=_path, help="the official evaluator's .jsonl, or a run's rewards .parquet")
@@ -239,10 +239,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     study.add_argument("--out", type=_path, help="the study's folder; a study begun there goes on")
     study.add_argument("--table", action="store_true", help="print the table of the study's folder RUN, serve nothing")
     study.add_argument("--host", default="127.0.0.1", help="the address to serve at (127.0.0.1)")
-    study.add_argument("--port", type=whole(0, 65_535), default=8765, help="0 takes any free one (8765)")
+    study.add_argument("--port", type=integer(0, 65_535), default=8765, help="0 takes any free one (8765)")
     study.add_argument("--rater", help="the only rater; without it the page asks for a name")
-    study.add_argument("--seed", type=whole(0, MAX_SEED), help="of pairs, order and sides (0)")
-    study.add_argument("--pairs", type=whole(1, 10**9), help="pairs of images (each prompt once for every two models)")
+    study.add_argument("--seed", type=integer(0, MAX_SEED), help="of pairs, order and sides (0)")
+    study.add_argument(
+        "--pairs", type=integer(1, 10**9), help="pairs of images (a prompt once for every two models)"
+    )
 
     whole = command("verify", "read every file of a run or study again, and name what is damaged", _verify)
     whole.add_argument("folder", type=Path, metavar="RUN", help="the run directory, or a study's folder")
@@ -253,8 +255,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     prompts.add_argument("--task", help="ocr or geneval, of the tiny world")
     prompts.add_argument("--split", help="train, validation or test")
-    prompts.add_argument("--count", type=whole(1, 10**6), help="how many prompts")
-    prompts.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="another seed gives other prompts (0)")
+    prompts.add_argument("--count", type=integer(1, 10**6), help="how many prompts")
+    prompts.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="another seed gives other prompts (0)")
     prompts.add_argument("--out", required=True, type=_path, help="the .jsonl file to write")
     return parser, commands
 

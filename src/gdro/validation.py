@@ -39,17 +39,17 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def integer(low: int, high: int) -> Callable[[str], int]:
     """The type of an option that is an integer from `low` to `high`."""
-    return _number(int, low, high, "an integer")
+    return _between(int, low, high, "an integer")
 
 
-def real(low: float, high: float) -> Callable[[str], float]:
+def number(low: float, high: float) -> Callable[[str], float]:
     """The type of an option that is a number from `low` to `high`."""
-    return _number(float, low, high, "a number")
+    return _between(float, low, high, "a number")
 
 
-def _number(kind: type[T], low: T, high: T, what: str) -> Callable[[str], T]:
+def _between(kind: type[T], low: T, high: T, what: str) -> Callable[[str], T]:
     def read(text: str) -> T:
         wrong = ArgumentTypeError(f"it is {text[:80]}; expected {what} from {low} to {high}")
         try:
