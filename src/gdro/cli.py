@@ -242,9 +242,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     study.add_argument("--port", type=integer(0, 65_535), default=8765, help="0 takes any free one (8765)")
     study.add_argument("--rater", help="the only rater; without it the page asks for a name")
     study.add_argument("--seed", type=integer(0, MAX_SEED), help="of pairs, order and sides (0)")
-    study.add_argument(
-        "--pairs", type=integer(1, 10**9), help="pairs of images (a prompt once for every two models)"
-    )
+    study.add_argument("--pairs", type=integer(1, 10**9), help="pairs of images (a prompt once for every two models)")
 
     whole = command("verify", "read every file of a run or study again, and name what is damaged", _verify)
     whole.add_argument("folder", type=Path, metavar="RUN", help="the run directory, or a study's folder")

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gdro.objectives.registry import OBJECTIVES, make_objective, own_hyperparameters
 
@@ -25,7 +25,7 @@ class TrainConfig(BaseModel):
         None,
         ge=1e-6,
         le=1e6,
-        description="Temperature of soft targets, in units of reward; smaller is harder, its limit objective: rank.",
+        description="Temperature of soft targets, in units of reward; smaller is harder.",
     )
     beta: float | None = Field(
         None, ge=1e-6, le=1e6, description="s = -beta (d - d_ref), d the mean squared velocity error."
@@ -158,6 +158,13 @@ class TrainConfig(BaseModel):
         name = data.get("objective", "gdro")
         own = own_hyperparameters(name, {field: data.get(field) for field in HYPERPARAMETERS})
         return data | {field: default if data.get(field) is None else data[field] for field, default in own.items()}
+
+    @field_validator("tau", mode="before")
+    @classmethod
+    def _tau(cls, tau: Any) -> Any:
+        if isinstance(tau, int | float) and tau < 1e-6:
+            raise ValueError("a number greater than or equal to 0.000001 (for the limit 0 set objective: rank)")
+        return tau
 
 
 # Hyperparameters of objectives, by the names the objectives share.
