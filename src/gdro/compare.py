@@ -374,7 +374,7 @@ def _of(config: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(config: RunConfig) -> str:
-    """Equal for equal configurations; scoring processes change speed only, and go with the jobs at once."""
+    """Equal for equal configurations; scoring processes change no score, and go with the jobs at once."""
     data = config.model_dump(mode="json")
     del data["score"]["workers"]
     return json.dumps(data, sort_keys=True)

@@ -24,8 +24,8 @@ CONFIG = "config.yaml"
 _MARK = b"# sha256 "
 KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
 
-# Fields that say how fast, how long or when to give up, never what comes out at a given step; every other one is fixed
-# once its stage has begun.
+# Fields that say how fast, how long or when to give up, and change what comes out at a given step by rounding at most;
+# every other one is fixed once its stage has begun.
 MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "device",
     "compile",

@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a function of (seed, purpose, index) and of nothing else.
 
-No generator is carried from one draw to the next, so results do not depend on batch size, order,
-worker count or interruption, and there is no RNG state to save in a checkpoint.
+No generator is carried from one draw to the next, so what is drawn does not depend on batch size, order, worker count
+or interruption, and there is no RNG state to save in a checkpoint.
 """
 
 import hashlib

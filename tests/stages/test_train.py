@@ -25,7 +25,7 @@ from gdro.objectives.base import implicit_reward
 from gdro.objectives.forward.gdro import gdro_weights
 from gdro.stages import train as stage
 from gdro.stages.train import train
-from gdro.training.config import TrainConfig
+from gdro.training.config import MAY_CHANGE, TrainConfig
 from gdro.training.step import Learner, backward, noised, train_step
 
 KILLED_RUN = """
@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from gdro.models import load_model
 from gdro.stages.train import train
-from gdro.training.config import TrainConfig
+from gdro.training.config import MAY_CHANGE, TrainConfig
 arguments = json.loads(sys.argv[1])
 model = load_model(arguments["model"], device=torch.device("cpu"), dtype=torch.float32)
 config = TrainConfig(**arguments["config"])
@@ -199,6 +199,26 @@ def test_resumed_runs_end_bit_for_bit_like_uninterrupted_ones(
     run(flux, toy, tmp_path / "longer", max_train_steps=3)
     run(flux, toy, tmp_path / "longer")  # more steps than first asked for
     assert same(weights(tmp_path / "longer", 6), weights(tmp_path / "whole", 6))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gradient_checkpointing": True},
+        {"memory_gigabytes": 0.0},
+        {"checkpointing_steps": 1, "checkpoints_total_limit": None},
+    ],
+)
+def test_what_leaves_the_bits_as_they_are(
+    flux: Any, toy: tuple[Path, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """The README's list; stopping is tested here too, scoring's workers and batches in test_score.py."""
+    assert {f"train.{name}" for name in change} <= MAY_CHANGE
+    for out, changes in (("as it is", {}), ("changed", change)):
+        run(flux, toy, tmp_path / out, **({"group_gradient": "one_pass"} | changes))
+    assert same(weights(tmp_path / "changed", 6), weights(tmp_path / "as it is", 6))
+    for one, other in zip(rows(tmp_path / "changed"), rows(tmp_path / "as it is"), strict=True):
+        assert one["loss"] == other["loss"]
 
 
 @contextmanager

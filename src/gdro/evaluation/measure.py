@@ -53,7 +53,9 @@ class EvaluateConfig(BaseModel):
     bootstrap_samples: int = Field(
         10_000, ge=100, le=100_000, description="Resamples of the prompts' distinct texts behind the 95 % intervals."
     )
-    batch_size: int = Field(16, ge=1, le=10**6, description="Images generated at once.")
+    batch_size: int = Field(
+        16, ge=1, le=10**6, description="Images generated at once; another number rounds otherwise."
+    )
 
     def generation(self, sample: Generation) -> Generation:
         """How the images to measure are made: by the ODE, otherwise as section `sample` says."""

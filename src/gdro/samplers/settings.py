@@ -53,10 +53,16 @@ class Generation(BaseModel):
     )
     shared_noise: bool = Field(False, description="One initial noise for the whole group; needs stochastic steps.")
     batch_size: int = Field(
-        16, ge=1, le=10**6, description="Images generated at once; more is faster until memory runs out."
+        16,
+        ge=1,
+        le=10**6,
+        description="Images generated at once; more is faster until memory runs out, and rounds otherwise.",
     )
     prompts_per_shard: int = Field(
-        16, ge=1, le=10**6, description="Prompts of one file; an interruption loses at most one file."
+        16,
+        ge=1,
+        le=10**6,
+        description="Prompts of one file, where batches end too (rounding); an interruption loses at most one.",
     )
 
     @property

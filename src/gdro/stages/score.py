@@ -20,7 +20,10 @@ class ScoreConfig(BaseModel):
         "ocr", description="A name (`gdro rewards` lists them), module:function, {name: ..., option: ...}, or a list."
     )
     workers: int = Field(
-        0, ge=0, le=1024, description="Processes; 0 is one a core for ocr and one in all for your own function."
+        0,
+        ge=0,
+        le=1024,
+        description="Processes, never changing a score; 0 is one a core for ocr and one in all for your own function.",
     )
     batch_size: int = Field(
         64, ge=1, le=10**6, description="Images given to the reward at once; never changes a score."
