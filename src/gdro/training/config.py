@@ -75,13 +75,13 @@ class TrainConfig(BaseModel):
     )
     group_gradient: Literal["auto", "one_pass", "two_pass"] = Field(
         "auto",
-        description="two_pass: the same gradient but for rounding, a few images at a time, in memory that does not grow "
-        "with k, for one forward pass an image more; auto: where a forward pass's groups do not fit in memory.",
+        description="two_pass: the same gradient but for rounding, a few images at a time, in memory that does not "
+        "grow with k, for one forward pass an image more; auto: where a forward pass's groups do not fit in memory.",
     )
     images_per_pass: int | None = Field(None, ge=1, le=10**6, description="Images at a time in two_pass; null: one.")
     gradient_checkpointing: bool = Field(
         False,
-        description="Keep little of a forward pass and compute it again in the backward: slower, less memory, same bits.",
+        description="Keep little of a forward pass and compute it again in the backward: slower, smaller, same bits.",
     )
     timestep_fraction: float = Field(
         1.0,
