@@ -245,7 +245,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     study.add_argument("--pairs", type=integer(1, 10**9), help="pairs of images (a prompt once for every two models)")
 
     whole = command("verify", "read every file of a run or study again, and name what is damaged", _verify)
-    whole.add_argument("folder", type=Path, metavar="RUN", help="the run directory, or a study's folder")
+    whole.add_argument("folder", type=_path, metavar="RUN", help="the run directory, or a study's folder")
 
     prompts = command("prompts", "write prompts that come with gdro to a file", _prompts)
     prompts.add_argument(
