@@ -146,13 +146,7 @@ class Run(RunState):
         if self.evaluation.exists():
             say(f"evaluate: finished before, {self.evaluation}")
             return
-        last = checkpoint_path(self.checkpoints, steps_saved(self.checkpoints)[-1])
-        trained_on = load_checkpoint(last).settings["model"]
-        if trained_on != self.model.revision:
-            raise UserError(
-                f"model: {self.model.name} has revision {self.model.revision!r}, but {self.checkpoints} was trained on "
-                f"{trained_on!r}; expected the components it was trained with"
-            )
+        self._check_base()
         alarm = distributed.first(self._export)
         self.model.load_adapter(self.adapter)  # what is measured is the file that is handed on
         evaluate(
@@ -167,6 +161,16 @@ class Run(RunState):
             alarm=alarm,
             **self.scoring,
         )
+
+    def _check_base(self) -> None:
+        """Raise UserError if the adapter was trained on another model than the one at hand, in any component."""
+        for step in steps_saved(self.checkpoints)[-1:]:
+            trained_on = load_checkpoint(checkpoint_path(self.checkpoints, step)).settings["model"]
+            if trained_on != self.model.revision:
+                raise UserError(
+                    f"model: {self.model.name} has revision {self.model.revision!r}, but {self.checkpoints} was "
+                    f"trained on {trained_on!r}; expected the components it was trained with"
+                )
 
     def export(self) -> None:
         if distributed.is_first():
