@@ -1,9 +1,9 @@
 # Needs Python >= 3.11 and make; the rest is installed into .venv. Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 BIN := .venv/bin
+OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
-NUMERICS := tests/models tests/objectives tests/samplers tests/training
-TESTS := tests/models tests/samplers tests/groups tests/stages tests/rewards
+TESTS := tests/models tests/objectives tests/samplers tests/training
 
 .PHONY: demo tables test numerics lowest
 demo: .venv/installed
@@ -19,13 +19,13 @@ test: .venv/installed
 	$(BIN)/mypy
 	$(PYTEST)
 
-# What computes, once more as a processor with other instructions would round it.
+# What computes, once more as a processor with other instructions would round it. All of it: make numerics TESTS=tests
 numerics: .venv/installed
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(NUMERICS)
+	$(OTHER_PROCESSOR) $(PYTEST) $(TESTS)
 
-# On the lowest versions that pyproject.toml allows, laid over those of .venv. All of it: make lowest TESTS=tests
+# The same on the lowest versions that pyproject.toml allows, laid over those of .venv.
 lowest: .lowest/installed
-	PYTHONPATH=.lowest $(PYTEST) $(TESTS)
+	$(OTHER_PROCESSOR) PYTHONPATH=$(CURDIR)/.lowest $(PYTEST) $(TESTS)
 
 # The stamp: installed anew when the dependencies change, not at every call.
 .venv/installed: pyproject.toml constraints.txt
