@@ -32,6 +32,8 @@ PROMPTS = ["a red wall", "two dots"]
 EULER = "FlowMatchEulerDiscreteScheduler"
 SIZES = [(32, 64), (48, 32)]
 TEXT_LENGTH = 24
+# Strength folded in or applied beside: the adapter moves latents by 2 to 5; rounding, by processor, by up to 8e-5.
+ROUNDING = 5e-4
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -226,11 +228,11 @@ def test_the_adapter_loads_in_plain_diffusers_and_back(
         pipe = plain(folders(name))
         load_into(pipe, tmp_path)
         expected, _ = theirs(name, pipe, model, scale, height, width)
-        assert torch.allclose(layout(tuned, height, width), expected, atol=1e-4)
+        assert torch.allclose(layout(tuned, height, width), expected, atol=ROUNDING)
 
     again = load(folders(name))
     again.load_adapter(tmp_path)
-    assert torch.allclose(ours(again, scale, height, width), tuned, atol=1e-5)
+    assert torch.allclose(ours(again, scale, height, width), tuned, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
