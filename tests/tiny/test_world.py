@@ -103,6 +103,9 @@ def test_geneval_records_place_the_first_noun_relative_to_the_second():
         ("tiny:ocr:test:many", '"many"'),
         ("tiny:ocr:test", "tiny:TASK:SPLIT:COUNT"),
         ("tiny:ocr:test:4:x", '"x"'),
+        ("tiny:ocr:test:" + "9" * 5000, "1 to 2000"),
+        (f"tiny:ocr:test:4:{2**63}", f"from 0 to {2**63 - 1}"),
+        ("tiny:ocr:test:4:" + "9" * 5000, "from 0 to"),
     ],
 )
 def test_bad_specs_name_the_part(spec, message):

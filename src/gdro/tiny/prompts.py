@@ -13,6 +13,7 @@ from gdro.errors import UserError, did_you_mean
 from gdro.prompts import Prompt
 from gdro.rng import numpy_rng
 from gdro.tiny import world
+from gdro.validation import MAX_SEED
 
 TASKS = ("ocr", "geneval")
 LIMIT = 2000  # words a split can give
@@ -31,10 +32,10 @@ def tiny_prompts(spec: str) -> list[Prompt]:
         raise UserError(f'prompts: "{spec}" names the task "{task}"{did_you_mean(task, TASKS)}')
     if split not in world.SPLITS:
         raise UserError(f'prompts: "{spec}" names the split "{split}"{did_you_mean(split, world.SPLITS)}')
-    if not count_text.isdecimal() or not 1 <= int(count_text) <= LIMIT:
+    if not _is_integer(count_text, 1, LIMIT):
         raise UserError(f'prompts: "{spec}" asks for "{count_text}" prompts; expected 1 to {LIMIT}')
-    if rest and not rest[0].isdecimal():
-        raise UserError(f'prompts: "{spec}" has the seed "{rest[0]}"; expected a non-negative integer')
+    if rest and not _is_integer(rest[0], 0, MAX_SEED):
+        raise UserError(f'prompts: "{spec}" has the seed "{rest[0]}"; expected an integer from 0 to {MAX_SEED}')
     if task == "geneval" and int(count_text) > _captions(split):
         raise UserError(
             f'prompts: "{spec}" asks for {count_text} prompts, but the {split} split has {_captions(split)} captions; '
@@ -58,6 +59,11 @@ def tiny_prompts(spec: str) -> list[Prompt]:
         seen.add(text)
         again = 0
     return [Prompt(f"{task}-{split}-{seed}-{i:04d}", text, fields) for i, (text, fields) in enumerate(found)]
+
+
+def _is_integer(text: str, least: int, most: int) -> bool:
+    """Python itself refuses to read thousands of digits."""
+    return text.isdecimal() and len(text) <= len(str(most)) and least <= int(text) <= most
 
 
 @cache
