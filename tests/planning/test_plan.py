@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_flux
-from small_pipelines import small_flux2, small_flux2_klein, small_qwen_image, small_sd3, small_z_image
+from small_pipelines import PIPELINES
 from small_run import small_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -35,14 +34,6 @@ from gdro.training.passes import saved_bytes
 
 CPU = torch.device("cpu")
 LENGTH, N, SCALE = 16, 3, 4.0
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "flux": small_flux,
-    "sd3": small_sd3,
-    "qwen-image": small_qwen_image,
-    "z-image": small_z_image,
-    "flux2": small_flux2,
-    "flux2-klein": small_flux2_klein,
-}
 
 
 def config_of(folder: Path, model: Path | str, *overrides: tuple[str, str]) -> RunConfig:
@@ -100,10 +91,10 @@ def peak(run: Callable[[], Any]) -> int:
     return most
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PIPELINES)
 def test_parameters_and_flops_are_those_of_the_loaded_model(family: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():
-        FAMILIES[family]().save_pretrained(tmp_path / "model")
+        PIPELINES[family]().save_pretrained(tmp_path / "model")
     config = config_of(tmp_path / "run", tmp_path / "model", ("sample.guidance_scale", str(SCALE)))
     shapes, real = shapes_of(config, cuda=False), Real(config)
     assert shapes.transformer.parameters == real.base
