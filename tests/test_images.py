@@ -86,7 +86,7 @@ def test_other_kinds_of_pixels() -> None:
     assert np.array_equal(pixels(png(16, 2, bytes(range(12)), 2)), [[[0, 2, 4], [6, 8, 10]]])  # the high bytes
     assert pixels(encoded(Image.fromarray(RAMP > 127)))[:, 0, 0].tolist() == [0] * 8 + [255] * 8
     for image in (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), Image.new("YCbCr", (8, 8), (76, 85, 255))):
-        packed = encoded(image, "TIFF", compression="tiff_lzw")  # Pillow before 13 writes unpacked YCbCr that none reads
+        packed = encoded(image, "TIFF", compression="tiff_lzw")  # Pillow below 13 writes unpacked YCbCr wrongly
         assert np.abs(pixels(packed).astype(int) - [254, 0, 0]).max() <= 1
     assert np.abs(pixels(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")) - [254, 0, 0]).max() <= 3
 
