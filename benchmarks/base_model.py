@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
+from gdro.common.rng import torch_rng
+from gdro.models.loading import TINY_FOLDER
 from gdro.rewards.derived import base_rewards
-from gdro.rewards.geneval import summary
+from gdro.rewards.geneval.rules import summary
 from gdro.rewards.registry import load_reward
-from gdro.rng import torch_rng
-from gdro.tiny import MODEL_FOLDER, world
+from gdro.tiny import world
 from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
 
@@ -42,7 +43,7 @@ def generate(pipe: FluxPipeline, prompts: list[Any], images: int, steps: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
+    parser.add_argument("--model", type=Path, default=TINY_FOLDER)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--steps", type=int, default=28)

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from gdro.files import write_json
+from gdro.common.files import write_json
+from gdro.common.prompts import Prompt
+from gdro.groups.sampling import sample_groups
 from gdro.models import load_model
-from gdro.prompts import Prompt
-from gdro.samplers.generate import sample_groups
 from gdro.samplers.settings import Generation
 
 

@@ -26,8 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rewards"))
 from fake_endpoint import Asked, FakeEndpoint, Said  # type: ignore[import-not-found]
 
-from gdro.prompts import Prompt
-from gdro.rewards.unified import POINTWISE, unified_reward
+from gdro.common.prompts import Prompt
+from gdro.rewards.judges.unified import POINTWISE, unified_reward
 
 BATCH = 500  # images a call
 

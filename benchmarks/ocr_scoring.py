@@ -39,9 +39,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gdro.files import write_json
-from gdro.prompts import Prompt
-from gdro.rewards.ocr_engines import RAPIDOCR
+from gdro.common.files import write_json
+from gdro.common.prompts import Prompt
+from gdro.rewards.ocr.engines import RAPIDOCR
 
 # torch and the like are imported where they are used: score_groups starts processes that import this file again, and
 # would pay for them as those of `gdro score` do not
@@ -63,8 +63,8 @@ def write_groups(folder: Path, images: int, width: int, height: int) -> None:
     """A store of `images` signs with words of four letters, every other one misspelt."""
     import torch
 
+    from gdro.common.rng import numpy_rng
     from gdro.groups.store import GroupWriter, ImageRow
-    from gdro.rng import numpy_rng
 
     writer, letters = GroupWriter(folder), [chr(ord("A") + i) for i in range(26)]
     groups = -(-images // GROUP)
@@ -123,9 +123,9 @@ def seconds(work: Callable[[], Any]) -> np.ndarray:
 
 
 def speed(arguments: argparse.Namespace, groups: Path, folder: Path) -> dict[str, Any]:
+    from gdro.groups.scoring import score_groups
     from gdro.groups.store import GroupStore
     from gdro.rewards.registry import load_reward
-    from gdro.rewards.scoring import score_groups
 
     store = GroupStore(groups)
     pixels = [np.asarray(image)[:, :, ::-1].copy() for group in store.group_ids for image in store.images(group)]
@@ -189,8 +189,8 @@ def sampled_memory(every: float = 0.5) -> Iterator[list[tuple[float, float]]]:
 
 
 def memory(arguments: argparse.Namespace, groups: Path, folder: Path) -> dict[str, Any]:
+    from gdro.groups.scoring import score_groups
     from gdro.rewards.registry import load_reward
-    from gdro.rewards.scoring import score_groups
 
     with sampled_memory() as samples:
         taken, _ = seconds(

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from gdro.config import load_config
-from gdro.files import write_json
-from gdro.pipeline import run
-from gdro.planning.gpus import present
-from gdro.planning.plan import plan
-from gdro.planning.shapes import shapes_of
-from gdro.planning.timing import measured_pace
+from gdro.common.files import write_json
+from gdro.run.config import load_config
+from gdro.run.pipeline import run
+from gdro.run.planning.gpus import present
+from gdro.run.planning.plan import plan
+from gdro.run.planning.shapes import shapes_of
+from gdro.run.planning.timing import measured_pace
 
 PROMPTS = 32
 

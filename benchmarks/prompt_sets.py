@@ -18,7 +18,7 @@ from itertools import combinations, cycle, islice, product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gdro.strict_yaml import read_yaml
+from gdro.common.yaml import read_yaml
 
 SEED = 0
 SIZES = {"test": 200, "validation": 200, "train": 1000}

@@ -25,11 +25,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gdro.files import write_json
+from gdro.common.files import write_json
+from gdro.common.prompts import Prompt
+from gdro.common.rng import numpy_rng, torch_rng
 from gdro.groups.shard import SCHEMA
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
-from gdro.prompts import Prompt
-from gdro.rng import numpy_rng, torch_rng
 
 
 def made_up(shard: int, groups: int, images: int, size: int, text: int) -> tuple[list[ImageRow], dict[str, Any]]:

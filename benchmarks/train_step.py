@@ -31,16 +31,17 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdro.files import write_json
-from gdro.groups.store import GroupStore, GroupWriter, ImageRow, Trajectory
+from gdro.common.files import write_json
+from gdro.common.prompts import Prompt
+from gdro.common.rng import numpy_rng, torch_rng
+from gdro.groups.scores import Header, rewards_table, write_rewards
+from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.models import load_model
 from gdro.models.base import FlowModel
 from gdro.objectives.registry import OBJECTIVES
-from gdro.planning.gpus import present
-from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
-from gdro.rewards.store import Header, rewards_table, write_rewards
-from gdro.rng import numpy_rng, torch_rng
+from gdro.run.planning.gpus import present
+from gdro.samplers.trajectory import Trajectory
 from gdro.stages.train import prepare
 from gdro.training.config import TrainConfig
 from gdro.training.log import MetricsLog

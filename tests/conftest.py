@@ -117,13 +117,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a family's pipeline, as diffusers writes it, and of the tiny model. Do not write into it."""
     from small_pipelines import PIPELINES
 
-    from gdro.tiny import MODEL_FOLDER
+    from gdro.models.loading import TINY_FOLDER
 
     root = tmp_path_factory.mktemp("families")
 
     def folder(name: str) -> Path:
         if name == "tiny":
-            return MODEL_FOLDER
+            return TINY_FOLDER
         if not (root / name).exists():
             with torch.random.fork_rng():
                 torch.manual_seed(0)

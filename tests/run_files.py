@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gdro.sealed import DIGEST, row_digest
+from gdro.common.sealed import DIGEST, row_digest
 from gdro.training.log import read_metrics
 
 

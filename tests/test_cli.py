@@ -9,8 +9,8 @@ import pytest
 
 from gdro import __version__
 from gdro.cli import STAGES, _parsers, _path, _split, main
-from gdro.errors import UserError
-from gdro.prompts import read_prompts
+from gdro.common.errors import UserError
+from gdro.common.prompts import read_prompts
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_no_path_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_heavy_is_imported_to_read_a_configuration() -> None:
     """A misspelt field is told of in a second or two: diffusers, transformers, peft and the OCR engine stay out."""
     script = (
-        "import sys; import gdro.pipeline; "
+        "import sys; import gdro.run.pipeline; "
         "heavy = 'diffusers', 'transformers', 'peft', 'rapidocr', 'matplotlib', 'cv2', 'ray'; "
         "print([m for m in heavy if m in sys.modules])"
     )

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gdro.common.prompts import Prompt
+from gdro.common.rng import torch_rng
+from gdro.groups.scores import Header, rewards_table, write_rewards
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.models.base import FlowModel, Text
-from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
-from gdro.rewards.store import Header, rewards_table, write_rewards
-from gdro.rng import torch_rng
 
 HEIGHT, WIDTH, LENGTH, GUIDANCE = 32, 64, 16, 3.5
 SAMPLING = {"guidance_scale": GUIDANCE, "max_sequence_length": LENGTH, "height": HEIGHT, "width": WIDTH}

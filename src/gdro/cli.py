@@ -14,10 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
-from gdro import __version__, environment
-from gdro.errors import LostProcess, UserError, did_you_mean
-from gdro.terminal import put, tell
-from gdro.validation import MAX_SEED, integer, number
+from gdro import __version__
+from gdro.common import environment
+from gdro.common.errors import LostProcess, UserError, did_you_mean
+from gdro.common.terminal import put, tell
+from gdro.common.validation import MAX_SEED, integer, number
 
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
@@ -93,7 +94,7 @@ def _speaks() -> bool:
     """Whether this process is the one to say why it ends: of several, the first that does."""
     if not _several():
         return True
-    from gdro.distributed import fails_first
+    from gdro.common.distributed import fails_first
 
     return fails_first()
 
@@ -130,7 +131,7 @@ def _dispatch(argv: list[str]) -> int:
     except (RuntimeError, MemoryError) as error:
         if "torch" not in sys.modules:
             raise
-        from gdro.device import failure
+        from gdro.common.device import failure
 
         line = failure(argv[0], error)  # outside of a run's stages, which tell of their own
         if line is None:
@@ -281,7 +282,7 @@ def _split(argv: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[
 
 
 def _checked(overrides: Sequence[Override], own: Iterable[str]) -> Sequence[Override]:
-    from gdro.config import field_names
+    from gdro.run.config import field_names
 
     valid = field_names()
     for name, _ in overrides:
@@ -303,13 +304,13 @@ def _demo(args: argparse.Namespace, overrides: list[Override]) -> None:
 
 
 def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[str]) -> None:
-    from gdro import distributed
+    from gdro.common import distributed
 
     with distributed.started():
-        from gdro.config import load_config
+        from gdro.run.config import load_config
 
         config = load_config(path, _checked(overrides, ["out"]))
-        from gdro.pipeline import run
+        from gdro.run.pipeline import run
 
         lines = run(config, out, stages)
         if distributed.is_first():
@@ -317,26 +318,26 @@ def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[s
 
 
 def _plan(args: argparse.Namespace, overrides: list[Override]) -> None:
-    from gdro.config import load_config
+    from gdro.run.config import load_config
 
     config = load_config(args.config, _checked(overrides, ["gpu", "json"]))
-    from gdro.planning.report import plan_run
+    from gdro.run.planning.report import plan_run
 
     put(plan_run(config, args.gpu, as_json=args.json))
 
 
 def _import(args: argparse.Namespace, overrides: list[Override]) -> None:
-    from gdro.config import load_config
+    from gdro.run.config import load_config
 
     named = [*_checked(overrides, ["config", "out"]), ("sample.prompts", str(args.out / "prompts" / "train.jsonl"))]
     config = load_config(args.config, named)
-    from gdro.pipeline import import_groups
+    from gdro.run.pipeline import import_groups
 
     put(import_groups(config, args.folder, args.out))
 
 
 def _compare(args: argparse.Namespace, _: list[Override]) -> int:
-    from gdro.compare import compare
+    from gdro.tools.comparison.compare import compare
 
     with ExitStack() as stack:
         packaged = resources.as_file(resources.files("gdro") / "recipes" / "bench.yaml")
@@ -362,20 +363,20 @@ def _rewards(args: argparse.Namespace, _: list[Override]) -> None:
 
 
 def _benchmark(args: argparse.Namespace, _: list[Override]) -> None:
-    from gdro.unigenbench.benchmark import unigenbench
+    from gdro.tools.unigenbench.benchmark import unigenbench
 
     own = {name: value for name, value in vars(args).items() if name not in ("act", "name", "file", "out")}
     put(unigenbench(args.file, args.out, **own))
 
 
 def _calibrate(args: argparse.Namespace, _: list[Override]) -> None:
-    from gdro.rewards.calibrate import calibrate_ocr
+    from gdro.tools.calibrate_ocr import calibrate_ocr
 
     put(calibrate_ocr(args.images, args.out, engines=args.engine, lang=args.lang, limit=args.limit))
 
 
 def _geneval(args: argparse.Namespace, _: list[Override]) -> None:
-    from gdro.rewards.geneval_results import results_table
+    from gdro.tools.geneval_results import results_table
 
     put(results_table(args.results, args.groups))
 
@@ -383,7 +384,7 @@ def _geneval(args: argparse.Namespace, _: list[Override]) -> None:
 def _arena(args: argparse.Namespace, _: list[Override]) -> None:
     if args.table == (args.out is not None) or (args.table and len(args.runs) != 1):
         raise UserError("gdro arena: expected RUN [RUN ...] --out DIR, or DIR --table")
-    from gdro.arena.server import arena, arena_table
+    from gdro.tools.arena.server import arena, arena_table
 
     if args.table:
         put(arena_table(args.runs[0]))
@@ -403,8 +404,8 @@ def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
         raise UserError(f"gdro prompts: {args.spec} and --task, --split, --count; expected one of the two forms")
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out is {args.out}; expected a name that ends in .jsonl")
-    from gdro.prompt_sets import named_prompts
-    from gdro.prompts import write_prompts
+    from gdro.common.prompts import write_prompts
+    from gdro.run.prompt_sets import named_prompts
 
     own = f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}"
     prompts = named_prompts(own if args.spec is None else args.spec)
@@ -413,7 +414,7 @@ def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
 
 
 def _verify(args: argparse.Namespace, _: list[Override]) -> int:
-    from gdro.verify import verify
+    from gdro.tools.verify import verify
 
     checked, lines = verify(args.folder)
     put("\n".join([*lines, f"{args.folder}: {checked} checks, {len(lines)} failed"]))

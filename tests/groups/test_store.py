@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.models.base import Text
-from gdro.prompts import Prompt
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 8)) -> Image.Image:
@@ -239,7 +239,7 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, limit: int, named: str) -
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("gdro.errors.UserError")
+    assert last.startswith("gdro.common.errors.UserError")
     assert f"{named} could not be written" in last
     assert "File too large" in last
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

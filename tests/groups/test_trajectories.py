@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load, save
 from test_store import make_rows, make_text, write
 
-from gdro.errors import UserError
-from gdro.groups.store import GroupStore, GroupWriter, ImageRow, Trajectory, discard_trajectories
+from gdro.common.errors import UserError
+from gdro.groups.store import GroupStore, GroupWriter, ImageRow, discard_trajectories
+from gdro.samplers.trajectory import Trajectory
 
 TIMES = torch.tensor([0.9, 0.6, 0.3])  # one tensor for all groups, as in a round
 SECOND = "_trajectories-00001.safetensors"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import PARTS as PARTS_OF_TURNS
 from small_pipelines import PIPELINES, TURNS
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.models import check_model, load_model, model_revision, text_seen
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from small_pipelines import small_flux2_klein
 from torch import Tensor
 
 from gdro import models
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.models import load_model
 from gdro.models.diffusers_model import DiffusersModel
 from gdro.models.lora import resolve_targets, write_lora

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from pictures import differ, noise_image
 from safetensors.torch import load_file, save_file
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.models import load_model
 from gdro.models.flux import FluxModel
 

@@ -12,8 +12,8 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gdro.errors import UserError
-from gdro.files import fingerprint
+from gdro.common.errors import UserError
+from gdro.common.files import fingerprint
 from gdro.models import load_model
 from gdro.models.flux import FluxModel
 from gdro.models.lora import write_lora

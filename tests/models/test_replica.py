@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from gdro.common.rng import torch_rng
 from gdro.models.flux import FluxModel
 from gdro.models.replica import Replica
-from gdro.rng import torch_rng
 
 
 def test_a_replica_is_the_same_model(flux: FluxModel, flux_folder: Path):

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from toy_groups import SAMPLING, write_toy
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.models import check_compiler, check_quantisation, load_model
 from gdro.models.base import FlowModel
 from gdro.stages.train import train

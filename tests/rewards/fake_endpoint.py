@@ -18,8 +18,8 @@ from typing import Any, Self
 import pytest
 from PIL import Image
 
-from gdro.rewards import endpoint
-from gdro.rewards.endpoint import Endpoint, Question
+from gdro.rewards.judges import endpoint
+from gdro.rewards.judges.endpoint import Endpoint, Question
 
 
 @dataclass

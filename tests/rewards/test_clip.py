@@ -15,10 +15,10 @@ from pydantic import ValidationError, validate_call
 from tiny_clip import CONTEXT, EMBEDDING, SIDE, save_clip, save_head, save_open_clip
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
-from gdro.rewards.clip import ClipReward, aesthetic, clipscore, hpsv2, pickscore, safe_direction, safety, steered
-from gdro.rewards.clip_encoder import pad_to_square
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.rewards.neural.clip import ClipReward, aesthetic, clipscore, hpsv2, pickscore, safe_direction, safety, steered
+from gdro.rewards.neural.clip_encoder import pad_to_square
 
 TEXTS = ["a red cube", "two dogs on a sofa", "a red cube", "the sea at night"]
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)]

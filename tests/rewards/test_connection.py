@@ -12,9 +12,9 @@ from urllib.parse import quote, quote_plus
 import pytest
 from fake_endpoint import FakeEndpoint, Said, echo, number, questions, serving
 
-from gdro.errors import UserError
-from gdro.rewards.connection import find_proxy
-from gdro.rewards.endpoint import Endpoint
+from gdro.common.errors import UserError
+from gdro.rewards.judges.connection import find_proxy
+from gdro.rewards.judges.endpoint import Endpoint
 
 
 @pytest.fixture

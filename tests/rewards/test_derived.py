@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
 from gdro.evaluation.measure import read_evidence
+from gdro.groups.scores import read_rewards
+from gdro.groups.scoring import score_groups
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
-from gdro.prompts import Prompt
 from gdro.rewards import derived
 from gdro.rewards.registry import load_reward
-from gdro.rewards.scoring import score_groups
-from gdro.rewards.store import read_rewards
 
 FUNCTIONS = """
 import numpy as np

@@ -17,13 +17,14 @@ from conftest import clip_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
-from gdro.rewards import detectors
-from gdro.rewards.colors import COLORS, ColorClassifier, crop
-from gdro.rewards.detection import Detection, Record
-from gdro.rewards.detectors import TransformersDetector
-from gdro.rewards.geneval import assess, geneval, geneval_strict
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.rewards.geneval import detectors
+from gdro.rewards.geneval.colors import COLORS, ColorClassifier, crop
+from gdro.rewards.geneval.detection import Detection, Record
+from gdro.rewards.geneval.detectors import TransformersDetector
+from gdro.rewards.geneval.reward import geneval, geneval_strict
+from gdro.rewards.geneval.rules import assess
 from gdro.tiny.prompts import tiny_prompts
 
 NAMES = ["person", "cat", "mouse", "traffic light"]
@@ -493,7 +494,7 @@ def test_the_version_follows_the_weights_and_not_the_batch(mask2former: Path, cl
 def test_making_the_reward_is_cheap(mask2former: Path, clip: Path) -> None:
     """No torch, no transformers, nothing read: not even that the folder is missing."""
     code = (
-        "import sys; from gdro.rewards.geneval import geneval; import gdro.rewards.detectors;"
+        "import sys; from gdro.rewards.geneval.reward import geneval; import gdro.rewards.geneval.detectors;"
         'reward = geneval(detector="no/folder/of/that/name"); assert not reward.parallel;'
         'print({"torch", "transformers"} & set(sys.modules))'
     )

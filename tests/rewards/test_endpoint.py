@@ -21,10 +21,10 @@ import pytest
 from fake_endpoint import Asked, FakeEndpoint, Said, echo, number, questions, serving
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.rewards import endpoint as client
-from gdro.rewards.connection import LONGEST_REPLY
-from gdro.rewards.endpoint import Answer, Endpoint, Question
+from gdro.common.errors import UserError
+from gdro.rewards.judges import endpoint as client
+from gdro.rewards.judges.connection import LONGEST_REPLY
+from gdro.rewards.judges.endpoint import Answer, Endpoint, Question
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -415,7 +415,7 @@ def test_interrupt_ends_it_at_once(serve: Any) -> None:
 
 def test_importing_is_cheap() -> None:
     heavy = "{'torch', 'transformers', 'httpx'} & set(sys.modules)"
-    code = f"import sys; import gdro.rewards.unified; print({heavy})"
+    code = f"import sys; import gdro.rewards.judges.unified; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
-from gdro.rewards.geneval import TAGS, Detection, Record, assess, kept, relations, summary
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.common.rng import numpy_rng
+from gdro.rewards.geneval.detection import Detection, Record
+from gdro.rewards.geneval.rules import TAGS, assess, kept, relations, summary
 from gdro.rewards.registry import load_reward
-from gdro.rng import numpy_rng
 from gdro.tiny import world
 from gdro.tiny.prompts import tiny_prompts
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from official_geneval import details_of, judge, random_case
 
-from gdro.rewards.detection import Detection, Record
-from gdro.rewards.geneval import assess, relations
+from gdro.rewards.geneval.detection import Detection, Record
+from gdro.rewards.geneval.rules import assess, relations
 
 CASES = 10_000
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 from transformers import BertTokenizerFast, CLIPImageProcessor
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
-from gdro.rewards.image_reward import MEAN, STD, TOKENS, ImageReward, image_reward
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.rewards.neural.image_reward import MEAN, STD, TOKENS, ImageReward, image_reward
 
 VISION, TEXT, PATCH, SIDE, LAYERS = 128, 64, 16, 32, 2  # heads are 64 wide in both towers, so two and one of them
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube", "on", "the", "sea", "dog"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gdro.prompts import Prompt
+from gdro.common.prompts import Prompt
 from gdro.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility, jpeg_kilobytes
 
 PROMPTS = [Prompt("a", "x"), Prompt("b", "y")]

@@ -15,13 +15,13 @@ import yaml
 from PIL import Image
 from renders import poster, sign
 
-from gdro.errors import UserError
-from gdro.files import fingerprint
-from gdro.prompts import Prompt
-from gdro.rewards import ocr_engines
+from gdro.common.errors import UserError
+from gdro.common.files import fingerprint
+from gdro.common.prompts import Prompt
 from gdro.rewards.base import ImageFailure
-from gdro.rewards.ocr import OcrReward, ocr, ocr_score, ocr_strict, quoted_text, target_of
-from gdro.rewards.ocr_engines import RAPIDOCR, paddleocr, rapidocr
+from gdro.rewards.ocr import engines as ocr_engines
+from gdro.rewards.ocr.engines import RAPIDOCR, paddleocr, rapidocr
+from gdro.rewards.ocr.reward import OcrReward, ocr, ocr_score, ocr_strict, quoted_text, target_of
 
 PADDLE = all(importlib.util.find_spec(package) for package in ("paddleocr", "paddle"))
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
 from gdro.rewards.base import ImageFailure
-from gdro.rewards.ocr import OcrReward
+from gdro.rewards.ocr.reward import OcrReward
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.tiny.judge import TinyJudge
 

@@ -16,10 +16,10 @@ import pytest
 from fake_endpoint import Asked, FakeEndpoint, Said
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
-from gdro.rewards.endpoint import Endpoint, Question
-from gdro.rewards.unified import (
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.rewards.judges.endpoint import Endpoint, Question
+from gdro.rewards.judges.unified import (
     PAIRWISE,
     POINTWISE,
     parse_axes,
@@ -31,7 +31,7 @@ from gdro.rewards.unified import (
     unified_pairs,
     unified_reward,
 )
-from gdro.unigenbench.judging import read_scores
+from gdro.tools.unigenbench.judging import read_scores
 
 AXES_REPLY = """Alignment Score (1-5): 2.694700002670288
 Coherence Score (1-5): 2.371500015258789

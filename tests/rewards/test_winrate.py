@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.common.rng import numpy_rng
 from gdro.rewards.registry import load_comparator, load_reward
 from gdro.rewards.winrate import WinRate, bradley_terry, choose_pairs, expected_shares, shares
-from gdro.rng import numpy_rng
 
 PROMPT = Prompt("p", "a picture")
 

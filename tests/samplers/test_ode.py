@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.models.flux import FluxModel
 from gdro.models.lora import write_lora
+from gdro.models.schedulers import SchedulerName, flow_scheduler, resolution_shift
 from gdro.samplers.ode import generate
-from gdro.samplers.schedulers import SchedulerName, flow_scheduler, resolution_shift
 
 HOW = {"guidance_scale": 3.5, "height": 32, "width": 64}
 PROMPTS = ["a red wall", "two dots"]

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from gdro.groups.store import GroupStore, GroupWriter, Trajectory, discard_trajectories
+from gdro.common.prompts import Prompt
+from gdro.common.rng import torch_rng
+from gdro.groups.sampling import Generation, sample_groups
+from gdro.groups.store import GroupStore, GroupWriter, discard_trajectories
 from gdro.models.flux import FluxModel
-from gdro.prompts import Prompt
-from gdro.rng import torch_rng
-from gdro.samplers.generate import Generation, sample_groups
 from gdro.samplers.ode import generate
 from gdro.samplers.rollout import rollout
 from gdro.samplers.sde import PUBLISHED_NOISE, STEPS, log_prob
+from gdro.samplers.trajectory import Trajectory
 from gdro.samplers.windows import window_steps
 
 HOW: dict[str, Any] = {"guidance_scale": 3.5, "height": 32, "width": 64}

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from gdro.config import validate
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.run.config import validate
 from gdro.samplers.settings import Generation
 
 WINDOWED = {"sampler": "flow_grpo", "num_inference_steps": 10}

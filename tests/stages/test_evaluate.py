@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.common.sealed import read_record
 from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
 from gdro.evaluation.signs import THRESHOLDS
+from gdro.groups.sampling import Generation
 from gdro.groups.store import GroupStore
-from gdro.prompts import Prompt
 from gdro.rewards.base import ImageFailure, Scores
-from gdro.rewards.geneval import TAGS
+from gdro.rewards.geneval.rules import TAGS
 from gdro.rewards.registry import load_judge, load_reward
-from gdro.samplers.generate import Generation
-from gdro.sealed import read_record
 from gdro.stages.evaluate import compare_measured, evaluate, summary_section
 from gdro.tiny.prompts import tiny_prompts
 

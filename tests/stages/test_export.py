@@ -10,12 +10,13 @@ import yaml
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.common.sealed import write_record
+from gdro.groups.sampling import Generation, sample_groups
 from gdro.models.flux import FluxModel
-from gdro.prompts import Prompt
-from gdro.samplers.generate import Generation, sample_groups
+from gdro.run.config import saved_config
 from gdro.samplers.ode import generate
-from gdro.sealed import write_record
 from gdro.stages.export import export, model_card
 from gdro.training.checkpoint import save_checkpoint
 from gdro.training.config import RoundsConfig, TrainConfig
@@ -57,11 +58,17 @@ def save(run_dir: Path, step: int, raw: Any, ema: Any, *, best: dict[str, Any] |
     save_checkpoint(run_dir / "checkpoints", step, adapter=raw, ema=ema, optimizer={}, settings={}, memory=memory)
 
 
+def config_of(run_dir: Path) -> dict[str, Any]:
+    saved = saved_config(run_dir)
+    assert saved is not None
+    return saved.model_dump(mode="json")
+
+
 @pytest.mark.parametrize(("folder", "weights"), [(".", "ema"), ("raw", "adapter")])
 def test_plain_diffusers_gives_the_same_images(
     run_dir: Path, flux: FluxModel, flux_folder: Path, folder: str, weights: str
 ):
-    out = export(run_dir, run_dir / "adapter")
+    out = export(config_of(run_dir), run_dir, run_dir / "adapter")
     flux.load_adapter_state(load_file(run_dir / "checkpoints" / "step-000100" / f"{weights}.safetensors"))
     noise = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
     scheduler = flux.scheduler("FlowMatchEulerDiscreteScheduler", 3, 32, 64)
@@ -79,7 +86,7 @@ def test_the_last_checkpoint_is_taken_if_that_is_asked_for(run_dir: Path) -> Non
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     config["train"]["export"] = "last"
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
-    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    card = (export(config_of(run_dir), run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "200 steps" in card
     assert "beta 12.0" in card
     assert "None" not in card
@@ -88,7 +95,7 @@ def test_the_last_checkpoint_is_taken_if_that_is_asked_for(run_dir: Path) -> Non
 def test_the_last_checkpoint_is_taken_if_none_was_validated(run_dir: Path, flux: FluxModel):
     state = {name: parameter.detach().clone() for name, parameter in flux.adapter().items()}
     save(run_dir, 200, state, state, best=None)
-    state = load_file(export(run_dir, run_dir / "out") / FILE)
+    state = load_file(export(config_of(run_dir), run_dir, run_dir / "out") / FILE)
     ema = load_file(run_dir / "checkpoints" / "step-000200" / "ema.safetensors")
     assert state.keys() == {f"transformer.{name}" for name in ema}
     for name, value in ema.items():  # the strength, 10 / 4, is in B
@@ -108,7 +115,7 @@ def test_card_holds_figures_pictures_and_use(run_dir: Path, flux: FluxModel):
     axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
     summary = VERDICT | {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
     write_record(run_dir / "summary.json", summary)
-    out = export(run_dir, run_dir / "adapter")
+    out = export(config_of(run_dir), run_dir, run_dir / "adapter")
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "diffusers"
@@ -144,7 +151,7 @@ def test_a_card_without_a_judge_leaves_its_rows_out(run_dir: Path):
     axes = {"alignment": None, "coherence": None, "style": None}
     summary = VERDICT | {"reward": figures, "corrected": nothing, "judge": {"base": axes, "tuned": axes}}
     write_record(run_dir / "summary.json", summary)
-    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    card = (export(config_of(run_dir), run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward |" in card
     assert "| corrected |" not in card
     assert "style" not in card
@@ -155,12 +162,12 @@ def test_a_card_of_one_prompt_has_no_interval(run_dir: Path):
     axes = {"alignment": 3.0, "coherence": 3.5, "style": 4.0}
     summary = VERDICT | {"reward": figures, "corrected": figures, "judge": {"base": axes, "tuned": axes}}
     write_record(run_dir / "summary.json", summary)
-    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    card = (export(config_of(run_dir), run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward | 0.5000 | 0.7000 | +0.2000 | – |" in card
 
 
 def test_a_card_without_evaluation_claims_nothing(run_dir: Path):
-    card = (export(run_dir, run_dir / "adapter") / "README.md").read_text()
+    card = (export(config_of(run_dir), run_dir, run_dir / "adapter") / "README.md").read_text()
     assert "| reward" not in card
     assert "images/" not in card
 
@@ -169,9 +176,9 @@ def test_runs_without_whole_checkpoints_are_refused(run_dir: Path):
     path = run_dir / "checkpoints" / "step-000100" / "ema.safetensors"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"ema\.safetensors"):
-        export(run_dir, run_dir / "adapter")
+        export(config_of(run_dir), run_dir, run_dir / "adapter")
     save(run_dir, 200, {}, {}, best={"step": 300})
     with pytest.raises(UserError, match="step-000300 not found"):
-        export(run_dir, run_dir / "adapter")
+        export(config_of(run_dir), run_dir, run_dir / "adapter")
     with pytest.raises(UserError, match=r"holds no config\.yaml"):
         export(run_dir / "nowhere", run_dir / "adapter")

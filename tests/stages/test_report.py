@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.common.sealed import read_record, write_record
 from gdro.evaluation.measure import Measured
 from gdro.evaluation.signs import THRESHOLDS
+from gdro.groups.scoring import score_groups
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
-from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
-from gdro.rewards.scoring import score_groups
-from gdro.sealed import read_record, write_record
 from gdro.stages.evaluate import compare_measured
 from gdro.stages.report import report
 from tests.run_files import write_metrics

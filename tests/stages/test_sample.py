@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from gdro.common.prompts import Prompt
+from gdro.groups.sampling import sample_groups
 from gdro.groups.store import GroupStore
 from gdro.models.flux import FluxModel
-from gdro.prompts import Prompt
-from gdro.stages.sample import SampleConfig, sample
+from gdro.run.config import SampleConfig
 
 
 def test_defaults_are_those_of_the_papers_setting():
@@ -45,7 +46,7 @@ def test_stage_writes_groups(flux: FluxModel, tmp_path: Path):
     config = SampleConfig(
         prompts="-", images_per_prompt=2, num_inference_steps=1, max_sequence_length=8, height=16, width=16
     )
-    sample(config, flux, [Prompt("a", "red"), Prompt("b", "blue")], tmp_path / "groups", seed=0)
+    sample_groups(config, flux, [Prompt("a", "red"), Prompt("b", "blue")], tmp_path / "groups", seed=0)
     store = GroupStore(tmp_path / "groups")
     assert store.group_ids == ["a", "b"]
     assert store.image_ids("b") == ["b/0", "b/1"]

@@ -20,12 +20,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.groups.scores import read_header, read_rewards, write_rewards
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
-from gdro.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.registry import load_reward
-from gdro.rewards.store import read_header, read_rewards, write_rewards
 from gdro.rewards.winrate import WinRate
 from gdro.stages.score import ScoreConfig, score
 

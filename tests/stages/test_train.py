@@ -18,7 +18,7 @@ from run_files import rows, same, weights
 from safetensors.torch import load_file
 from toy_groups import SAMPLING, write_toy
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.models import load_model
 from gdro.models.base import FlowModel
 from gdro.objectives.base import implicit_reward

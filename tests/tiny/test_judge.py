@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
-from gdro.rng import numpy_rng
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.common.rng import numpy_rng
 from gdro.tiny import world
 from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts

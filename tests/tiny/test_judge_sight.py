@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gdro.rng import numpy_rng
+from gdro.common.rng import numpy_rng
 from gdro.tiny import world
 from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts

@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
+from gdro.common.rng import numpy_rng, torch_rng
+from gdro.models.loading import TINY_FOLDER
 from gdro.rewards.registry import load_reward
-from gdro.rng import numpy_rng, torch_rng
-from gdro.tiny import MODEL_FOLDER, pretrain, world
+from gdro.tiny import pretrain, world
 from gdro.tiny.build import TEXT_LENGTH, build_pipeline
 from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
@@ -17,14 +18,14 @@ from gdro.tiny.prompts import tiny_prompts
 
 @pytest.fixture(scope="module")
 def pipe() -> FluxPipeline:
-    pipe = FluxPipeline.from_pretrained(MODEL_FOLDER)
+    pipe = FluxPipeline.from_pretrained(TINY_FOLDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_it_is_small_and_says_nothing_of_where_it_was_made():
-    assert sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*.safetensors")) <= 12e6
-    for path in MODEL_FOLDER.rglob("*.json"):
+    assert sum(path.stat().st_size for path in TINY_FOLDER.rglob("*.safetensors")) <= 12e6
+    for path in TINY_FOLDER.rglob("*.json"):
         value = json.loads(path.read_text())
         assert not isinstance(value, dict) or "_name_or_path" not in value, path
 

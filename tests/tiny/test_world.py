@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gdro.errors import UserError
-from gdro.files import fingerprint
-from gdro.rng import numpy_rng
+from gdro.common.errors import UserError
+from gdro.common.files import fingerprint
+from gdro.common.rng import numpy_rng
 from gdro.tiny import world
 from gdro.tiny.prompts import tiny_prompts
 

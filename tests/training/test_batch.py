@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_groups import write_toy
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.groups.store import GroupStore
 from gdro.training.batch import Batches, Visits, dealt
 

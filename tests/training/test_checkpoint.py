@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from gdro.errors import UserError
-from gdro.files import sweep
+from gdro.common.errors import UserError
+from gdro.common.files import sweep
 from gdro.training.checkpoint import (
     check_settings,
     find_checkpoint,

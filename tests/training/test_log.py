@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.training.log import DriftAlarm, MetricsLog, read_metrics, require_trackers
 
 

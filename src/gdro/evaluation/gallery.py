@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gdro.images import to_rgb
-from gdro.rng import numpy_rng
+from gdro.common.images import to_rgb
+from gdro.common.rng import numpy_rng
 
 SHOWN = 320  # longest side of an embedded image; larger ones are reduced and kept as JPEG
 PIXEL_ART = 160  # images up to this size are embedded as they are (PNG) and enlarged without smoothing

@@ -12,21 +12,21 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from gdro import distributed
-from gdro.errors import UserError
+from gdro.common import distributed
+from gdro.common.errors import UserError
+from gdro.common.files import discard
+from gdro.common.progress import Progress
+from gdro.common.prompts import Prompt
+from gdro.common.reading import parse_json
 from gdro.evaluation.signs import image_signs
 from gdro.evaluation.statistics import AXES, corrected_axes, corrected_score
-from gdro.files import discard
+from gdro.groups.sampling import STARTED, Generation, read_begun, sample_groups
+from gdro.groups.scores import read_header, read_rewards, read_scored
+from gdro.groups.scoring import MAX_MISSING, check_missing, score_groups
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
-from gdro.progress import Progress
-from gdro.prompts import Prompt
-from gdro.reading import parse_json
 from gdro.rewards.base import ImageFailure, Judge
 from gdro.rewards.derived import Scorer
-from gdro.rewards.scoring import MAX_MISSING, check_missing, score_groups
-from gdro.rewards.store import read_header, read_rewards, read_scored
-from gdro.samplers.generate import STARTED, Generation, read_begun, sample_groups
 
 
 class EvaluateConfig(BaseModel):

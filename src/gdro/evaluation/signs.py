@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gdro.common.images import to_rgb
 from gdro.evaluation.statistics import compare, relative_change
-from gdro.images import to_rgb
 
 LONGEST = 512  # larger images are box-reduced by a whole factor first, so that "edge" means one scale everywhere
 DARK = 0.2  # luma below this is a dark pixel

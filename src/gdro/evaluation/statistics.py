@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gdro.prompts import same_text
-from gdro.rng import numpy_rng
+from gdro.common.prompts import same_text
+from gdro.common.rng import numpy_rng
 
 AXES = ("alignment", "coherence", "style")
 _BLOCK = 1000  # resamples drawn by one generator; part of the definition of the draw, not a tuning knob

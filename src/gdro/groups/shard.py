@@ -1,8 +1,8 @@
 """One parquet file of the store of groups: its schema, its checks, its images. Needs no torch.
 
 A row is an image and a row group is a group, so one group is read without touching its neighbours. Pages carry
-checksums, the footer is sealed (`gdro.sealed`), and its metadata have a digest of the images, by which rewards know
-what they were given for, and one of every file beside it.
+checksums, the footer is sealed (`gdro.common.sealed`), and its metadata have a digest of the images, by which rewards
+know what they were given for, and one of every file beside it.
 """
 
 import json
@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.files import remake
-from gdro.images import open_image
-from gdro.prompts import Prompt
-from gdro.reading import parse_json, reading
-from gdro.sealed import check_footer
+from gdro.common.errors import UserError
+from gdro.common.files import remake
+from gdro.common.images import open_image
+from gdro.common.prompts import Prompt
+from gdro.common.reading import parse_json, reading
+from gdro.common.sealed import check_footer
 
 SETTINGS = ("guidance_scale", "max_sequence_length", "generator", "revision")
 """Columns that hold one value throughout a store: training must use the same."""

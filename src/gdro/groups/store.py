@@ -23,30 +23,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gdro.errors import UserError
-from gdro.files import atomic_path, remake, write_bytes
+from gdro.common.errors import UserError
+from gdro.common.files import atomic_path, remake, write_bytes
+from gdro.common.images import to_rgb
+from gdro.common.prompts import Prompt
+from gdro.common.reading import reading
+from gdro.common.sealed import check_bytes, seal, unsealed
 from gdro.groups.shard import SCHEMA, Shard, is_stochastic, read_images, read_rows, read_shard
-from gdro.images import to_rgb
 from gdro.models.base import Text
-from gdro.prompts import Prompt
-from gdro.reading import reading
-from gdro.sealed import check_bytes, seal, unsealed
+from gdro.samplers.trajectory import Trajectory
 
 EMPTIED = save({}, {"gdro": "discarded"})  # a file of trajectories that are needed no more
 PARTS = ("states", "log_probs", "times")
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The w consecutive stochastic steps of a group's K images, on the CPU in float32.
-
-    `states` (K, w + 1, tokens, channels): x before each step and after the last; `log_probs` (K, w): mean over elements
-    of each step's Gaussian log-density under the policy that sampled; `times` (w + 1,): t of each state, falling.
-    """
-
-    states: Tensor
-    log_probs: Tensor
-    times: Tensor
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gdro.errors import UserError
-from gdro.reading import cause, parse_json, read_json, reading
+from gdro.common.errors import UserError
+from gdro.common.reading import cause, parse_json, read_json, reading
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name and peft's
 CONFIG = "adapter_config.json"

@@ -21,10 +21,9 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from gdro.errors import UserError
-from gdro.hub import fetch
-from gdro.models import tokenizers
-from gdro.reading import cause, read_json
+from gdro.common.errors import UserError
+from gdro.common.hub import fetch
+from gdro.common.reading import cause, read_json
 
 SCHEDULER = diffusers.FlowMatchEulerDiscreteScheduler
 _SCHEDULERS = f"a {SCHEDULER.__name__}, whose times the model was trained for"
@@ -132,7 +131,7 @@ class Components:
     def check(self) -> None:
         """Raise UserError naming component and file unless the family's pipeline would be made of what is there.
 
-        Reads configurations and tokenizers; of weights, in a folder, the names.
+        Reads configurations; of weights, in a folder, the names. Tokenizers have a check of their own.
         """
         index = self.index
         for part, kind in self.kinds.items():
@@ -144,9 +143,6 @@ class Components:
         self.check_configurations()
         if index["scheduler"][1] != SCHEDULER.__name__:
             raise self.error(f"model_index.json has a {index['scheduler'][1]} as scheduler; expected {_SCHEDULERS}")
-        for part, kind in self.kinds.items():
-            if is_tokenizer(kind):
-                tokenizers.load(self, part)
 
     def check_configurations(self) -> None:
         """The part of `check` that needs configurations alone."""

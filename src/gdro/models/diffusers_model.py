@@ -19,15 +19,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from gdro import distributed
-from gdro.errors import UserError
-from gdro.images import to_rgb
+from gdro.common import distributed
+from gdro.common.errors import UserError
+from gdro.common.images import to_rgb
 from gdro.models import lora, tokenizers
 from gdro.models.base import Text
 from gdro.models.components import Components
 from gdro.models.finite import check_rows, check_weights
 from gdro.models.quantisation import Quantisation, quantised
-from gdro.samplers.schedulers import flow_scheduler, resolution_shift
+from gdro.models.schedulers import flow_scheduler, resolution_shift
 
 # Of one function: with and without adapter, gradient and each number of images, and all over again in another LoRA.
 RECOMPILATIONS = 64

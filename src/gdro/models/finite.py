@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 
 
 class NotFinite(Exception):

@@ -3,15 +3,16 @@
 import importlib.util
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gdro.errors import UserError
-from gdro.hub import locate
+from gdro.common.errors import UserError
+from gdro.common.hub import locate
+from gdro.common.reading import read_json
 from gdro.models.base import FlowModel
 from gdro.models.quantisation import Quantisation, check_quantisation, hush
-from gdro.reading import read_json
 
 FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
     "FluxPipeline": ("gdro.models.flux", "FluxModel"),
@@ -21,6 +22,7 @@ FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
     "Flux2Pipeline": ("gdro.models.flux2", "Flux2Model"),
     "Flux2KleinPipeline": ("gdro.models.flux2", "Flux2KleinModel"),
 }
+TINY_FOLDER = Path(__file__).parents[1] / "tiny" / "model"  # of the model "tiny", which ships
 EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-forest-labs/FLUX.1-dev'
 
 
@@ -44,7 +46,7 @@ def load_model(
     if device.type == "meta":
         components.check_configurations()
     else:
-        components.check()
+        _check(components)
     if quantisation is not None:
         check_quantisation(quantisation, device)
     # torch would take it first on Hopper, where its backward pass fails on the FLUX family's shapes; flash attention
@@ -55,7 +57,7 @@ def load_model(
 
 def check_model(name: str) -> None:
     """Raise UserError unless the model is there, of a known class and whole in every component; loads no weights."""
-    _components(name).check()
+    _check(_components(name))
 
 
 def text_seen(name: str, prompts: Sequence[str], max_sequence_length: int) -> list[str | None]:
@@ -116,9 +118,16 @@ def model_revision(name: str) -> str:
     return _components(name).revision()
 
 
+def _check(components: Any) -> None:
+    from gdro.models import tokenizers
+
+    components.check()
+    tokenizers.check(components)
+
+
 def _components(name: str) -> Any:
     (source, commit, _), kind = _find(name), family(name)
-    from gdro.models.components import Components  # imports diffusers
+    from gdro.models.components import Components
 
     return Components(name, source, commit, kind)
 
@@ -126,9 +135,7 @@ def _components(name: str) -> Any:
 def _find(name: str) -> tuple[str, str | None, dict[str, object]]:
     """(folder or Hub id, Hub commit if any, model_index.json) of the model called `name`."""
     if name == "tiny":
-        from gdro.tiny import MODEL_FOLDER
-
-        found = locate(str(MODEL_FOLDER), "model_index.json", field="model", expected=EXPECTED)
+        found = locate(str(TINY_FOLDER), "model_index.json", field="model", expected=EXPECTED)
     else:
         found = locate(name, "model_index.json", field="model", expected=EXPECTED)
     return found.name, found.commit, read_json(found.index, "a JSON object", f"model: {found.index}")

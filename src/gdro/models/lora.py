@@ -17,10 +17,10 @@ from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gdro.errors import UserError, did_you_mean
-from gdro.files import write_bytes
+from gdro.common.errors import UserError, did_you_mean
+from gdro.common.files import write_bytes
+from gdro.common.rng import torch_rng
 from gdro.models.adapter_file import HEADER, WEIGHTS, digest_of, read_adapter
-from gdro.rng import torch_rng
 
 ADAPTER = "default"
 

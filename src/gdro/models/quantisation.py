@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 
 Quantisation = Literal["int8", "fp8", "nf4"]
 

@@ -12,7 +12,7 @@ import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
 from gdro.models.base import Text
 from gdro.models.diffusers_model import DiffusersModel, with_negative
 

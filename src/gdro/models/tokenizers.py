@@ -1,17 +1,14 @@
 """Tokenizers that are what the model was trained with, and what of a prompt they hand on to its text encoder."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 
-if TYPE_CHECKING:
-    from gdro.models.components import Components
+from gdro.models.components import Components, is_tokenizer
 
 _WHOLE = ("tokenizer.json", "spiece.model", "tokenizer.model")  # each holds a vocabulary by itself
 _PAIR = ("vocab.json", "merges.txt")  # or both of these
@@ -20,6 +17,13 @@ _PLAIN = "a photo of a red wall with two dots"
 _MARK = "\ue000"  # stands for a prompt in its family's template
 _SPECIAL = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]")  # such as <|im_start|> and [INST]
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def check(components: Components) -> None:
+    """Raise UserError unless every tokenizer of the model is whole and its text encoder's."""
+    for part, kind in components.kinds.items():
+        if is_tokenizer(kind):
+            load(components, part)
 
 
 def load(components: Components, part: str) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from gdro.errors import UserError, did_you_mean
+from gdro.common.errors import UserError, did_you_mean
 from gdro.objectives.base import Objective
 from gdro.objectives.forward.awm import Awm
 from gdro.objectives.forward.dgpo import Dgpo

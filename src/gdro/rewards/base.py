@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
 
 
 class ImageFailure(UserError):

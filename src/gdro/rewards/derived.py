@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gdro.errors import UserError, did_you_mean
-from gdro.files import fingerprint
-from gdro.prompts import Prompt
+from gdro.common.errors import UserError, did_you_mean
+from gdro.common.files import fingerprint
+from gdro.common.prompts import Prompt
+from gdro.common.validation import show
 from gdro.rewards.base import Reward
-from gdro.validation import show
 
 Transform = tuple[str, tuple[float, ...]]
 """Its name and its numbers."""

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, features
 
-from gdro.files import fingerprint
-from gdro.images import to_rgb
-from gdro.prompts import Prompt
+from gdro.common.files import fingerprint
+from gdro.common.images import to_rgb
+from gdro.common.prompts import Prompt
 from gdro.rewards.base import Scores
 
 QUALITY = 95

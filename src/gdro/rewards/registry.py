@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from gdro.errors import UserError, did_you_mean
+from gdro.common.errors import UserError, did_you_mean
+from gdro.common.validation import expected, show
 from gdro.rewards.base import Comparator, Judge, Reward
 from gdro.rewards.derived import DerivedReward, Scorer, Term, parse_transforms
+from gdro.rewards.pointwise import Pointwise
 from gdro.rewards.user import UserJudge, UserReward
-from gdro.validation import expected, show
+from gdro.rewards.winrate import WinRate
 
 Spec = str | dict[str, Any]
 OF_TERMS = {"weight", "transform", "standardise"}  # options that every reward has, beside its own
@@ -35,43 +37,45 @@ class Entry:
 
 
 REWARDS = {
-    "ocr": Entry("gdro.rewards.ocr:ocr", "text read against the prompt's quoted target (Flow-GRPO's rule)"),
-    "ocr_strict": Entry("gdro.rewards.ocr:ocr_strict", "the same, junk around the target counted"),
+    "ocr": Entry("gdro.rewards.ocr.reward:ocr", "text read against the prompt's quoted target (Flow-GRPO's rule)"),
+    "ocr_strict": Entry("gdro.rewards.ocr.reward:ocr_strict", "the same, junk around the target counted"),
     "geneval": Entry(
-        "gdro.rewards.geneval:geneval",
+        "gdro.rewards.geneval.reward:geneval",
         "objects, counts, colours, places: share there",
         "gpu",
         ("tag", "include"),
         "geneval",
     ),
     "geneval_strict": Entry(
-        "gdro.rewards.geneval:geneval_strict",
+        "gdro.rewards.geneval.reward:geneval_strict",
         "the official GenEval verdict, 0 or 1",
         "gpu",
         ("tag", "include"),
         "geneval",
     ),
-    "pickscore": Entry("gdro.rewards.clip:pickscore", "human preference (PickScore v1), logit / 26", "gpu"),
-    "clipscore": Entry("gdro.rewards.clip:clipscore", "agreement with the prompt (CLIP ViT-L/14), logit / 30", "gpu"),
-    "hpsv2": Entry("gdro.rewards.clip:hpsv2", "human preference (HPS v2.1), cosine", "gpu"),
+    "pickscore": Entry("gdro.rewards.neural.clip:pickscore", "human preference (PickScore v1), logit / 26", "gpu"),
+    "clipscore": Entry(
+        "gdro.rewards.neural.clip:clipscore", "agreement with prompt (CLIP ViT-L/14), logit / 30", "gpu"
+    ),
+    "hpsv2": Entry("gdro.rewards.neural.clip:hpsv2", "human preference (HPS v2.1), cosine", "gpu"),
     "image_reward": Entry(
-        "gdro.rewards.image_reward:image_reward", "human preference (ImageReward), standardised", "gpu"
+        "gdro.rewards.neural.image_reward:image_reward", "human preference (ImageReward), standardised", "gpu"
     ),
     "aesthetic": Entry(
-        "gdro.rewards.clip:aesthetic", "LAION's aesthetic predictor v2, rating / 10; prompt unused", "gpu"
+        "gdro.rewards.neural.clip:aesthetic", "LAION's aesthetic predictor v2, rating / 10; prompt unused", "gpu"
     ),
-    "safety": Entry("gdro.rewards.clip:safety", "agreement with the prompt made safer (SafeDiffusion-R1)", "gpu"),
+    "safety": Entry("gdro.rewards.neural.clip:safety", "agreement with prompt made safer (SafeDiffusion-R1)", "gpu"),
     "jpeg_compressibility": Entry("gdro.rewards.jpeg:jpeg_compressibility", "size as JPEG, -kB / 500"),
     "jpeg_incompressibility": Entry("gdro.rewards.jpeg:jpeg_incompressibility", "size as JPEG, kB"),
-    "unified_reward": Entry("gdro.rewards.unified:unified_reward", "UnifiedReward's grade, 1 to 5", "endpoint"),
-    "win_rate": Entry("gdro.rewards.winrate:win_rate", "share of its group that an image beats (Pref-GRPO)"),
+    "unified_reward": Entry("gdro.rewards.judges.unified:unified_reward", "UnifiedReward's grade, 1 to 5", "endpoint"),
+    "win_rate": Entry("gdro.rewards.registry:win_rate", "share of its group that an image beats (Pref-GRPO)"),
 }
 JUDGES = {
-    "unified_judge": Entry("gdro.rewards.unified:unified_judge", "UnifiedReward's three axes", "endpoint"),
+    "unified_judge": Entry("gdro.rewards.judges.unified:unified_judge", "UnifiedReward's three axes", "endpoint"),
     "tiny": Entry("gdro.tiny.judge:tiny_judge", "the tiny world's pictures against what it knows of them"),
 }
 COMPARATORS = {
-    "unified_pairs": Entry("gdro.rewards.unified:unified_pairs", "UnifiedReward on pairs of images", "endpoint"),
+    "unified_pairs": Entry("gdro.rewards.judges.unified:unified_pairs", "UnifiedReward on pairs of images", "endpoint"),
 }
 
 
@@ -132,9 +136,20 @@ def load_comparator(spec: Spec, field: str) -> Comparator:
     reward = _base_reward(spec, field)
     if getattr(reward, "grouped", False):
         raise UserError(f'{field}: "{name}" compares the images of a group itself; expected a pointwise reward')
-    from gdro.rewards.winrate import Pointwise
-
     return Pointwise(reward)
+
+
+def win_rate(
+    *, comparator: str | dict[str, Any], pairs: int | None = None, both_orders: bool = True, seed: int = 0
+) -> WinRate:
+    """The reward of these options.
+
+    comparator: a pairwise judge or any pointwise reward, by name or {name: ..., ...}. pairs: of each group, null: all.
+    both_orders: ask a judge about (a, b) and (b, a), which halves its taste for a place.
+    """
+    if pairs is not None and pairs < 2:
+        raise UserError(f"score.reward.pairs is {pairs}; expected at least 2, or null for all pairs")
+    return WinRate(load_comparator(comparator, "score.reward.comparator"), pairs, both_orders, seed)
 
 
 def _term(spec: Spec, field: str, *, several: bool) -> Term:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from gdro.errors import UserError, did_you_mean
-from gdro.prompts import Prompt
+from gdro.common.errors import UserError, did_you_mean
+from gdro.common.prompts import Prompt
 from gdro.rewards.base import ImageFailure, Scores
 
 AXES = ("alignment", "coherence", "style")
@@ -52,7 +52,7 @@ class _UserFunction:
 
 
 class UserReward(_UserFunction):
-    """`function(images, prompts) -> one float an image`; images are PIL, prompts `gdro.prompts.Prompt`.
+    """`function(images, prompts) -> one float an image`; images are PIL, prompts `gdro.common.prompts.Prompt`.
 
     Raises UserError if the function raises or the result has another length, ImageFailure for a value that is no
     finite number.

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.files import fingerprint
-from gdro.prompts import Prompt
-from gdro.rewards.base import Comparator, Reward, Scores
-from gdro.rng import numpy_rng
+from gdro.common.files import fingerprint
+from gdro.common.prompts import Prompt
+from gdro.common.rng import numpy_rng
+from gdro.rewards.base import Comparator, Scores
+from gdro.rewards.pointwise import Pointwise
 
 PRIOR = 0.1  # imagined ties of each image with an average one: strengths stay finite where one image always wins
 
@@ -73,21 +73,6 @@ def expected_shares(wins: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(wins).any(1), rates, np.nan)
 
 
-def win_rate(
-    *, comparator: str | dict[str, Any], pairs: int | None = None, both_orders: bool = True, seed: int = 0
-) -> "WinRate":
-    """The reward of these options.
-
-    comparator: a pairwise judge or any pointwise reward, by name or {name: ..., ...}. pairs: of each group, null: all.
-    both_orders: ask a judge about (a, b) and (b, a), which halves its taste for a place.
-    """
-    from gdro.rewards.registry import load_comparator
-
-    if pairs is not None and pairs < 2:
-        raise UserError(f"score.reward.pairs is {pairs}; expected at least 2, or null for all pairs")
-    return WinRate(load_comparator(comparator, "score.reward.comparator"), pairs, both_orders, seed)
-
-
 @dataclass(frozen=True)
 class WinRate:
     """Called with the images of one group. Evidence: the opponents, and how far the image beat each (null: unknown)."""
@@ -128,38 +113,6 @@ class WinRate:
         whole = len(pairs) == count * (count - 1) // 2
         rates = shares(wins) if whole else expected_shares(wins)
         return Scores(rates, [_evidence(wins[i], i, pairs) for i in range(count)])
-
-
-@dataclass(frozen=True)
-class Pointwise:
-    """A reward as comparator: the higher score wins, equal scores tie, a missing one gives no answer."""
-
-    reward: Reward
-
-    @property
-    def name(self) -> str:
-        return self.reward.name
-
-    @property
-    def version(self) -> str:
-        return self.reward.version
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        self.reward.check(prompts)
-
-    def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
-        places: dict[int, int] = {}  # each image is scored once
-        images: list[Image.Image] = []
-        prompts: list[Prompt] = []
-        for first, second, prompt in pairs:
-            for image in (first, second):
-                if id(image) not in places:
-                    places[id(image)] = len(images)
-                    images.append(image)
-                    prompts.append(prompt)
-        scores = self.reward(images, prompts).values if images else np.zeros(0)
-        signs = [float(np.sign(scores[places[id(a)]] - scores[places[id(b)]])) for a, b, _ in pairs]
-        return [None if np.isnan(sign) else (sign + 1) / 2 for sign in signs]
 
 
 def _evidence(row: np.ndarray, place: int, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:

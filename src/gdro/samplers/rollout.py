@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdro.groups.store import Trajectory
 from gdro.models.base import FlowModel, Text
 from gdro.models.finite import Watch
 from gdro.samplers.sde import STEPS, log_prob
+from gdro.samplers.trajectory import Trajectory
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from gdro.samplers.schedulers import SchedulerName
+from gdro.models.schedulers import SchedulerName
 from gdro.samplers.sde import PUBLISHED_NOISE
 from gdro.samplers.windows import Window
 

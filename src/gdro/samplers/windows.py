@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-from gdro.rng import numpy_rng
+from gdro.common.rng import numpy_rng
 
 Window = Literal["all", "fixed", "random", "sliding"]
 

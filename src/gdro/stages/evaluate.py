@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from gdro import distributed
+from gdro.common import distributed
+from gdro.common.prompts import Prompt
+from gdro.common.sealed import write_record
 from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
 from gdro.evaluation.signs import compare_signs, verdict
 from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means, text_numbers
+from gdro.groups.sampling import Generation
+from gdro.groups.scoring import MAX_MISSING
 from gdro.models.base import FlowModel
-from gdro.prompts import Prompt
 from gdro.rewards.base import Judge
 from gdro.rewards.derived import Scorer
-from gdro.rewards.geneval import summary
-from gdro.rewards.scoring import MAX_MISSING
-from gdro.samplers.generate import Generation
-from gdro.sealed import write_record
+from gdro.rewards.geneval.rules import summary
 
 AXIS_FALL = 0.25  # a judge axis (1 to 5) that falls by more, its interval below zero, counts against the tuned model
 

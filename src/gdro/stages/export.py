@@ -8,15 +8,14 @@ from typing import Any
 
 from PIL import Image
 
-from gdro.config import saved_config
-from gdro.errors import UserError
-from gdro.files import atomic_path, write_bytes
+from gdro.common.errors import UserError
+from gdro.common.files import atomic_path, write_bytes
+from gdro.common.progress import interval
+from gdro.common.sealed import find_record
+from gdro.common.yaml import dump_yaml
 from gdro.groups.store import GroupStore
 from gdro.models.loading import family as family_of
 from gdro.models.lora import write_lora
-from gdro.progress import interval
-from gdro.sealed import find_record
-from gdro.strict_yaml import dump_yaml
 from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, steps_saved
 from gdro.training.config import HYPERPARAMETERS
 
@@ -24,16 +23,13 @@ GALLERY = 4
 LICENCES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
 
 
-def export(run_dir: Path, out: Path) -> Path:
+def export(config: Mapping[str, Any], run_dir: Path, out: Path) -> Path:
     """Write `pytorch_lora_weights.safetensors` (EMA), `raw/pytorch_lora_weights.safetensors` and README.md to `out`.
 
-    They are those of the checkpoint with the best corrected score, or of the last one if none was validated or
-    train.export says so. Raises UserError if the run has no checkpoint or a damaged one.
+    `config` is that of the run in the folder `run_dir`, as JSON holds it. The weights are those of the checkpoint with
+    the best corrected score, or of the last one if none was validated or train.export says so. Raises UserError if the
+    run has no checkpoint or a damaged one.
     """
-    saved = saved_config(run_dir)
-    if saved is None:
-        raise UserError(f"{run_dir} holds no config.yaml; expected the folder of a run")
-    config = saved.model_dump(mode="json")
     checkpoint = chosen(run_dir / "checkpoints", config["train"]["export"])
     lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
     about = {"model": config["model"], "objective": config["train"]["objective"], "step": checkpoint.step}
@@ -140,7 +136,7 @@ def _tag(family: type) -> str:
 def _usage(config: Mapping[str, Any], family: Any) -> str:
     model, sample = config["model"], config["sample"]
     guidance = [f"    {name}={value!r},\n" for name, value in family.call_arguments(sample["guidance_scale"]).items()]
-    source = "str(gdro.tiny.MODEL_FOLDER)" if model == "tiny" else repr(model)
+    source = "str(gdro.models.loading.TINY_FOLDER)" if model == "tiny" else repr(model)
     imports = "import gdro.tiny\nimport torch" if model == "tiny" else "import torch"
     return f"""```python
 {imports}

@@ -10,19 +10,19 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from gdro.errors import UserError
+from gdro.common.errors import UserError
+from gdro.common.files import write_bytes
+from gdro.common.progress import duration
+from gdro.common.reading import read_text
+from gdro.common.sealed import find_record
 from gdro.evaluation import plots
 from gdro.evaluation.gallery import choose_groups, choose_prompts, figure, is_pixel_art, mark_ends
 from gdro.evaluation.measure import read_evidence
 from gdro.evaluation.signs import THRESHOLDS
 from gdro.evaluation.statistics import AXES, pair_means
-from gdro.files import write_bytes
+from gdro.groups.scores import read_rewards
 from gdro.groups.store import GroupStore
-from gdro.progress import duration
-from gdro.reading import read_text
-from gdro.rewards.ocr import target_of
-from gdro.rewards.store import read_rewards
-from gdro.sealed import find_record
+from gdro.rewards.ocr.reward import target_of
 from gdro.training.log import read_metrics
 
 SIDES = ("base", "tuned")

@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gdro.groups.scoring import MAX_MISSING, ScoreFiles, score_groups
 from gdro.rewards.derived import Scorer
-from gdro.rewards.scoring import MAX_MISSING, ScoreFiles, score_groups
 
 STANDARD = "standard.json"  # beside the rewards of the first round: constants of a derived reward
 
@@ -44,16 +44,13 @@ def score(
     *,
     standard: Path | None = None,
     fit: bool = False,
-    ray: bool = False,
+    score_files: ScoreFiles | None = None,
 ) -> Path:
     """Score the store in `groups`; returns `out/<reward.name>.parquet`. Resumes, and raises, as `score_groups` does.
 
     standard, fit: where a derived reward's constants lie, and whether they are to be those of these groups.
-    ray: by the workers of a Ray cluster.
+    score_files: scores elsewhere than on this machine.
     """
-    elsewhere: ScoreFiles | None = None
-    if ray:
-        from gdro.ray_engine import score_files as elsewhere
     return score_groups(
         reward,
         groups,
@@ -63,5 +60,5 @@ def score(
         standard=standard,
         fit=fit,
         max_missing=config.max_missing,
-        score=elsewhere,
+        score=score_files,
     )

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdro import distributed
-from gdro.errors import UserError
-from gdro.files import fingerprint, sweep
+from gdro.common import distributed
+from gdro.common.errors import UserError
+from gdro.common.files import fingerprint, sweep
+from gdro.common.progress import Progress, say
+from gdro.common.sealed import find_record
+from gdro.groups.sampling import STARTED
+from gdro.groups.scores import read_rewards
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
-from gdro.progress import Progress, say
-from gdro.rewards.store import read_rewards
-from gdro.samplers.generate import STARTED
-from gdro.sealed import find_record
 from gdro.training.batch import Batches, Joined, Visits
 from gdro.training.checkpoint import (
     Checkpoint,

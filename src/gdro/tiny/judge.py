@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from gdro.errors import UserError
-from gdro.prompts import Prompt
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
 from gdro.tiny import world
 from gdro.tiny.vision import DARK, VERSION, WALL, Seen, Shape, pixels_of, see
 

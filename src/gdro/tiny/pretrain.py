@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL, FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gdro.files import atomic_path, write_json
-from gdro.rng import numpy_rng, torch_rng
+from gdro.common.files import atomic_path, write_json
+from gdro.common.rng import numpy_rng, torch_rng
 from gdro.tiny import world
 from gdro.tiny.build import TEXT_LENGTH, build_pipeline
 

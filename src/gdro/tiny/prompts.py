@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from gdro.errors import UserError, did_you_mean
-from gdro.prompts import Prompt
-from gdro.rng import numpy_rng
+from gdro.common.errors import UserError, did_you_mean
+from gdro.common.prompts import Prompt
+from gdro.common.rng import numpy_rng
+from gdro.common.validation import MAX_SEED
 from gdro.tiny import world
-from gdro.validation import MAX_SEED
 
 TASKS = ("ocr", "geneval")
 LIMIT = 2000  # words a split can give

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from gdro.rewards.geneval import Detection, Record
+from gdro.rewards.geneval.detection import Detection, Record
 from gdro.tiny import world
 
 VERSION = "2"  # of `see`: part of the versions of the judge and of the detector

@@ -9,12 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gdro.errors import UserError
-from gdro.groups.store import GroupStore, Trajectory
+from gdro.common.errors import UserError
+from gdro.common.rng import torch_rng
+from gdro.groups.store import GroupStore
 from gdro.models.base import Text
 from gdro.objectives.advantage import advantages
 from gdro.objectives.forward.gdro import order_by_reward
-from gdro.rng import torch_rng
+from gdro.samplers.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

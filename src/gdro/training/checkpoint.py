@@ -19,11 +19,11 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from gdro import distributed
-from gdro.errors import UserError
-from gdro.files import discard, remake, sync_folder, write_bytes
-from gdro.reading import read_bytes
-from gdro.sealed import find_record, parse_record, write_record
+from gdro.common import distributed
+from gdro.common.errors import UserError
+from gdro.common.files import discard, remake, sync_folder, write_bytes
+from gdro.common.reading import read_bytes
+from gdro.common.sealed import find_record, parse_record, write_record
 from gdro.training.config import TrainConfig
 
 FIELD = "train.resume_from_checkpoint"

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gdro import distributed
-from gdro.errors import UserError
-from gdro.files import write_bytes
-from gdro.progress import say
-from gdro.reading import parse_json, read_text
-from gdro.sealed import DIGEST, row_digest
+from gdro.common import distributed
+from gdro.common.errors import UserError
+from gdro.common.files import write_bytes
+from gdro.common.progress import say
+from gdro.common.reading import parse_json, read_text
+from gdro.common.sealed import DIGEST, row_digest
 
 
 def require_trackers(report_to: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from gdro import distributed
-from gdro.progress import say
+from gdro.common import distributed
+from gdro.common.progress import say
 from gdro.training.config import TrainConfig
 from gdro.training.step import Learner, Portion
 

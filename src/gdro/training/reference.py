@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gdro import distributed
-from gdro.files import fingerprint
+from gdro.common import distributed
+from gdro.common.files import fingerprint
 from gdro.groups.store import GroupStore
 from gdro.training.batch import Visit
 

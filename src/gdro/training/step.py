@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdro import distributed
-from gdro.errors import UserError
+from gdro.common import distributed
+from gdro.common.errors import UserError
 from gdro.models.base import FlowModel, Text
 from gdro.objectives.base import ForwardObjective, Noised, TrajectoryObjective, Transition, velocity_error
 from gdro.samplers.sde import STEPS, kl_scale, log_prob, ratio_scale

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from gdro.common.rng import torch_rng
 from gdro.models.base import Text
-from gdro.rng import torch_rng
 from gdro.training.batch import Groups, Visit
 
 

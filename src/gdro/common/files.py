@@ -1,0 +1,110 @@
+"""Whole files or none: every file is written beside its place, synced, then renamed over it."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gdro.common.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it is synced and renamed to `path`, else removed.
+
+    Any failure leaves the old file as it was. Raises UserError naming `path` if the system refuses (full disk, no
+    permission).
+    """
+    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    if "\0" in str(path):
+        raise UserError(f"{path} holds a NUL; expected the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(tmp)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force its entries to disk. Windows opens no folders, and needs it not."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, if it is there; renamed first, so that no half of it is ever taken for the whole."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+# What gdro leaves in folders it begins: the copy of a run's configuration, what a store is sampled or imported from.
+MARKS = (".config.yaml", "_sampling.json", "_importing.json")
+
+
+def is_own(path: Path) -> bool:
+    """Whether gdro made what lies at `path`: a mark of its own is in one of the folders around it.
+
+    Asked before anyone is advised to delete it.
+    """
+    return any((folder / mark).is_file() for folder in list(path.absolute().parents)[:4] for mark in MARKS)
+
+
+def remake(path: Path, how: str) -> str:
+    """`: delete PATH and HOW` for what is gdro's own, else nothing."""
+    return f": delete {path} and {how}" if is_own(path) else ""
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes left in `folder` half written or half deleted; no other may be at work in it."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.(tmp|tmp-\d+|deleted)", path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def sweep_below(out: Path, folders: Iterable[str]) -> None:
+    """The same for `out`, which may hold other things too, and all of its own `folders`."""
+    for path in out.glob(".*"):
+        if re.fullmatch(r"\..+\.tmp-\d+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+    for name in folders:
+        shutil.rmtree(out / f".{name}.deleted", ignore_errors=True)
+        for folder, _, _ in os.walk(out / name):
+            sweep(Path(folder))
+
+
+def fingerprint(*parts: Any) -> str:
+    """12 hex digits naming JSON-able values; equal for equal values whatever the key order."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

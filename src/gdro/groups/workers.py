@@ -1,0 +1,111 @@
+"""Scoring in several processes. Imports no torch, so a worker starts fast and stays small."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Protocol, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from gdro.common.errors import UserError
+from gdro.common.prompts import Prompt
+from gdro.rewards.base import ImageFailure, Reward, Scores
+
+Loaded = tuple[list[str], list[Image.Image], list[Prompt]]
+"""Image ids, images, the prompt of each."""
+
+
+class Job(Protocol):
+    """Images to score; picklable."""
+
+    def load(self) -> Loaded: ...
+
+
+J = TypeVar("J", bound=Job)
+
+
+def score_images(reward: Reward, loaded: Loaded, batch_size: int) -> tuple[list[str], Scores]:
+    """(image ids, scores), `batch_size` images at a time, or a group at a time. A failure names the image."""
+    ids, images, prompts = loaded
+    values, evidence = [], []
+    for part in _parts(ids, None if getattr(reward, "grouped", False) else batch_size):
+        start = part.start
+        try:
+            scores = reward(images[part], prompts[part])
+        except ImageFailure as failure:
+            raise ImageFailure(failure.index, f'"{ids[start + failure.index]}": {failure.reason}') from failure
+        except Exception as error:
+            error.add_note(f'while "{ids[part][0]}" to "{ids[part][-1]}" were scored')
+            raise
+        values.append(scores.values)
+        evidence += scores.evidence
+    return ids, Scores(np.concatenate(values), evidence)
+
+
+def _parts(ids: Sequence[str], size: int | None) -> Iterator[slice]:
+    """Runs of `size` images, or of one group each; ids are `<group>/<index>`, groups whole and in a row."""
+    start = 0
+    while start < len(ids):
+        stop = start + (size or 1)
+        group = ids[start].rpartition("/")[0]
+        while size is None and stop < len(ids) and ids[stop].rpartition("/")[0] == group:
+            stop += 1
+        yield slice(start, stop)
+        start = stop
+
+
+def score_all(
+    reward: Reward, jobs: Sequence[J], batch_size: int, workers: int
+) -> Iterator[tuple[J, list[str], Scores]]:
+    """(job, image ids, scores) of every job, in the order they finish; one worker is this process itself.
+
+    Raises UserError if a worker process dies.
+    """
+    if workers == 1:
+        for job in jobs:
+            yield job, *score_images(reward, job.load(), batch_size)
+        return
+    context = multiprocessing.get_context("spawn")  # forked processes inherit locked locks of torch and ONNX Runtime
+    with ProcessPoolExecutor(workers, context, _start, (reward, batch_size)) as pool:
+        futures = {pool.submit(_score, job): job for job in jobs}
+        try:
+            for future in as_completed(list(futures)):
+                yield futures[future], *future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "score: a worker process died, out of memory perhaps; finished work is kept, run again or with fewer "
+                "score.workers"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_work: tuple[Reward, int]
+
+
+def _start(reward: Reward, batch_size: int) -> None:
+    global _work
+    _work = reward, batch_size
+    os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A parent that was killed cannot end its workers: they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _score(job: Job) -> tuple[list[str], Scores]:
+    reward, batch_size = _work
+    return score_images(reward, job.load(), batch_size)

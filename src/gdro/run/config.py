@@ -1,0 +1,325 @@
+"""The configuration of a run: one strict section a stage, dotted overrides, one-line errors, comparison on resume."""
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gdro.common.errors import UserError, did_you_mean
+from gdro.common.files import remake, write_bytes
+from gdro.common.reading import read_bytes
+from gdro.common.validation import MAX_SEED, expected, show
+from gdro.common.yaml import dump_yaml, parse_yaml, read_yaml
+from gdro.evaluation.measure import EvaluateConfig
+from gdro.models.quantisation import Quantisation
+from gdro.samplers.settings import Generation
+from gdro.stages.score import ScoreConfig
+from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
+from gdro.training.config import RoundsConfig, TrainConfig
+
+CONFIG = "config.yaml"
+_MARK = b"# sha256 "
+KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
+
+# Fields that say how fast, how long or when to give up, and change what comes out at a given step by rounding at most;
+# every other one is fixed once its stage has begun.
+MAY_CHANGE = TRAIN_MAY_CHANGE | {
+    "device",
+    "compile",
+    "distributed",
+    "engine",
+    "sample.batch_size",
+    "sample.prompts_per_shard",
+    "score.workers",
+    "score.batch_size",
+    "score.max_missing",
+    "evaluate.batch_size",
+}
+# Validation uses these, so training that validates fixes them too.
+VALIDATION = {
+    f"evaluate.{name}" for name in ("images_per_prompt", "num_inference_steps", "judge", "reward", "corrected_axes")
+}
+# The top-level fields every stage uses are fixed once any stage has begun.
+STAGE_OF_SECTION = {"sample": "sample", "rounds": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
+
+
+class SampleConfig(Generation):
+    """Section `sample`."""
+
+    prompts: str = Field(
+        min_length=1, description="A .txt or .jsonl file, gdro:TASK:SPLIT[:COUNT] or tiny:TASK:SPLIT:COUNT[:SEED]."
+    )
+
+
+class RunConfig(BaseModel):
+    """A whole run; `gdro run` takes it as YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("tiny", min_length=1, description='"tiny", a folder in diffusers\' layout, or a Hub id.')
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Everything random follows from it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one.")
+    distributed: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="Of several processes each has the whole model (ddp), or a share of its weights (fsdp)."
+    )
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="Precision of the frozen weights.")
+    quantisation: Quantisation | None = Field(
+        None, description="Of the frozen weights: int8 or fp8 (torchao), nf4 (bitsandbytes, on a GPU), or null."
+    )
+    compile: bool = Field(False, description="Compile the transformer's blocks: minutes at first, then faster.")
+    engine: Literal["local", "ray"] = Field(
+        "local", description="What samples and scores the groups: this machine, or a Ray cluster (RAY_ADDRESS)."
+    )
+    sample: SampleConfig
+    score: ScoreConfig = ScoreConfig()
+    train: TrainConfig = TrainConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    evaluate: EvaluateConfig
+
+
+def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
+    """The configuration in `path`, with (dotted name, YAML text) overrides; UserError for the first thing wrong."""
+    data = read_yaml(path)
+    given: set[str] = set()
+    for name, text in overrides:
+        if name in given:
+            raise UserError(f"--{name} is given twice; expected once")
+        given.add(name)
+        _set(data, name, parse_yaml(text, f"--{name}"))
+    return validate(data)
+
+
+def validate(data: dict[str, Any]) -> RunConfig:
+    """`data` as a RunConfig, without coercion (no "4" for 4, no 2.0 for 2)."""
+    try:
+        config = RunConfig.model_validate(data, strict=True)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+    _check_across(config)
+    return config
+
+
+def save_config(config: RunConfig, out: Path) -> None:
+    """Write the resolved configuration to `out`/config.yaml, whole or not at all, and a copy to compare with."""
+    text = dump_yaml(config.model_dump(mode="json")).encode()
+    write_bytes(out / KEPT, _MARK + hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    write_bytes(out / CONFIG, text)
+
+
+def saved_config(out: Path) -> RunConfig | None:
+    """The configuration that gdro last wrote to `out`, whatever has become of config.yaml since."""
+    path = out / KEPT
+    if not path.exists():
+        return validate(read_yaml(out / CONFIG)) if (out / CONFIG).exists() else None
+    mark, _, text = read_bytes(path, "the configuration that the run was begun with").partition(b"\n")
+    again = remake(path, f"{CONFIG} stands for it")
+    if mark != _MARK + hashlib.sha256(text).hexdigest().encode():
+        raise UserError(f"{path}, gdro's copy of {CONFIG}, is damaged; expected it as gdro wrote it{again}")
+    return validate(parse_yaml(text.decode(), str(path)))
+
+
+def _saved(out: Path) -> Path:
+    return out / KEPT if (out / KEPT).exists() else out / CONFIG
+
+
+def check_unchanged(config: RunConfig, out: Path, begun: set[str]) -> None:
+    """Refuse a configuration that would change the result of a stage already `begun` in the run directory `out`."""
+    saved = saved_config(out) if begun else None
+    if saved is None:
+        return
+    old = dict(_flat(saved.model_dump(mode="json")))
+    for name, value in _flat(config.model_dump(mode="json")):
+        section, dot, _ = name.partition(".")
+        stages = {STAGE_OF_SECTION[section]} if dot else begun
+        if name in VALIDATION and saved.train.validates:
+            stages.add("train")
+        if name in MAY_CHANGE or old.get(name) == value or not stages & begun:
+            continue
+        raise UserError(
+            f"{name} is {show(value)} but {_saved(out)} has {show(old.get(name))}; "
+            "expected the configuration the run was begun with, or another --out"
+        )
+
+
+def field_names(kind: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every field's dotted name, sections included."""
+    names = []
+    for name, field in kind.model_fields.items():
+        names.append(prefix + name)
+        if _is_model(field.annotation):
+            names += field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _check_across(config: RunConfig) -> None:
+    """What one section must hold for another to make sense."""
+    train, rounds, objective = config.train, config.rounds, config.train.loss
+    name, images = f'objective "{train.objective}"', config.sample.images_per_prompt
+    refused = [
+        (train.k > images, f"train.k is {train.k}; expected at most sample.images_per_prompt, which is {images}"),
+        (
+            train.target_reward is not None and not train.validates,
+            f"train.target_reward is {train.target_reward}, but there is no validation that could reach it; expected "
+            "train.validation_prompts and train.validation_steps too",
+        ),
+        (
+            train.images_per_pass is not None and train.group_gradient != "two_pass",
+            f"train.images_per_pass is {train.images_per_pass}, but train.group_gradient is "
+            f'"{train.group_gradient}"; expected null, or two_pass',
+        ),
+    ]
+    for field, value in (("compile", config.compile), ("quantisation", config.quantisation)):
+        what = f'{field} is {show(value)}, but distributed is "fsdp", whose sharded weights exclude it'
+        refused.append((bool(value) and config.distributed == "fsdp", f"{what}; expected ddp, or {field} left out"))
+    if rounds.train_steps is None:
+        moving = config.sample.window in ("random", "sliding")
+        what = f'sample.window is "{config.sample.window}", but rounds.train_steps is null, so there is one round'
+        refused.append((moving, f"{what} and one window; expected fixed, or rounds.train_steps"))
+        for field, kind in RoundsConfig.model_fields.items():
+            value = getattr(rounds, field)
+            what = f"rounds.{field} is {show(value)}, but rounds.train_steps is null, so there is one round"
+            refused.append((value != kind.default, f"{what}; expected its optimizer steps"))
+    elif train.resume_from_checkpoint != "latest":
+        what = f"train.resume_from_checkpoint is {show(train.resume_from_checkpoint)}"
+        refused.append((True, f"{what}; expected latest in a run of several rounds"))
+    if objective.kind == "trajectory":
+        what = f"train.objective is {show(train.objective)}, which learns from stochastic steps"
+        refused += [
+            (
+                config.sample.sampler == "ode",
+                f'{what}, but sample.sampler is "ode"; expected flow_grpo, dance_grpo or flow_cps',
+            ),
+            (
+                rounds.generator != "policy",
+                f'rounds.generator is {show(rounds.generator)}; expected "policy" for {name}',
+            ),
+            (
+                rounds.keep > 1,
+                f"rounds.keep is {rounds.keep}; expected 1 for {name}, which learns from its own steps",
+            ),
+        ]
+        for field in ("timestep", "logit_mean", "logit_std", "timestep_scope", "noise_scope", "reference_draws"):
+            value, default = getattr(train, field), type(train).model_fields[field].default
+            refused.append((value != default, f"train.{field} is {show(value)}; expected {show(default)} for {name}"))
+    else:
+        fixed = objective.fixed_k
+        if train.timestep == "uniform":
+            for field in ("logit_mean", "logit_std"):
+                value, default = getattr(train, field), type(train).model_fields[field].default
+                what = f'train.{field} is {show(value)}, but train.timestep is "uniform"'
+                refused.append((value != default, f"{what}; expected logit_normal, or {show(default)}"))
+        if train.reference_draws is not None:
+            what = f"train.reference_draws is {train.reference_draws}"
+            refused += [
+                (
+                    objective.uses_reference != "error",
+                    f"{what}; expected null for {name}, which "
+                    + ("has no reference" if objective.uses_reference is None else "sees its reference's velocities"),
+                ),
+                (
+                    train.reference not in (None, "base"),
+                    f'{what} and train.reference "{train.reference}", which moves; expected null, or "base"',
+                ),
+            ]
+        refused += [
+            (fixed is not None and train.k != fixed, f"train.k is {train.k}; expected {fixed} for {name}"),
+            (
+                train.timestep_fraction != 1,
+                f"train.timestep_fraction is {train.timestep_fraction}; expected 1 for {name}, which has no trajectory",
+            ),
+        ]
+    for wrong, message in refused:
+        if wrong:
+            raise UserError(message)
+
+
+def _set(data: dict[str, Any], name: str, value: Any) -> None:
+    *sections, field = name.split(".")
+    for i, section in enumerate(sections):
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"{'.'.join(sections[: i + 1])} is {show(data)}; expected a section, for --{name}")
+    data[field] = value
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first thing wrong: dotted name, value found, what was expected."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a typo explains the rest
+    section, name = _locate(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        unknown = str(problem["loc"][-1])
+        return f'unknown field "{name}"{_nearest(name, unknown, section)}'
+    wanted = []
+    for other in problems:
+        if _locate(other["loc"])[1] == name and (text := expected(other)) not in wanted:
+            wanted.append(text)
+    if problem["type"] == "value_error" and name in RunConfig.model_fields and "." not in name:
+        return f"{name}: {wanted[0]}"  # a rule across the fields of a section
+    if problem["type"] == "missing":
+        return f"{name} is missing; expected {wanted[0]}"
+    return f"{name} is {show(problem['input'])}; expected {' or '.join(wanted)}"
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
+    """(innermost section, dotted name) of pydantic's location, which may end in a union's branch or an index."""
+    section: type[BaseModel] = RunConfig
+    inside: type[BaseModel] | None = RunConfig
+    names: list[str] = []
+    for part in loc:
+        if inside is None:
+            break
+        section = inside
+        names.append(str(part))
+        field = inside.model_fields.get(str(part))
+        inside = field.annotation if field is not None and _is_model(field.annotation) else None
+    return section, ".".join(names)
+
+
+def _is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _nearest(name: str, unknown: str, section: type[BaseModel]) -> str:
+    """The hint for an unknown field: a sibling of similar name, else a field so called in another section."""
+    siblings = list(section.model_fields)
+    prefix = name.removesuffix(unknown)
+    if not difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6):
+        elsewhere = [full for full in field_names() if full.rpartition(".")[2] == unknown]
+        if elsewhere:
+            return f'; did you mean "{elsewhere[0]}"?'
+    return did_you_mean(name, [prefix + sibling for sibling in siblings])
+
+
+def savings(config: RunConfig, stage: str) -> list[str]:
+    """Settings with which a stage needs less memory, those first that cost least."""
+    sizes = {
+        "sample": ("sample.batch_size", config.sample.batch_size),
+        "score": ("score.batch_size", config.score.batch_size),
+        "validate": ("evaluate.batch_size", config.evaluate.batch_size),
+        "evaluate": ("evaluate.batch_size", config.evaluate.batch_size),
+    }
+    found = []
+    if stage in sizes and sizes[stage][1] > 1:
+        found.append(f"{sizes[stage][0]} below {sizes[stage][1]}")
+    if stage == "train":
+        if config.train.group_gradient != "two_pass" or (config.train.images_per_pass or 1) > 1:
+            found.append("train.group_gradient: two_pass with train.images_per_pass: 1")
+        if not config.train.gradient_checkpointing:
+            found.append("train.gradient_checkpointing: true")
+    if config.mixed_precision == "no":
+        found.append("mixed_precision: bf16")
+    if config.quantisation is None:
+        found.append("quantisation: int8")
+    return [*found, "smaller images"]
