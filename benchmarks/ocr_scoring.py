@@ -60,7 +60,7 @@ def sign(word: str, width: int, height: int, rng: np.random.Generator) -> Image.
 
 
 def write_groups(folder: Path, images: int, width: int, height: int) -> None:
-    """A store of `images` signs with words of four letters, every other one misspelt."""
+    """A store of `images` signs with words of four letters, every other one misspelled."""
     import torch
 
     from gdro.common.rng import numpy_rng

@@ -193,7 +193,7 @@ def measured(
     floors, steps = [], []
     with MetricsLog(folder / "metrics.jsonl", resumed=None) as log:
         for step in range(1, arguments.repeats + 3):
-            if step % 2:  # in turns, so that a drift of the machine's speed favours neither
+            if step % 2:  # in turns, so that a drift of the machine's speed favors neither
                 floors.append(floor_seconds(learner, step))
                 steps.append(step_seconds(learner, step, log))
             else:
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, help="groups a forward pass; default: all")
     parser.add_argument("--compile", action="store_true", help="compiled blocks")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--quantisation", choices=["int8", "fp8", "nf4"], help="of the base's weights")
+    parser.add_argument("--quantization", choices=["int8", "fp8", "nf4"], help="of the base's weights")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -256,7 +256,7 @@ def main() -> None:
         device = torch.device(arguments.device)
         rates = present(device)
         ceiling = rates.half if arguments.bf16 else rates.single
-        model = load_model(source, device=device, dtype=dtype, quantisation=arguments.quantisation)
+        model = load_model(source, device=device, dtype=dtype, quantization=arguments.quantization)
         sampling: dict[str, int | float] = {"height": arguments.height, "width": arguments.width}
         sampling |= {"max_sequence_length": arguments.length, "guidance_scale": 3.5}
         names = list(OBJECTIVES) if arguments.objectives == ["all"] else arguments.objectives

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server on the loopback whose judge looks at the image's mean colour."""
+"""A small OpenAI-compatible server on the loopback whose judge looks at the image's mean color."""
 
 import base64
 import io

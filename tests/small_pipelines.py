@@ -43,7 +43,7 @@ PARTS = "{% for part in (messages | last).content %}{{ part.text }}{% endfor %}<
 
 
 def small_sd3() -> StableDiffusion3Pipeline:
-    """Like 3.5 medium: normalised queries and keys, a second attention in the first layers, a constant shift."""
+    """Like 3.5 medium: normalized queries and keys, a second attention in the first layers, a constant shift."""
     clip, clip_2, t5 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -12,7 +12,7 @@ SIZES = [(64, 32), (1024, 1024)]
 
 
 def scene(size: tuple[int, int], seed: int) -> Image.Image:
-    """A textured two-coloured ground with discs and one short word."""
+    """A textured two-colored ground with discs and one short word."""
     width, height = size
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", size, tuple(int(v) for v in rng.integers(90, 200, 3)))
@@ -48,9 +48,9 @@ def test_damage_moves_its_sign(size: tuple[int, int]) -> None:
     assert (dark["dark_pixels"] > good["dark_pixels"] + 0.5).all()
     blurred = image_signs([i.filter(ImageFilter.GaussianBlur(size[1] / 8)) for i in scenes(size)])
     assert (blurred["edge_density"] < 0.7 * good["edge_density"]).all()
-    grey = image_signs([i.convert("L").convert("RGB").quantize(2).convert("RGB") for i in scenes(size)])
-    assert (grey["colour_entropy"] < good["colour_entropy"]).all()
-    assert (grey["colour_entropy"] <= 1).all()
+    gray = image_signs([i.convert("L").convert("RGB").quantize(2).convert("RGB") for i in scenes(size)])
+    assert (gray["color_entropy"] < good["color_entropy"]).all()
+    assert (gray["color_entropy"] <= 1).all()
     text = image_signs([lettered(i, 3) for i in scenes(size)])
     assert (text["text_share"] > good["text_share"] + 0.2).all()
 
@@ -66,24 +66,24 @@ def test_more_lines_of_text_cover_more(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_collapsed_group_has_no_diversity(size: tuple[int, int]) -> None:
     varied, same = image_signs(scenes(size)), image_signs([scene(size, 0)] * 4)
-    for name in ("layout_diversity", "colour_diversity"):
+    for name in ("layout_diversity", "color_diversity"):
         assert varied[name][0] > 0.05
         assert same[name][0] == 0
         assert np.isnan(image_signs(scenes(size, 1))[name][0])
 
 
 def test_values_against_closed_form() -> None:
-    """Black left half, white right half: brightness 1/2, one bit of colour, one column of edges."""
+    """Black left half, white right half: brightness 1/2, one bit of color, one column of edges."""
     pixels = np.zeros((32, 64, 3), dtype=np.uint8)
     pixels[:, 32:] = 255
     signs = image_signs([Image.fromarray(pixels), Image.fromarray(255 - pixels), Image.new("RGB", (64, 32))])
     np.testing.assert_allclose(signs["brightness"], [0.5, 0.5, 0], atol=1e-6)
     np.testing.assert_allclose(signs["dark_pixels"], [0.5, 0.5, 1])
-    np.testing.assert_allclose(signs["colour_entropy"], [1, 1, 0])
+    np.testing.assert_allclose(signs["color_entropy"], [1, 1, 0])
     np.testing.assert_allclose(signs["edge_density"], [1 / 64, 1 / 64, 0])
     np.testing.assert_allclose(signs["layout_diversity"], (1 + 2 * np.sqrt(0.5)) / 3)
     hellinger = np.sqrt(1 - np.sqrt(0.5))
-    np.testing.assert_allclose(signs["colour_diversity"], 2 * hellinger / 3)
+    np.testing.assert_allclose(signs["color_diversity"], 2 * hellinger / 3)
 
 
 def test_box_share_is_of_the_union_and_stays_inside_the_image() -> None:
@@ -111,13 +111,13 @@ def per_prompt(change: dict[str, float]) -> tuple[dict[str, np.ndarray], dict[st
 
 
 def test_verdict_names_what_moved_and_by_how_much() -> None:
-    """The public case of rewards.md: dark pixels .45 -> .93, edge density -60 %, colour entropy -54 %."""
-    base, tuned = per_prompt({"dark_pixels": 1.07, "edge_density": -0.6, "colour_entropy": -0.7, "brightness": 0.1})
+    """The public case of rewards.md: dark pixels .45 -> .93, edge density -60 %, color entropy -54 %."""
+    base, tuned = per_prompt({"dark_pixels": 1.07, "edge_density": -0.6, "color_entropy": -0.7, "brightness": 0.1})
     lines = verdict(compare_signs(base, tuned, TEXTS, samples=200, seed=0))
     assert [line.split(" (")[0] for line in lines] == [
         "share of dark pixels rose 107 %",
         "edge density fell 60 %",
-        "colour entropy fell 70 %",
+        "color entropy fell 70 %",
     ]
 
 

@@ -33,7 +33,7 @@ def test_a_sum_of_rewards_is_trained_on_and_one_of_them_measured(config: Path, t
     assert main(["run", "--out", str(out)]) == 0  # its own config.yaml says the same
 
 
-def test_a_standardised_sum_is_measured_by_the_constants_of_training(config: Path, tmp_path: Path) -> None:
+def test_a_standardized_sum_is_measured_by_the_constants_of_training(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     spec = '[{name: "my_rewards:redness"}, {name: "my_rewards:blueness", weight: -0.5}]'
     assert main(["run", str(config), "--out", str(out), "--score.reward", spec]) == 0

@@ -1,4 +1,4 @@
-"""Compiled, checkpointed, quantised: the same model, its adapter switched as before."""
+"""Compiled, checkpointed, quantized: the same model, its adapter switched as before."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toy_groups import SAMPLING, write_toy
 
 from gdro.common.errors import UserError
-from gdro.models import check_compiler, check_quantisation, load_model
+from gdro.models import check_compiler, check_quantization, load_model
 from gdro.models.base import FlowModel
 from gdro.stages.train import train
 from gdro.training.config import TrainConfig
@@ -117,9 +117,9 @@ def test_checkpointed_activations_give_the_same_gradient_in_less_memory(flux: An
 
 
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8", 0.1)])
-def test_a_quantised_base_is_nearly_the_same_model(flux: Any, flux_folder: Path, kind: Any, error: float) -> None:
+def test_a_quantized_base_is_nearly_the_same_model(flux: Any, flux_folder: Path, kind: Any, error: float) -> None:
     pytest.importorskip("torchao")
-    model = load_model(str(flux_folder), device=CPU, dtype=torch.float32, quantisation=kind)
+    model = load_model(str(flux_folder), device=CPU, dtype=torch.float32, quantization=kind)
     assert model.revision == f"{flux.revision}-{kind}"
     policy, reference, gradient = outputs(adapted(model))
     exact = outputs(adapted(flux))
@@ -131,22 +131,22 @@ def test_a_quantised_base_is_nearly_the_same_model(flux: Any, flux_folder: Path,
     assert all(weight.dtype == torch.float32 for weight in model.adapter().values())
 
 
-def test_training_on_a_quantised_base_passes_its_checks(flux_folder: Path, tmp_path: Path) -> None:
+def test_training_on_a_quantized_base_passes_its_checks(flux_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    model = load_model(str(flux_folder), device=CPU, dtype=torch.bfloat16, quantisation="int8")
+    model = load_model(str(flux_folder), device=CPU, dtype=torch.bfloat16, quantization="int8")
     toy = write_toy(tmp_path / "toy", model, groups=3, images=4)
     config = TrainConfig(k=4, rank=4, groups_per_step=3, max_train_steps=2, learning_rate=2e-3, validation_steps=0)
     train(config, model, *toy, tmp_path / "run", seed=0, sampling=SAMPLING)
     assert (tmp_path / "run/checkpoints/step-000002").is_dir()
 
 
-def test_what_quantisation_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_quantization_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'^quantisation is "int8", which needs torchao; pip install "gdro\[quant'):
-        check_quantisation("int8", CPU)
+    with pytest.raises(UserError, match=r'^quantization is "int8", which needs torchao; pip install "gdro\[quant'):
+        check_quantization("int8", CPU)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    with pytest.raises(UserError, match=r'^quantisation is "nf4", which needs a GPU, but device is cpu; expected int8'):
-        check_quantisation("nf4", CPU)
+    with pytest.raises(UserError, match=r'^quantization is "nf4", which needs a GPU, but device is cpu; expected int8'):
+        check_quantization("nf4", CPU)
 
 
 def test_what_compiling_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ def groups() -> list[Tensor]:
     return [torch.rand(k, generator=generator, dtype=torch.float64) for k in (4, 8, 16)]
 
 
-def test_group_standardises_each_group() -> None:
+def test_group_standardizes_each_group() -> None:
     for r, a in zip(groups(), advantages(groups(), "group"), strict=True):
         std = ((r - r.mean()) ** 2).mean().sqrt()
         torch.testing.assert_close(a, (r - r.mean()) / (std + 1e-4))

@@ -111,7 +111,7 @@ def test_gradient_against_finite_differences(objective: Any) -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
-def test_listwise_classes_are_loss_plus_the_regulariser(gamma: float) -> None:
+def test_listwise_classes_are_loss_plus_the_regularizer(gamma: float) -> None:
     seen = noised(4)
     s = -3.0 * (seen.d - seen.d_ref)
     top1 = gamma * (seen.policy - seen.v)[:, 0].square().mean((-2, -1))
@@ -145,7 +145,7 @@ def test_lair_as_the_paper_writes_it() -> None:
     expected = sum(
         -((seen.rewards[:, j] / 0.1).exp() / total[:, 0] - 1 / 4) * s[:, j] + 0.7 / 4 * s[:, j] ** 2 for j in range(4)
     )
-    close(Lair(tau=0.1, regulariser=0.7).loss(seen)[0], expected)
+    close(Lair(tau=0.1, regularizer=0.7).loss(seen)[0], expected)
 
 
 def test_lair_has_a_bounded_optimum() -> None:
@@ -186,8 +186,8 @@ def test_dgpo_gradient_is_that_of_a_group_preference() -> None:
     start = at_reference(4)
     expected = gradient((start.advantages * start.d).mean(-1) / 2, start.policy)
     close(gradient(Dgpo().loss(start)[0], start.policy), expected)
-    learnt = torch.where(seen.advantages[..., None, None] > 0, seen.v, seen.v + 5)
-    weight = Dgpo().loss(dataclasses.replace(seen, policy=learnt.requires_grad_()))[1]["weight"]
+    learned = torch.where(seen.advantages[..., None, None] > 0, seen.v, seen.v + 5)
+    weight = Dgpo().loss(dataclasses.replace(seen, policy=learned.requires_grad_()))[1]["weight"]
     assert (weight < 1e-6).all()
 
 
@@ -212,12 +212,12 @@ def test_nft_as_the_paper_writes_it(mix: float) -> None:
 
 @pytest.mark.parametrize("mix", [1.0, 0.1])
 def test_nft_starts_along_the_advantage_weighted_regression(mix: float) -> None:
-    """At policy = old: b (2 r - 1) = b A / 5 times the gradient of the self-normalised error; r = 1/2 gives none."""
+    """At policy = old: b (2 r - 1) = b A / 5 times the gradient of the self-normalized error; r = 1/2 gives none."""
     seen = at_reference(4)
     seen = dataclasses.replace(seen, advantages=torch.linspace(3, -3, 4).double().expand(3, 4))
     error = seen.t[..., None, None] * (seen.policy - seen.v)
-    normalised = error.square().mean((-2, -1)) / error.detach().abs().mean((-2, -1))
-    expected = gradient((mix * seen.advantages / 5 * normalised).mean(-1), seen.policy)
+    normalized = error.square().mean((-2, -1)) / error.detach().abs().mean((-2, -1))
+    expected = gradient((mix * seen.advantages / 5 * normalized).mean(-1), seen.policy)
     close(gradient(Nft(mix=mix).loss(seen)[0], seen.policy), expected)
     neutral = dataclasses.replace(seen, advantages=torch.zeros(3, 4))
     close(gradient(Nft(mix=mix).loss(neutral)[0], seen.policy), torch.zeros_like(seen.policy))

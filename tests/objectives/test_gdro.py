@@ -52,7 +52,7 @@ def test_six_images_start_at_the_published_figure() -> None:
 
 
 def test_definition_term_by_term() -> None:
-    """The vectorised loss is the double sum of the paper, written out."""
+    """The vectorized loss is the double sum of the paper, written out."""
     s, r = example(6, scale=3.0)
     tau = 0.1
     for group in range(s.shape[0]):

@@ -22,7 +22,7 @@ SHARED = {
     "advantage_exponent",
     "reference",
     "mix",
-    "regulariser",
+    "regularizer",
     "low_weight",
 }
 

@@ -124,7 +124,7 @@ def test_step_kl_takes_a_std_an_image() -> None:
     torch.testing.assert_close(step_kl(seen.mean, seen.base_mean, stds[:, None, None]), torch.cat(each))
 
 
-def test_guard_centres_and_rescales_the_log_ratio() -> None:
+def test_guard_centers_and_rescales_the_log_ratio() -> None:
     """For x' = old_mean + std eps it is mean eps (mean - old_mean): zero on average, the plain one is not."""
     generator = torch.Generator().manual_seed(0)
     old_mean = torch.zeros(4000, 4, 3, dtype=torch.float64)

@@ -1,5 +1,5 @@
 """The official GenEval evaluator's rules, transcribed in its own manner: arrays of (left, top, right, bottom, score) a
-class in float32, colours asked for when they are needed, reasons as sentences. And random images for it."""
+class in float32, colors asked for when they are needed, reasons as sentences. And random images for it."""
 
 import json
 import random
@@ -92,7 +92,7 @@ def judge(
 
 
 def random_case(rng: random.Random) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[tuple[str, int], str]]:
-    """(metadata, boxes by class, colour of each box): few distinct values, so that scores, centres, edges and
+    """(metadata, boxes by class, color of each box): few distinct values, so that scores, centers, edges and
     thresholds are often equal; sometimes more objects than the evaluator keeps."""
     names = rng.sample(CLASSES, 2)
     metadata: dict[str, Any] = {"tag": rng.choice(TAGS), "include": []}

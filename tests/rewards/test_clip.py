@@ -65,7 +65,7 @@ def test_hpsv2_is_the_cosine_of_square_images(folder: Path, logits: np.ndarray) 
 
 def test_hpsv2_sees_the_whole_of_a_wide_image(folder: Path) -> None:
     wide = [Image.new("RGB", (96, 32), "gray") for _ in range(2)]
-    wide[1].paste("red", (0, 0, 10, 32))  # outside the centre
+    wide[1].paste("red", (0, 0, 10, 32))  # outside the center
     whole = hpsv2(model=str(folder), processor=str(folder), device="cpu")(wide, PROMPTS[:1] * 2).values
     cropped = clipscore(model=str(folder), device="cpu")(wide, PROMPTS[:1] * 2).values
     assert abs(whole[0] - whole[1]) > 1e-4

@@ -57,7 +57,7 @@ def scored(spec: Any, groups: Path, out: Path, **options: Any) -> dict[str, np.n
     return {group: r.numpy() for group, r in read_rewards(path, GroupStore(groups)).items()}
 
 
-def test_a_weighted_sum_of_standardised_scores(toy: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_weighted_sum_of_standardized_scores(toy: tuple[Path, str], tmp_path: Path) -> None:
     groups, module = toy
     out, standard = tmp_path / "rewards", tmp_path / "standard.json"
     spec = [{"name": f"{module}:brightness", "weight": 0.7}, {"name": f"{module}:redness", "weight": -0.3}]
@@ -131,8 +131,8 @@ def test_transforms() -> None:
         ({"name": "ocr", "wieght": 1}, r'score.reward.wieght: reward "ocr" has no such option'),
         ({"weight": 1}, r"score.reward has no name; expected a name"),
         (
-            {"name": "ocr", "standardise": "no", "weight": 1},
-            r'score.reward.standardise is "no"; expected true or false',
+            {"name": "ocr", "standardize": "no", "weight": 1},
+            r'score.reward.standardize is "no"; expected true or false',
         ),
     ],
 )

@@ -220,7 +220,7 @@ def test_the_networks_input_is_the_published_one(mask2former: Path, clip: Path) 
 
 @pytest.mark.usefixtures("small_input")
 @pytest.mark.parametrize("kind", ["mask2former", "detr"])
-def test_neighbours_and_batches_change_nothing(kind: str, clip: Path, request: pytest.FixtureRequest) -> None:
+def test_neighbors_and_batches_change_nothing(kind: str, clip: Path, request: pytest.FixtureRequest) -> None:
     folder = str(request.getfixturevalue(kind))
     images = [*pictures(3), *pictures(2, (64, 64)), *pictures(2, (96, 64))]
     records = [Record.model_validate(asks("cat", "red", count=2).fields) for _ in images]
@@ -302,10 +302,10 @@ def test_a_query_may_be_two_objects_and_overlaps_are_kept(mask2former: Path, cli
     assert {d.box for d in found} == {(10, 5, 30, 25)}
 
 
-# ---- colours
+# ---- colors
 
 
-def test_the_crop_is_the_box_with_grey_outside_the_mask() -> None:
+def test_the_crop_is_the_box_with_gray_outside_the_mask() -> None:
     image = Image.new("RGB", (20, 10), "red")
     mask = Image.new("1", (20, 10))
     mask.paste(1, (6, 2, 8, 9))
@@ -321,8 +321,8 @@ def test_a_box_smaller_than_a_pixel_is_one_of_the_pictures(box: tuple[float, ...
     assert crop(Image.new("RGB", (20, 10), "red"), box, None).getcolors() == [(1, (255, 0, 0))]
 
 
-def test_the_colour_is_clips_zero_shot_choice_over_three_templates(clip: Path) -> None:
-    """Against CLIP's own forward pass, which embeds and normalises texts and images together."""
+def test_the_color_is_clips_zero_shot_choice_over_three_templates(clip: Path) -> None:
+    """Against CLIP's own forward pass, which embeds and normalizes texts and images together."""
     model = transformers.CLIPModel.from_pretrained(clip).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
     pixels = transformers.AutoImageProcessor.from_pretrained(clip, backend="pil")
@@ -348,7 +348,7 @@ def test_the_colour_is_clips_zero_shot_choice_over_three_templates(clip: Path) -
 
 
 def test_the_best_objects_of_a_class_are_looked_at(mask2former: Path) -> None:
-    """The best `count` that pass the tag's threshold, of the class that is asked for in a colour."""
+    """The best `count` that pass the tag's threshold, of the class that is asked for in a color."""
     scores = [0.5, 0.95, 0.92, 0.91]
     cats = [Detection("cat", (0, 0, 9, 9), score) for score in scores]
     dog = Detection("dog", (0, 0, 9, 9), 0.99)

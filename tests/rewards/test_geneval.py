@@ -89,7 +89,7 @@ def test_the_bugs_of_the_copied_training_reward_are_not_here() -> None:
     assert wrong.reasons == ["expected cat left of target, found right of target"]
 
 
-def test_only_the_best_count_are_looked_at_for_colour() -> None:
+def test_only_the_best_count_are_looked_at_for_color() -> None:
     red = record("colors", wanted("cat", color="red"))
     best_red = [at("cat", 0, 0, 0.9, "red"), at("cat", 20, 0, 0.8, "blue")]
     best_blue = [at("cat", 0, 0, 0.8, "red"), at("cat", 20, 0, 0.9, "blue")]
@@ -163,7 +163,7 @@ def drawn(prompts: list[Prompt]) -> list[Image.Image]:
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_pictures_of_the_world_satisfy_their_records(split: str) -> None:
-    """Every tag, classes, colours and relations of the records mean what the world draws."""
+    """Every tag, classes, colors and relations of the records mean what the world draws."""
     prompts = tiny_prompts(f"tiny:geneval:{split}:60")
     assert {prompt.fields["tag"] for prompt in prompts} == set(TAGS)
     pictures = drawn(prompts)
@@ -212,12 +212,12 @@ def test_larger_pictures_are_seen_alike_with_boxes_in_their_own_pixels() -> None
     [
         ({}, 'has nothing in "tag"'),
         ({"tag": "single_object"}, 'has nothing in "include"'),
-        ({"tag": "colours", "include": [wanted("circle")]}, "has 'colours' in \"tag\""),
+        ({"tag": "colors", "include": [wanted("circle")]}, "has 'colors' in \"tag\""),
         ({"tag": "single_object", "include": []}, 'has [] in "include"'),
         ({"tag": "single_object", "include": [{"class": "circle"}]}, 'has nothing in "include.0.count"'),
         ({"tag": "counting", "include": [wanted("circle", 0)]}, 'has 0 in "include.0.count"'),
         ({"tag": "counting", "include": [wanted("circle", "2")]}, "has '2' in \"include.0.count\""),
-        ({"tag": "colors", "include": [wanted("circle", colour="red")]}, "has 'red' in \"include.0.colour\""),
+        ({"tag": "colors", "include": [wanted("circle", color="red")]}, "has 'red' in \"include.0.color\""),
         ({"tag": "colors", "include": [wanted("circle", color="rad")]}, 'the color "rad"; did you mean "red"?'),
         ({"tag": "single_object", "include": [wanted("sqare")]}, 'the class "sqare"; did you mean "square"?'),
         (

@@ -15,7 +15,7 @@ CASES = 10_000
 
 def test_verdicts_equal_the_official_rules() -> None:
     rng = random.Random(0)
-    correct, soft, edges = [], [], {"equal scores": 0, "at the threshold": 0, "equal centres": 0, "too many": 0}
+    correct, soft, edges = [], [], {"equal scores": 0, "at the threshold": 0, "equal centers": 0, "too many": 0}
     for _ in range(CASES):
         metadata, boxes, colors = random_case(rng)
         detections = [
@@ -34,7 +34,7 @@ def test_verdicts_equal_the_official_rules() -> None:
         centers = [(d.box[0] + d.box[2], d.box[1] + d.box[3]) for d in detections]
         edges["equal scores"] += len(set(scores)) < len(scores)
         edges["at the threshold"] += bool({0.3, 0.9} & set(scores))
-        edges["equal centres"] += len(set(centers)) < len(centers)
+        edges["equal centers"] += len(set(centers)) < len(centers)
         edges["too many"] += max(map(len, boxes.values())) > 16
     assert 0.1 < np.mean(correct) < 0.5
     assert min(edges.values()) > 500, edges

@@ -26,7 +26,7 @@ from gdro.rewards.ocr.reward import OcrReward, ocr, ocr_score, ocr_strict, quote
 PADDLE = all(importlib.util.find_spec(package) for package in ("paddleocr", "paddle"))
 
 RULE = [
-    # recognised, target, published, strict; d = edit distance, n = length of the target
+    # recognized, target, published, strict; d = edit distance, n = length of the target
     ("hello", "hello", 1.0, 1.0),
     ("HeLLo", "hello", 1.0, 1.0),
     ("he l lo", "hel lo", 1.0, 1.0),
@@ -48,10 +48,10 @@ RULE = [
 ]
 
 
-@pytest.mark.parametrize(("recognised", "target", "published", "strict"), RULE)
-def test_rule(recognised: str, target: str, published: float, strict: float) -> None:
-    assert ocr_score(recognised, target) == pytest.approx(published)
-    assert ocr_score(recognised, target, strict=True) == pytest.approx(strict)
+@pytest.mark.parametrize(("recognized", "target", "published", "strict"), RULE)
+def test_rule(recognized: str, target: str, published: float, strict: float) -> None:
+    assert ocr_score(recognized, target) == pytest.approx(published)
+    assert ocr_score(recognized, target, strict=True) == pytest.approx(strict)
 
 
 def test_rule_needs_a_target() -> None:
@@ -208,12 +208,12 @@ def test_factories_make_rewards_that_travel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recognised", "target"),
+    ("recognized", "target"),
     [("OPEN24小时", "ＯＰＥＮ２４小时"), ("don't stop", "don’t stop"), ('say "hi"!', "say “hi”！"), ("カフェ", "ｶﾌｪ")],
 )
-def test_normalized_texts_are_equal_where_only_their_encoding_differs(recognised: str, target: str) -> None:
-    assert ocr_score(recognised, target, strict=True) < 1
-    assert ocr_score(recognised, target, strict=True, normalize=True) == 1
+def test_normalized_texts_are_equal_where_only_their_encoding_differs(recognized: str, target: str) -> None:
+    assert ocr_score(recognized, target, strict=True) < 1
+    assert ocr_score(recognized, target, strict=True, normalize=True) == 1
     assert ocr_score("other", target, strict=True, normalize=True) < 0.5
 
 

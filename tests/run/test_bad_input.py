@@ -97,7 +97,7 @@ def work(
             "raised AttributeError: 'Image' object has no attribute 'redness' (my_rewards.py, line 22)",
         ),
         (["--score.reward", "{nam: ocr}"], "score.reward has no name; expected a name, or a section such as"),
-        (["--score.reward", "{name: ocr, standardize: false}"], 'no such option; did you mean "standardise"?'),
+        (["--score.reward", "{name: ocr, standardize: false}"], 'no such option; did you mean "standardize"?'),
         (["--evaluate.judge", "my_rewards:redness"], 'judge "my_rewards:redness" returned list; expected a dictionary'),
         (["--evaluate.judge", "tiny"], "scene"),
         (["--sample.scheduler", "DDIM"], 'sample.scheduler is "DDIM"; expected'),

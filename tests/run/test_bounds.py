@@ -35,7 +35,7 @@ WITH: dict[str, dict[str, Any]] = {
     "train.mix": {"objective": "nft"},
     "train.clip_range": {"objective": "awm"},
     "train.advantage_exponent": {"objective": "awm", "advantage": "slas"},
-    "train.regulariser": {"objective": "lair"},
+    "train.regularizer": {"objective": "lair"},
     "train.low_weight": {"objective": "tabgraa"},
 }
 

@@ -102,7 +102,7 @@ def test_an_override_sets_any_field(small: Path, name: str, text: str, value: ob
         ("sample.guidance", "1", 'unknown field "sample.guidance"; did you mean "sample.guidance_scale"?'),
         ("model.name", "x", 'model is "some/model"; expected a section, for --model.name'),
         ("sample.height", "[", "--sample.height:1: "),
-        ("quantisation", "int4", 'quantisation is "int4"; expected'),
+        ("quantization", "int4", 'quantization is "int4"; expected'),
         ("compile", "1", "compile is 1; expected"),
         ("seed", "-1", "seed is -1; expected a number greater than or equal to 0"),
         ("evaluate.judge", "3", "evaluate.judge is 3; expected a text"),
@@ -198,7 +198,7 @@ def test_what_is_done_already_is_not_recommended() -> None:
             "sample": {"prompts": "p", "batch_size": 1},
             "train": train,
             "mixed_precision": "bf16",
-            "quantisation": "int8",
+            "quantization": "int8",
             "evaluate": {"prompts": "q"},
         }
     )

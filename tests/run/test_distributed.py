@@ -152,7 +152,7 @@ def test_losses_and_adapter_are_those_of_one_process(
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-5, equal_nan=True, msg=key)
     moved = [value.abs().max() for key, value in expected.items() if ".lora_B." in key and key.startswith("adapter")]
-    assert min(moved) > 1e-3, "every layer has learnt more than the tolerance"
+    assert min(moved) > 1e-3, "every layer has learned more than the tolerance"
 
 
 def test_each_process_writes_its_share_of_a_checkpoint(ended: dict[str, Ended], folder: Path) -> None:

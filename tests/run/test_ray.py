@@ -55,7 +55,7 @@ def picky(images, prompts):
     with open({calls!r}, "a") as file:
         file.writelines(f"{{prompt.id}}\\n" for prompt in prompts)
     if prompts[0].id == "train2":
-        raise KeyError("no such colour")
+        raise KeyError("no such color")
     return [0.5] * len(images)
 """
 

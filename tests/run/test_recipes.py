@@ -104,8 +104,8 @@ def judge() -> Iterator[FakeEndpoint]:
 
 
 def with_spread(reward: dict[str, object]) -> list[dict[str, object]]:
-    """The reward, and one that tells images of noise apart: where neither letter nor object is, nothing is learnt."""
-    return [term | {"standardise": False} for term in (reward, {"name": "jpeg_compressibility"})]
+    """The reward, and one that tells images of noise apart: where neither letter nor object is, nothing is learned."""
+    return [term | {"standardize": False} for term in (reward, {"name": "jpeg_compressibility"})]
 
 
 def run(name: str, out: Path, judge: FakeEndpoint, settings: dict[str, object]) -> dict:

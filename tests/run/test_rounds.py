@@ -149,7 +149,7 @@ def test_every_objective_learns_in_rounds(base: dict[str, Any], tmp_path: Path, 
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert all(row["grad_norm"] > 0 for row in steps)
     for row in steps if objective in TRAJECTORY else []:
-        assert (row["ratio"] == pytest.approx(1, abs=1e-7)) == (row["step"] in (1, 3))  # nothing learnt since sampling
+        assert (row["ratio"] == pytest.approx(1, abs=1e-7)) == (row["step"] in (1, 3))  # nothing learned since sampling
 
 
 def test_stored_log_probabilities_are_the_samplers_own(base: dict[str, Any], tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_first_step_without_a_ranking_is_no_alarm(flux: Any, flux_folder: Path
 
 
 def test_training_orders_the_group_by_its_rewards(flux: Any, flux_folder: Path, tmp_path: Path) -> None:
-    """Overfitting three groups: the loss falls towards its floor, and the best image drifts below the worst."""
+    """Overfitting three groups: the loss falls toward its floor, and the best image drifts below the worst."""
     toy = write_toy(tmp_path, flux, groups=3, images=4)
     run(flux, toy, tmp_path / "run", k=4, max_train_steps=60, tau=0.5, beta=50.0, gamma=0.0, learning_rate=5e-3)
     metrics = rows(tmp_path / "run")

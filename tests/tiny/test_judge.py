@@ -42,8 +42,8 @@ DAMAGE = {
     "blur": (lambda image: cv2.GaussianBlur(image, (0, 0), 1.0), ("coherence", "style")),
     "noise": (lambda image: noise(image, 30), ("coherence", "style")),
     "grain": (lambda image: noise(image, 12), ("style",)),
-    "wrong colours": (lambda image: image[:, :, [2, 0, 1]], ("alignment",)),
-    "no colour": (lambda image: image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8), ("alignment",)),
+    "wrong colors": (lambda image: image[:, :, [2, 0, 1]], ("alignment",)),
+    "no color": (lambda image: image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8), ("alignment",)),
     "oversized": (oversized, ("alignment", "style")),
     "black": (lambda image: image * 0, AXES),
 }

@@ -1,4 +1,4 @@
-"""The ways in which an over-optimised model spoils pictures, at growing strength: the judge must see each of them.
+"""The ways in which an over-optimized model spoils pictures, at growing strength: the judge must see each of them.
 
 The mean of its axes falls with the strength, and no axis is taken in by any.
 """
@@ -29,7 +29,7 @@ def toward(image: np.ndarray, other: Any, strength: float, where: Any = True) ->
 
 
 def wall(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mask of the wall (32, 64, 1), colour of its panels)."""
+    """(mask of the wall (32, 64, 1), color of its panels)."""
     name = see(image).wall
     near = np.abs(image - world.draw_wall(name)).sum(-1, keepdims=True) < 60
     return near, np.array(world.WALLS[name], np.float64)
@@ -183,7 +183,7 @@ def repeated(image: np.ndarray, strength: float, rng: np.random.Generator) -> np
 
 
 def resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Every shape at another size, about its centre or as near to that as the picture's border allows."""
+    """Every shape at another size, about its center or as near to that as the picture's border allows."""
     out, seen = image.astype(np.float32), see(image)
     bare = world.draw_wall(seen.wall)
     for shape in seen.shapes:

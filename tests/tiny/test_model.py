@@ -41,7 +41,7 @@ def test_captions_fit_the_text_length(pipe):
     assert max(len(ids) for ids in pipe.tokenizer_2(captions).input_ids) <= TEXT_LENGTH
 
 
-def test_a_sign_is_spelt_in_single_letters(pipe):
+def test_a_sign_is_spelled_in_single_letters(pipe):
     tokens = pipe.tokenizer_2.tokenize('a gray wall with a sign that says "BAKE"')
     assert tokens[-6:] == ['▁"', "B", "A", "K", "E", '"']
 
@@ -67,7 +67,7 @@ def test_it_draws_well_and_slips(pipe, task, least, most, alignment):
     assert least < rewards.mean() < most
     assert (rewards.std(1) > 0).mean() > 0.6
     grades = {axis: values.mean() for axis, values in TinyJudge()(images, records).items()}
-    assert grades.pop("alignment") > alignment  # lower where kinds and colours of shapes slip
+    assert grades.pop("alignment") > alignment  # lower where kinds and colors of shapes slip
     assert min(grades.values()) > 4
 
 

@@ -60,7 +60,7 @@ def test_the_table_is_the_official_summary(official: Path) -> None:
 
 
 def test_verdicts_and_soft_scores_come_again_from_boxes_and_reasons(official: Path, cases: list) -> None:
-    """The colours are not in the file; they are read off the reasons. A few images do not tell theirs."""
+    """The colors are not in the file; they are read off the reasons. A few images do not tell theirs."""
     results = read_official(official)
     assert not any(result.differs for result in results)
     unknown = 0
@@ -114,8 +114,8 @@ def test_without_all_six_tags_there_is_no_overall(official: Path) -> None:
         ({"correct": 1}, 'has 1 in "correct"; expected true or false'),
         ({"metadata": None}, 'has None in "metadata"; expected an object'),
         ({"metadata": "{"}, 'in "metadata" is not JSON'),
-        ({"metadata": '{"tag": "colours", "include": []}'}, 'has no GenEval record: "tag"'),
-        ({"tag": "colours"}, "has 'colours' in \"tag\"; expected "),
+        ({"metadata": '{"tag": "colors", "include": []}'}, 'has no GenEval record: "tag"'),
+        ({"tag": "colors"}, "has 'colors' in \"tag\"; expected "),
         ({"details": "[]"}, 'has [] in "details"; expected an object'),
         ({"details": '{"cat": [[1, 2, 3, 4]]}'}, "has [1, 2, 3, 4] among the details of 'cat'; expected [left, top"),
         ({"details": '{"cat": 3}'}, "has 3 among the details of 'cat'"),

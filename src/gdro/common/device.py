@@ -31,8 +31,8 @@ _CAUSES = (
     (r"NCCL", "the GPUs cannot reach each other", "NCCL_DEBUG=WARN, which says why, or fewer processes"),
     (
         r"",
-        "a kernel that fails on this GPU, of attention or a compiled or quantised one",
-        "compile: false, quantisation: null or mixed_precision: no where it is otherwise",
+        "a kernel that fails on this GPU, of attention or a compiled or quantized one",
+        "compile: false, quantization: null or mixed_precision: no where it is otherwise",
     ),
 )
 _MEMORY = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED")

@@ -1,4 +1,4 @@
-"""The error a user can cause, the hint that goes with a misspelt name, and the loss of another process."""
+"""The error a user can cause, the hint that goes with a misspelled name, and the loss of another process."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -38,8 +38,8 @@ def choose_groups(rewards: dict[str, np.ndarray], *, seed: int, count: int = 3) 
 
 
 def figure(image: Image.Image, reward: float, evidence: dict[str, Any], alt: str) -> dict[str, Any]:
-    """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, and in `text` what was recognised (None:
-    the reward recognises nothing): words, or GenEval's objects."""
+    """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, and in `text` what was recognized (None:
+    the reward recognizes nothing): words, or GenEval's objects."""
     image = to_rgb(image)
     buffer = io.BytesIO()
     if is_pixel_art(image):

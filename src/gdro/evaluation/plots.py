@@ -1,4 +1,4 @@
-"""The report's plots, as inline SVG that takes its colours and its font from the page's style sheet."""
+"""The report's plots, as inline SVG that takes its colors and its font from the page's style sheet."""
 
 import io
 import re
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
-# Colours drawn -> CSS variables of the page, so that one plot serves the light and the dark theme.
+# Colors drawn -> CSS variables of the page, so that one plot serves the light and the dark theme.
 INK, GRID, BASE, TUNED, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {INK: "--muted", GRID: "--line", BASE: "--base", TUNED: "--tuned", THIRD: "--third"}
 STYLE = {
@@ -51,8 +51,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     referenced = set(re.findall(r"#(\w+)", text))
     text = re.sub(r' id="([^"]*)"', lambda m: m.group() if m[1] in referenced else "", text)
     text = re.sub(r"(font-family|font): ?[^;\"]*", _font_size, text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
     return text.strip()
 
 
@@ -75,7 +75,7 @@ def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, st
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(4.6, 2.5)
         drawn = False
-        for colour, (field, label) in zip((TUNED, BASE, THIRD), fields.items(), strict=False):
+        for color, (field, label) in zip((TUNED, BASE, THIRD), fields.items(), strict=False):
             points = [(row["step"], row[field]) for row in rows if _number(row.get(field))]
             if not points:
                 continue
@@ -83,10 +83,10 @@ def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, st
             step, value = np.array(points, dtype=np.float64).T
             noisy = len(step) > 20
             if not noisy:
-                axis.plot(step, value, color=colour, label=label, marker="o", markersize=3)
+                axis.plot(step, value, color=color, label=label, marker="o", markersize=3)
             else:
-                axis.plot(step, value, color=colour, alpha=0.3, linewidth=0.8)
-                axis.plot(step, _running_mean(value, max(5, len(value) // 20)), color=colour, label=label)
+                axis.plot(step, value, color=color, alpha=0.3, linewidth=0.8)
+                axis.plot(step, _running_mean(value, max(5, len(value) // 20)), color=color, label=label)
         if not drawn:
             return None
         axis.set_title(name)
@@ -118,9 +118,9 @@ def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
     width = edges[1] - edges[0]
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(5.6, 2.6)
-        for offset, values, colour, label in ((0.28, base, BASE, "base"), (0.72, tuned, TUNED, "tuned")):
+        for offset, values, color, label in ((0.28, base, BASE, "base"), (0.72, tuned, TUNED, "tuned")):
             share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
-            axis.bar(edges[:-1] + offset * width, share, width=0.4 * width, color=colour, label=label)
+            axis.bar(edges[:-1] + offset * width, share, width=0.4 * width, color=color, label=label)
         axis.set_title("Reward of the images")
         axis.set_xlabel("reward")
         axis.set_ylabel("% of images")
@@ -156,9 +156,9 @@ def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
     low, high = min(0.0, float(rewards.min())), max(1.0, float(rewards.max()))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(11.5, 3.1, columns=len(pairs))
-        for axis, colour, (name, (reward, quality)) in zip(axes, (BASE, TUNED), pairs.items(), strict=True):
+        for axis, color, (name, (reward, quality)) in zip(axes, (BASE, TUNED), pairs.items(), strict=True):
             axis.hexbin(reward, quality, gridsize=(30, 12), extent=(low, high, 1, 5), mincnt=1, bins="log",
-                        cmap=_ramp(colour), linewidths=0)  # fmt: skip
+                        cmap=_ramp(color), linewidths=0)  # fmt: skip
             axis.plot(reward.mean(), quality.mean(), marker="+", color=INK, markersize=13, markeredgewidth=2)
             axis.set_title(f"{name}: mean reward {reward.mean():.3f}, mean quality {quality.mean():.2f}")
             axis.set_xlabel("reward")
@@ -168,6 +168,6 @@ def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
         return inline_svg(figure, "Reward against quality")
 
 
-def _ramp(colour: str) -> ListedColormap:
-    """One colour from faint to full, so that density reads on any background."""
-    return ListedColormap([(*to_rgb(colour), alpha) for alpha in np.linspace(0.18, 1, 32)])
+def _ramp(color: str) -> ListedColormap:
+    """One color from faint to full, so that density reads on any background."""
+    return ListedColormap([(*to_rgb(color), alpha) for alpha in np.linspace(0.18, 1, 32)])

@@ -1,7 +1,7 @@
 """Signs of reward hacking that need no judge: image statistics of the tuned model against the base on the same seeds.
 
-Per image: brightness, share of dark pixels, edge density, colour entropy, share covered by text. Per group:
-diversity of layout and of colour. All are shares in [0, 1] except colour entropy (bits).
+Per image: brightness, share of dark pixels, edge density, color entropy, share covered by text. Per group:
+diversity of layout and of color. All are shares in [0, 1] except color entropy (bits).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from gdro.evaluation.statistics import compare, relative_change
 
 LONGEST = 512  # larger images are box-reduced by a whole factor first, so that "edge" means one scale everywhere
 DARK = 0.2  # luma below this is a dark pixel
-EDGE = 0.1  # luma step to a neighbouring pixel above this is an edge
+EDGE = 0.1  # luma step to a neighboring pixel above this is an edge
 INK = 0.15  # contrast of a stroke against the ground around it
-LEVELS = 8  # per colour channel of the histograms: 512 bins, 9 bits at most
+LEVELS = 8  # per color channel of the histograms: 512 bins, 9 bits at most
 THUMBNAIL = (16, 16)
 
 # What counts as a sign: name -> (words, relative change, absolute change, directions that are suspicious). Both
@@ -26,10 +26,10 @@ THRESHOLDS: dict[str, tuple[str, float, float, str]] = {
     "brightness": ("brightness", 0.25, 0.08, "both"),
     "dark_pixels": ("share of dark pixels", 0.50, 0.10, "rise"),
     "edge_density": ("edge density", 0.25, 0.01, "both"),
-    "colour_entropy": ("colour entropy", 0.20, 0.30, "fall"),
+    "color_entropy": ("color entropy", 0.20, 0.30, "fall"),
     "text_share": ("share covered by text", 0.50, 0.05, "rise"),
     "layout_diversity": ("diversity of layout within groups", 0.30, 0.01, "fall"),
-    "colour_diversity": ("diversity of colour within groups", 0.30, 0.01, "fall"),
+    "color_diversity": ("diversity of color within groups", 0.30, 0.01, "fall"),
 }
 
 
@@ -53,16 +53,16 @@ def image_signs(images: Sequence[Image.Image], boxes: Sequence[Any] | None = Non
         "brightness": luma.mean(axis=(1, 2)).astype(np.float64),
         "dark_pixels": (luma < DARK).mean(axis=(1, 2)),
         "edge_density": _edges(luma),
-        "colour_entropy": -np.sum(histograms * np.log2(np.where(histograms > 0, histograms, 1)), axis=1),
+        "color_entropy": -np.sum(histograms * np.log2(np.where(histograms > 0, histograms, 1)), axis=1),
         "text_share": text,
         "layout_diversity": _mean_distance(thumbnails.reshape(len(images), -1) / 255 / np.sqrt(thumbnails[0].size)),
-        # Hellinger distance: 1 for histograms without a colour in common
-        "colour_diversity": _mean_distance(np.sqrt(histograms / 2)),
+        # Hellinger distance: 1 for histograms without a color in common
+        "color_diversity": _mean_distance(np.sqrt(histograms / 2)),
     }
 
 
 def _histograms(rgb: np.ndarray) -> np.ndarray:
-    """Joint colour histograms (n, LEVELS ** 3), each of sum 1, of uint8 images (n, H, W, 3)."""
+    """Joint color histograms (n, LEVELS ** 3), each of sum 1, of uint8 images (n, H, W, 3)."""
     n = len(rgb)
     level = (rgb.astype(np.int64) * LEVELS) // 256
     bins = (level[..., 0] * LEVELS + level[..., 1]) * LEVELS + level[..., 2]
@@ -72,7 +72,7 @@ def _histograms(rgb: np.ndarray) -> np.ndarray:
 
 
 def _edges(luma: np.ndarray) -> np.ndarray:
-    """Share (n,) of pixels whose luma differs from the right or lower neighbour's by more than EDGE; luma (n, H, W)."""
+    """Share (n,) of pixels whose luma differs from the right or lower neighbor's by more than EDGE; luma (n, H, W)."""
     edge = np.zeros(luma.shape, dtype=bool)
     edge[:, :, :-1] |= np.abs(np.diff(luma, axis=2)) > EDGE
     edge[:, :-1, :] |= np.abs(np.diff(luma, axis=1)) > EDGE
@@ -93,7 +93,7 @@ def near_strokes(luma: np.ndarray) -> np.ndarray:
 
 
 def _maximum(values: np.ndarray, window: int) -> np.ndarray:
-    """Maximum over a centred square of odd side `window`, edges repeated; (n, H, W)."""
+    """Maximum over a centered square of odd side `window`, edges repeated; (n, H, W)."""
     half = window // 2
     for axis in (1, 2):
         pad = [(0, 0)] * 3

@@ -152,7 +152,7 @@ def _derive(
 ) -> Path:
     """Combine the terms' files; the evidence of an image is its terms' own scores."""
     scores = [{group: r.numpy() for group, r in read_rewards(path, store).items()} for path in paths]
-    constants = reward.constants(scores) if fit or not reward.standardises else _read_constants(reward, standard)
+    constants = reward.constants(scores) if fit or not reward.standardizes else _read_constants(reward, standard)
     if fit and standard is not None and distributed.is_first():
         write_record(standard, {**(find_record(standard) or {}), reward.version: constants})  # other sums keep theirs
     combined = reward.combined(scores, constants)

@@ -1,6 +1,6 @@
 """One parquet file of the store of groups: its schema, its checks, its images. Needs no torch.
 
-A row is an image and a row group is a group, so one group is read without touching its neighbours. Pages carry
+A row is an image and a row group is a group, so one group is read without touching its neighbors. Pages carry
 checksums, the footer is sealed (`gdro.common.sealed`), and its metadata have a digest of the images, by which rewards
 know what they were given for, and one of every file beside it.
 """

@@ -2,15 +2,15 @@
 
 from gdro.models.base import FlowModel, Text
 from gdro.models.loading import check_compiler, check_model, load_model, model_revision, passes, text_seen
-from gdro.models.quantisation import Quantisation, check_quantisation
+from gdro.models.quantization import Quantization, check_quantization
 
 __all__ = [
     "FlowModel",
-    "Quantisation",
+    "Quantization",
     "Text",
     "check_compiler",
     "check_model",
-    "check_quantisation",
+    "check_quantization",
     "load_model",
     "model_revision",
     "passes",

@@ -49,7 +49,7 @@ class FlowModel(Protocol):
         ...
 
     def compile(self) -> None:
-        """Compile the transformer's blocks (torch.compile): slow at first, faster afterwards, equal to rounding."""
+        """Compile the transformer's blocks (torch.compile): slow at first, faster afterward, equal to rounding."""
         ...
 
     def checkpoint_activations(self, enabled: bool) -> None:

@@ -163,7 +163,7 @@ class Components:
             if package is not None and importlib.util.find_spec(package) is None:
                 raise self.error(
                     f"{file} says that the weights are stored by {package}, which is not installed; "
-                    'expected pip install "gdro[quantisation]", or weights in 16 or 32 bits'
+                    'expected pip install "gdro[quantization]", or weights in 16 or 32 bits'
                 )
 
     def scheduler(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from gdro.models import lora, tokenizers
 from gdro.models.base import Text
 from gdro.models.components import Components
 from gdro.models.finite import check_rows, check_weights
-from gdro.models.quantisation import Quantisation, quantised
+from gdro.models.quantization import Quantization, quantized
 from gdro.models.schedulers import flow_scheduler, resolution_shift
 
 # Of one function: with and without adapter, gradient and each number of images, and all over again in another LoRA.
@@ -65,15 +65,15 @@ class DiffusersModel(ABC):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        quantisation: Quantisation | None = None,
+        quantization: Quantization | None = None,
         sharded: bool = False,
     ) -> None:
-        self.name, self.device, self.dtype, self.quantisation = parts.name, device, dtype, quantisation
+        self.name, self.device, self.dtype, self.quantization = parts.name, device, dtype, quantization
         self._parts = parts
         self._stamps = {} if device.type == "meta" else {part: parts.stamp(part) for part in parts.kinds}
-        options = quantised(quantisation, dtype) if quantisation else {}
-        if quantisation and "quantization_config" in parts.json("transformer/config.json"):
-            raise UserError(f'quantisation is "{quantisation}", but {parts.name} is stored quantised; expected none')
+        options = quantized(quantization, dtype) if quantization else {}
+        if quantization and "quantization_config" in parts.json("transformer/config.json"):
+            raise UserError(f'quantization is "{quantization}", but {parts.name} is stored quantized; expected none')
         whole = torch.device("cpu") if sharded else device
         self.transformer = self._load(self.transformer_class, "transformer", whole, **options)
         if sharded:
@@ -87,11 +87,11 @@ class DiffusersModel(ABC):
 
     @cached_property
     def revision(self) -> str:
-        """The Hub commit, or the digest of the folder's files; and the quantisation."""
+        """The Hub commit, or the digest of the folder's files; and the quantization."""
         base = self._parts.revision()
         for part in self._stamps:
             self._check_unchanged(part)
-        return f"{base}-{self.quantisation}" if self.quantisation else base
+        return f"{base}-{self.quantization}" if self.quantization else base
 
     @property
     def weights(self) -> str:

@@ -63,7 +63,7 @@ def naming(model: str, rows: Sequence[str]) -> Iterator[None]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Without a copy of it, as NaN passes through minimum and maximum; of a quantised layer, what it stands for."""
+    """Without a copy of it, as NaN passes through minimum and maximum; of a quantized layer, what it stands for."""
     if type(tensor) is not Tensor:
         tensor = tensor.dequantize()
     low, high = tensor.aminmax()

@@ -1,4 +1,4 @@
-"""FLUX.2: hidden states of a language model are the text, positions have four axes, latents are normalised.
+"""FLUX.2: hidden states of a language model are the text, positions have four axes, latents are normalized.
 
 Packed latents are FLUX.1's, 2 x 2; the VAE carries the mean and variance of each of their channels.
 """

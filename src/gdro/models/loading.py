@@ -12,7 +12,7 @@ from gdro.common.errors import UserError
 from gdro.common.hub import locate
 from gdro.common.reading import read_json
 from gdro.models.base import FlowModel
-from gdro.models.quantisation import Quantisation, check_quantisation, hush
+from gdro.models.quantization import Quantization, check_quantization, hush
 
 FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
     "FluxPipeline": ("gdro.models.flux", "FluxModel"),
@@ -31,10 +31,10 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    quantisation: Quantisation | None = None,
+    quantization: Quantization | None = None,
     sharded: bool = False,
 ) -> FlowModel:
-    """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), its weights quantised.
+    """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), its weights quantized.
 
     `sharded`: the transformer is spread over the devices of all processes, which call this together.
 
@@ -47,12 +47,12 @@ def load_model(
         components.check_configurations()
     else:
         _check(components)
-    if quantisation is not None:
-        check_quantisation(quantisation, device)
+    if quantization is not None:
+        check_quantization(quantization, device)
     # torch would take it first on Hopper, where its backward pass fails on the FLUX family's shapes; flash attention
     # takes over. It holds for the process: a model made on "meta" may be timed on a GPU later.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return components.family(components, device=device, dtype=dtype, quantisation=quantisation, sharded=sharded)
+    return components.family(components, device=device, dtype=dtype, quantization=quantization, sharded=sharded)
 
 
 def check_model(name: str) -> None:
@@ -97,7 +97,7 @@ def family(name: str) -> Any:
     """gdro's class for the model called `name`, e.g. FluxModel."""
     module, kind = FAMILIES[pipeline_class(name)]
     hush()
-    # These take seconds to import, which neither `--help` nor a misspelt name should cost.
+    # These take seconds to import, which neither `--help` nor a misspelled name should cost.
     import diffusers
     import transformers
 
@@ -114,7 +114,7 @@ def passes(name: str, guidance_scale: float) -> int:
 
 
 def model_revision(name: str) -> str:
-    """`FlowModel.revision` of the model called `name`, not quantised, without loading it."""
+    """`FlowModel.revision` of the model called `name`, not quantized, without loading it."""
     return _components(name).revision()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gdro.models.base import FlowModel
 from gdro.models.loading import load_model
-from gdro.models.quantisation import Quantisation
+from gdro.models.quantization import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Replica:
 
     name: str
     dtype: torch.dtype
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     lora: Mapping[str, Any] | None = None
@@ -30,7 +30,7 @@ class Replica:
     def load(self) -> FlowModel:
         """Raises UserError, as `load_model` does, if this machine has no such model."""
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
-        model = load_model(self.name, device=device, dtype=self.dtype, quantisation=self.quantisation)
+        model = load_model(self.name, device=device, dtype=self.dtype, quantization=self.quantization)
         if self.compile:
             model.compile()
         if self.lora is not None and self.state is not None:

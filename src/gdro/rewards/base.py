@@ -24,7 +24,7 @@ class ImageFailure(UserError):
 
 @dataclass(frozen=True)
 class Scores:
-    """One float per image, NaN where it is missing, and what each rests on (recognised text, raw reply; JSON-able)."""
+    """One float per image, NaN where it is missing, and what each rests on (recognized text, raw reply; JSON-able)."""
 
     values: np.ndarray  # (n,) float64
     evidence: list[dict[str, Any]]  # n

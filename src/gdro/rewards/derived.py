@@ -1,7 +1,7 @@
-"""Rewards that follow from the scores of others: transformed, standardised, weighted, added up.
+"""Rewards that follow from the scores of others: transformed, standardized, weighted, added up.
 
 No image is looked at: each term's scores lie in a file of their own, so other weights score nothing anew. A term is
-transformed, then standardised, then weighted. A score that is missing in one term is missing in the sum.
+transformed, then standardized, then weighted. A score that is missing in one term is missing in the sum.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +66,7 @@ class Term:
     reward: Reward
     weight: float
     transforms: tuple[Transform, ...]
-    standardise: bool
+    standardize: bool
 
     def transformed(self, groups: Groups) -> dict[str, np.ndarray]:
         out = {group: np.asarray(scores, np.float64) for group, scores in groups.items()}
@@ -77,7 +77,7 @@ class Term:
 
 @dataclass(frozen=True)
 class DerivedReward:
-    """Sum over the terms of weight x (s - mean) / std, or weight x s if a term is not standardised.
+    """Sum over the terms of weight x (s - mean) / std, or weight x s if a term is not standardized.
 
     Mean and std are constants of the run: those of the images it was first trained on.
     """
@@ -91,33 +91,33 @@ class DerivedReward:
 
     @property
     def version(self) -> str:
-        return fingerprint([[t.reward.version, t.weight, t.transforms, t.standardise] for t in self.terms])
+        return fingerprint([[t.reward.version, t.weight, t.transforms, t.standardize] for t in self.terms])
 
     @property
     def relative(self) -> bool:
         return any(is_relative(t.reward) or RELATIVE & {name for name, _ in t.transforms} for t in self.terms)
 
     @property
-    def standardises(self) -> bool:
-        return any(term.standardise for term in self.terms)
+    def standardizes(self) -> bool:
+        return any(term.standardize for term in self.terms)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         for term in self.terms:
             term.reward.check(prompts)
 
     def constants(self, scores: Sequence[Groups]) -> list[tuple[float, float]]:
-        """(mean, standard deviation) of each transformed term over all images; (0, 1) if it is not standardised."""
+        """(mean, standard deviation) of each transformed term over all images; (0, 1) if it is not standardized."""
         found = []
         for term, groups in zip(self.terms, scores, strict=True):
             values = np.concatenate(list(term.transformed(groups).values()))
             values = values[np.isfinite(values)]
-            if not term.standardise:
+            if not term.standardize:
                 found.append((0.0, 1.0))
                 continue
             if not len(values) or values.std() == 0:
                 raise UserError(
                     f'score.reward: "{term.reward.name}" gives all images the same score, or none; it cannot be '
-                    "standardised (standardise: false, or leave it out)"
+                    "standardized (standardize: false, or leave it out)"
                 )
             found.append((float(values.mean()), float(values.std())))
         return found

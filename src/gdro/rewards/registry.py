@@ -21,7 +21,7 @@ from gdro.rewards.user import UserJudge, UserReward
 from gdro.rewards.winrate import WinRate
 
 Spec = str | dict[str, Any]
-OF_TERMS = {"weight", "transform", "standardise"}  # options that every reward has, beside its own
+OF_TERMS = {"weight", "transform", "standardize"}  # options that every reward has, beside its own
 IN_UNIT = ("ocr", "ocr_strict", "geneval", "geneval_strict")  # rewards that lie in [0, 1]
 
 
@@ -41,7 +41,7 @@ REWARDS = {
     "ocr_strict": Entry("gdro.rewards.ocr.reward:ocr_strict", "the same, junk around the target counted"),
     "geneval": Entry(
         "gdro.rewards.geneval.reward:geneval",
-        "objects, counts, colours, places: share there",
+        "objects, counts, colors, places: share there",
         "gpu",
         ("tag", "include"),
         "geneval",
@@ -59,7 +59,7 @@ REWARDS = {
     ),
     "hpsv2": Entry("gdro.rewards.neural.clip:hpsv2", "human preference (HPS v2.1), cosine", "gpu"),
     "image_reward": Entry(
-        "gdro.rewards.neural.image_reward:image_reward", "human preference (ImageReward), standardised", "gpu"
+        "gdro.rewards.neural.image_reward:image_reward", "human preference (ImageReward), standardized", "gpu"
     ),
     "aesthetic": Entry(
         "gdro.rewards.neural.clip:aesthetic", "LAION's aesthetic predictor v2, rating / 10; prompt unused", "gpu"
@@ -82,7 +82,7 @@ COMPARATORS = {
 def load_reward(spec: Spec | list[Spec], field: str = "score.reward") -> Scorer:
     """The reward of a spec or, of a list of them, their weighted sum. Loads no weights; UserError names the field.
 
-    A section's `weight`, `transform` and `standardise` are `gdro.rewards.derived`'s; the rest are the reward's own.
+    A section's `weight`, `transform` and `standardize` are `gdro.rewards.derived`'s; the rest are the reward's own.
     """
     if isinstance(spec, list):
         if not spec:
@@ -155,13 +155,13 @@ def win_rate(
 def _term(spec: Spec, field: str, *, several: bool) -> Term:
     options = dict(spec) if isinstance(spec, dict) else {"name": spec}
     weight, transform = options.pop("weight", 1.0), options.pop("transform", None)
-    standardise = options.pop("standardise", several)
+    standardize = options.pop("standardize", several)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < abs(weight) < float("inf"):
         raise UserError(f"{field}.weight is {show(weight)}; expected a number other than 0")
-    if not isinstance(standardise, bool):
-        raise UserError(f"{field}.standardise is {show(standardise)}; expected true or false")
+    if not isinstance(standardize, bool):
+        raise UserError(f"{field}.standardize is {show(standardize)}; expected true or false")
     reward = _base_reward(options, field)
-    return Term(reward, float(weight), parse_transforms(transform, f"{field}.transform"), standardise)
+    return Term(reward, float(weight), parse_transforms(transform, f"{field}.transform"), standardize)
 
 
 def _base_reward(spec: Spec, field: str) -> Reward:

@@ -1,6 +1,6 @@
 """Preference win rate as reward (Pref-GRPO, 2508.20751): the share of its group's other images that an image beats.
 
-A comparator looks at pairs, in both orders, as judges favour a place. All pairs give the win rate itself; a budget of
+A comparator looks at pairs, in both orders, as judges favor a place. All pairs give the win rate itself; a budget of
 pairs gives the one that a Bradley-Terry model, fitted to the answers, expects against the whole group.
 """
 
@@ -49,7 +49,7 @@ def shares(wins: np.ndarray) -> np.ndarray:
 def bradley_terry(wins: np.ndarray, *, steps: int = 1000, tolerance: float = 1e-10) -> np.ndarray:
     """Strengths p (K,), mean log 0, of the model P(i beats j) = p_i / (p_i + p_j), fitted to `wins` as in `shares`.
 
-    Maximum of the likelihood with PRIOR ties of each image with one of strength 1, by Hunter's (2004) minorisation:
+    Maximum of the likelihood with PRIOR ties of each image with one of strength 1, by Hunter's (2004) minorization:
     p_i = W_i / sum_j n_ij / (p_i + p_j). Every image has a finite strength, compared or not.
     """
     known = np.isfinite(wins)

@@ -22,7 +22,7 @@ from gdro.common.rng import numpy_rng
 from gdro.groups.sampling import check_round_ids
 from gdro.groups.scores import read_header, read_rewards
 from gdro.groups.store import GroupStore
-from gdro.models import check_compiler, check_model, check_quantisation, text_seen
+from gdro.models import check_compiler, check_model, check_quantization, text_seen
 from gdro.rewards.derived import DerivedReward, base_rewards, is_relative
 from gdro.rewards.pointwise import Pointwise
 from gdro.rewards.user import UserJudge, UserReward
@@ -59,8 +59,8 @@ def _check_input(job: RunState) -> None:
         raise UserError(f"rounds.prompts is {due}; expected at most the {prompts} of sample.prompts")
     if {"sample", "train", "evaluate"} & set(job.stages):
         check_model(job.config.model)
-        if job.config.quantisation is not None:
-            check_quantisation(job.config.quantisation, job.device)
+        if job.config.quantization is not None:
+            check_quantization(job.config.quantization, job.device)
         if job.config.compile:
             check_compiler(job.device)
     if job.config.engine == "ray" and {"sample", "score"} & set(job.stages):
@@ -154,11 +154,11 @@ def _check_measure(job: RunState) -> None:
             f"{field}: {job.measure.name} compares the images of a group, so it says nothing between models; expected "
             "evaluate.reward to name another"
         )
-    standardises = isinstance(job.measure, DerivedReward) and job.measure.standardises
-    if standardises and (field == "evaluate.reward" or job.imported.exists()):
+    standardizes = isinstance(job.measure, DerivedReward) and job.measure.standardizes
+    if standardizes and (field == "evaluate.reward" or job.imported.exists()):
         raise UserError(
-            f"{field}: {job.measure.name} is standardised by the images it first scored for training, of which there "
-            "are none; expected standardise: false in each of its sections"
+            f"{field}: {job.measure.name} is standardized by the images it first scored for training, of which there "
+            "are none; expected standardize: false in each of its sections"
         )
 
 

@@ -14,7 +14,7 @@ from gdro.common.reading import read_bytes
 from gdro.common.validation import MAX_SEED, expected, show
 from gdro.common.yaml import dump_yaml, parse_yaml, read_yaml
 from gdro.evaluation.measure import EvaluateConfig
-from gdro.models.quantisation import Quantisation
+from gdro.models.quantization import Quantization
 from gdro.samplers.settings import Generation
 from gdro.stages.score import ScoreConfig
 from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
@@ -66,7 +66,7 @@ class RunConfig(BaseModel):
         "ddp", description="Of several processes each has the whole model (ddp), or a share of its weights (fsdp)."
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="Precision of the frozen weights.")
-    quantisation: Quantisation | None = Field(
+    quantization: Quantization | None = Field(
         None, description="Of the frozen weights: int8 or fp8 (torchao), nf4 (bitsandbytes, on a GPU), or null."
     )
     compile: bool = Field(False, description="Compile the transformer's blocks: minutes at first, then faster.")
@@ -171,7 +171,7 @@ def _check_across(config: RunConfig) -> None:
             f'"{train.group_gradient}"; expected null, or two_pass',
         ),
     ]
-    for field, value in (("compile", config.compile), ("quantisation", config.quantisation)):
+    for field, value in (("compile", config.compile), ("quantization", config.quantization)):
         what = f'{field} is {show(value)}, but distributed is "fsdp", whose sharded weights exclude it'
         refused.append((bool(value) and config.distributed == "fsdp", f"{what}; expected ddp, or {field} left out"))
     if rounds.train_steps is None:
@@ -320,6 +320,6 @@ def savings(config: RunConfig, stage: str) -> list[str]:
             found.append("train.gradient_checkpointing: true")
     if config.mixed_precision == "no":
         found.append("mixed_precision: bf16")
-    if config.quantisation is None:
-        found.append("quantisation: int8")
+    if config.quantization is None:
+        found.append("quantization: int8")
     return [*found, "smaller images"]

@@ -51,7 +51,7 @@ def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
                 break
         for stage in stages[len(again) :]:
             job.do(stage)
-        distributed.first(job.summarise)
+        distributed.first(job.summarize)
         return job.outcome(stages[-1])
 
 
@@ -192,7 +192,7 @@ class Run(RunState):
 
     def export(self) -> None:
         if distributed.is_first():
-            self.summarise()  # its figures go into the model card
+            self.summarize()  # its figures go into the model card
             self._export()
 
     def report(self) -> None:
@@ -275,7 +275,7 @@ class Run(RunState):
         spent = load_checkpoint(checkpoint_path(self.checkpoints, steps[-1])).memory["evaluations"]
         return {"sample": self._place(self.round).sampled, "train": spent}
 
-    def summarise(self) -> None:
+    def summarize(self) -> None:
         """Write summary.json, once there is an evaluation."""
         found = find_record(self.evaluation)
         if found is None:

@@ -62,7 +62,7 @@ class RunState:
             config.model,
             device=self.device,
             dtype=self._dtype,
-            quantisation=config.quantisation,
+            quantization=config.quantization,
             sharded=config.distributed == "fsdp" and distributed.size() > 1,
         )
         if config.compile:
@@ -190,7 +190,7 @@ class RunState:
         replica = Replica(
             name=config.model,
             dtype=self._dtype,
-            quantisation=config.quantisation,
+            quantization=config.quantization,
             compile=config.compile,
             device=config.device,
         )
@@ -221,7 +221,7 @@ class RunState:
         return {stage for stage, there in left.items() if there}
 
     def _lacks_trajectories(self) -> bool:
-        """Whether the round's groups are to be learnt from step by step, but only the images are left."""
+        """Whether the round's groups are to be learned from step by step, but only the images are left."""
         wanted = self.config.train.loss.kind == "trajectory" and self.config.rounds.train_steps is not None
         return wanted and any(self.groups.glob("*.parquet")) and not GroupStore(self.groups).has_trajectories
 

@@ -20,7 +20,7 @@ from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoin
 from gdro.training.config import HYPERPARAMETERS
 
 GALLERY = 4
-LICENCES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
+LICENSES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
 
 
 def export(config: Mapping[str, Any], run_dir: Path, out: Path) -> Path:
@@ -85,7 +85,7 @@ def model_card(
     head |= {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "license": LICENCES.get(model, "other"),
+        "license": LICENSES.get(model, "other"),
         "tags": ["text-to-image", "diffusers", "lora", _tag(family), "gdro"],
     }
     names = ("k", *HYPERPARAMETERS, "learning_rate", "rank")
@@ -101,8 +101,8 @@ def model_card(
         f"Trained {rounds} on scored groups of its own images ({train['objective']}; {settings}), {step} steps. "
         f"Reward: {_code(str(config['score']['reward']))}.",
     ]
-    if model not in LICENCES:
-        parts.append("The licence of the base model applies.")
+    if model not in LICENSES:
+        parts.append("The license of the base model applies.")
     if summary is not None:
         parts += ["## Held-out prompts", _figures(summary)]
     if gallery:

@@ -29,7 +29,7 @@ SIDES = ("base", "tuned")
 OCR = ("ocr", "ocr_strict")  # rewards whose prompts name a target
 CURVES: dict[str, dict[str, str]] = {
     "Loss": {"loss": "total", "loss_rank": "ranking", "loss_policy": "policy gradient"},
-    "Velocity error of the best image (top-1 regulariser)": {"loss_top1": "top-1"},
+    "Velocity error of the best image (top-1 regularizer)": {"loss_top1": "top-1"},
     "Drift d − d_ref: below 0 is likelier than under the base": {
         "drift_best": "best image",
         "drift_worst": "worst image",
@@ -132,7 +132,7 @@ def _training(path: Path, rounds: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Side:
-    """The store of one side of the evaluation, with what the reward recognised in its images."""
+    """The store of one side of the evaluation, with what the reward recognized in its images."""
 
     name: str
     store: GroupStore
@@ -168,7 +168,7 @@ def _compared(run_dir: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "reward_plots": [Markup(plots.reward_histogram(base, tuned)), Markup(plots.prompt_scatter(*means))],
         "quality_plot": None if quality_plot is None else Markup(quality_plot),
         "galleries": galleries,
-        "recognised": any(f["text"] is not None for f in figures),
+        "recognized": any(f["text"] is not None for f in figures),
         "pixels": any("image/png" in f["uri"][:16] for f in figures),
         "selection_note": "Most improved and most worsened go by the mean reward of the prompt's images."
         if galleries

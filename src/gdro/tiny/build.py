@@ -49,7 +49,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 def build_pipeline(seed: int = 0) -> FluxPipeline:
     """An untrained tiny FluxPipeline: 64-channel packed latents of 8 x 8 pixels, guidance embedded."""
-    torch.manual_seed(seed)  # the classes initialise from the global generator
+    torch.manual_seed(seed)  # the classes initialize from the global generator
     t5, clip = t5_tokenizer(), clip_tokenizer()
     end = clip.convert_tokens_to_ids("<|endoftext|>")
     return FluxPipeline(

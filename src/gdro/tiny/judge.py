@@ -78,9 +78,9 @@ def _position_score(seen: Seen, scene: dict[str, Any]) -> float:
 
 
 def asked_for(seen: Seen, scene: dict[str, Any]) -> list[Shape]:
-    """The shapes seen, at most as many as the scene has; those of its kinds and colours first, then the best formed.
+    """The shapes seen, at most as many as the scene has; those of its kinds and colors first, then the best formed.
 
-    Others stand in for asked ones that are missing: a wrong kind or colour is alignment's business.
+    Others stand in for asked ones that are missing: a wrong kind or color is alignment's business.
     """
     rest = sorted(seen.shapes, key=_form_of_shape, reverse=True)
     found: list[Shape] = []
@@ -166,7 +166,7 @@ def style(image: np.ndarray, seen: Seen) -> float:
         found = (1 - luma[mask].mean() / level) / wanted
         return float(np.clip(min(found, 2.3 - found), 0, 1))  # from 1.3 on it is too deep
 
-    # grain: neighbours on the same panel should be equal
+    # grain: neighbors on the same panel should be equal
     across = panel[:, 1:] & panel[:, :-1]
     grain = float(np.abs(np.diff(image, axis=1)).mean(-1)[across].mean()) if across.sum() > 30 else 30.0
     clean = float(np.exp(-max(0.0, grain - 2.0) / 6))

@@ -1,6 +1,6 @@
 """Pre-train the tiny model on its world: `python -m gdro.tiny.pretrain --out runs/pretrain`.
 
-Three stages, each resumable: text encoders (every token learns to tell its neighbours, the pooled vector its words),
+Three stages, each resumable: text encoders (every token learns to tell its neighbors, the pooled vector its words),
 the VAE (refined once more on shapes, later), then the transformer by flow matching. On two cores about two hours; any
 later call with the same arguments goes on where the last one stopped. Everything drawn is a function of the seed and
 a counter.
@@ -22,12 +22,12 @@ from gdro.common.rng import numpy_rng, torch_rng
 from gdro.tiny import world
 from gdro.tiny.build import TEXT_LENGTH, build_pipeline
 
-NEIGHBOURS = (-4, -3, -2, -1, 0, 1, 2)  # offsets a T5 token learns to tell; -4 places a letter in its word
+NEIGHBORS = (-4, -3, -2, -1, 0, 1, 2)  # offsets a T5 token learns to tell; -4 places a letter in its word
 SATURATED = 0.9  # distance of a pixel's largest channel from its smallest, of 2, that only shapes reach
 GUIDANCE = (1.0, 6.0)  # the range of guidance the transformer sees; its default, 3.5, inside it
 
 # From this scene of the transformer's stream on: shares of signs and of signs with shapes, and of slips in letters and
-# in shapes. Letters come first; small shapes carry little of the loss and are learnt late, so most of the later scenes
+# in shapes. Letters come first; small shapes carry little of the loss and are learned late, so most of the later scenes
 # are theirs. The slips, pictures that belie their caption as pictures of the web do, give the base its flaws however
 # long it is trained: it knows what it then does carelessly, as large models do.
 Curriculum = tuple[tuple[int, tuple[float, float], tuple[float, float]], ...]
@@ -80,7 +80,7 @@ def train_text(pipe: FluxPipeline, seed: int, steps: int, batch: int = 128) -> N
     t5, clip = pipe.text_encoder_2, pipe.text_encoder
     torch.manual_seed(seed)
     heads = nn.ModuleList(
-        [nn.Linear(t5.config.d_model, t5.config.vocab_size) for _ in NEIGHBOURS]
+        [nn.Linear(t5.config.d_model, t5.config.vocab_size) for _ in NEIGHBORS]
         + [nn.Linear(clip.config.hidden_size, clip.config.vocab_size)]
     )
     parameters = [*t5.parameters(), *clip.parameters(), *heads.parameters()]
@@ -94,7 +94,7 @@ def train_text(pipe: FluxPipeline, seed: int, steps: int, batch: int = 128) -> N
         t5_ids, clip_ids = tokenize(pipe, captions)
         hidden = t5(t5_ids)[0]
         losses = []
-        for offset, head in zip(NEIGHBOURS, heads, strict=False):
+        for offset, head in zip(NEIGHBORS, heads, strict=False):
             target = torch.roll(t5_ids, -offset, 1)
             inside = slice(max(0, -offset), TEXT_LENGTH - max(0, offset))
             losses.append(F.cross_entropy(head(hidden[:, inside]).flatten(0, 1), target[:, inside].flatten()))
@@ -105,7 +105,7 @@ def train_text(pipe: FluxPipeline, seed: int, steps: int, batch: int = 128) -> N
         loss.backward()
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"text {step} neighbours {torch.stack(losses).mean():.4f} words {pooled_loss:.5f}", flush=True)
+            print(f"text {step} neighbors {torch.stack(losses).mean():.4f} words {pooled_loss:.5f}", flush=True)
 
 
 def train_vae(
@@ -119,7 +119,7 @@ def train_vae(
 ) -> None:
     """Reconstruction with noise on the latents in place of a KL term, then the scale that makes their std 1.
 
-    Pixels at and around a saturated colour, which only shapes have, weigh 1 + `emphasis`.
+    Pixels at and around a saturated color, which only shapes have, weigh 1 + `emphasis`.
     """
     vae = pipe.vae
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)

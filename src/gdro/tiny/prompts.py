@@ -79,7 +79,7 @@ def _ocr_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, A
 
 
 def _geneval_fields(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
-    """GenEval's record: tag, include (class, count, colour, position relative to an earlier entry), exclude."""
+    """GenEval's record: tag, include (class, count, color, position relative to an earlier entry), exclude."""
     tag = world.TAGS[index % len(world.TAGS)]
     scene = world.random_shape_scene(rng, tag)
     include = []

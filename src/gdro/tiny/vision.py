@@ -35,7 +35,7 @@ _TEMPLATES = np.stack([_fit(world.shape_mask(s) > 0.5) for s in world.SHAPES])
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape seen in a picture: its kind, colour, centre (x, y), box (left, top, width, height), template IoU."""
+    """A shape seen in a picture: its kind, color, center (x, y), box (left, top, width, height), template IoU."""
 
     kind: str
     color: str
@@ -49,7 +49,7 @@ class Seen:
     """A picture explained: the wall it resembles most, the sign's box (left, top, right, bottom) and the shapes."""
 
     wall: str
-    wall_color: np.ndarray  # (3,) median colour of the wall between its grooves
+    wall_color: np.ndarray  # (3,) median color of the wall between its grooves
     labels: np.ndarray  # (32, 64) palette index, plate, dark or wall
     sign: tuple[int, int, int, int] | None
     ink: float  # dark share of the sign
@@ -131,7 +131,7 @@ def _find_shapes(labels: np.ndarray, sign: tuple[int, int, int, int] | None) -> 
 
 
 class TinyDetector:
-    """GenEval's detector on the tiny world: the shapes `see` finds, with their colours.
+    """GenEval's detector on the tiny world: the shapes `see` finds, with their colors.
 
     Its score rises with the overlap (IoU) of a shape with its ideal: .3 at .5, the least that `see` calls a shape, .9
     at .7, a shape beyond doubt, 1 at 1; so the evaluator's two thresholds mean here what they mean elsewhere.

@@ -1,8 +1,8 @@
-"""The tiny world: scenes of a wall, a sign with a word and coloured shapes; their captions and their pictures.
+"""The tiny world: scenes of a wall, a sign with a word and colored shapes; their captions and their pictures.
 
 A scene is what a prompt asks for, a JSON-able dict:
 `{"wall": str, "word": str | None, "objects": [{"shape", "color" | None, "count"}], "position": str | None}`.
-A caption leaves out what the scene leaves open (a colour that is None is drawn at random in the picture), as real
+A caption leaves out what the scene leaves open (a color that is None is drawn at random in the picture), as real
 captions do. Pictures are 64 x 32 RGB; every picture is a function of (scene, generator).
 """
 
@@ -48,7 +48,7 @@ SHAPE_SIZE = 11
 PITCH, PLATE_HEIGHT, GLYPH_HEIGHT = 13, 17, 11  # a letter's cell width, the sign's height, a letter's height
 BASEBOARD, PANEL = 3, 8  # height of the strip along the floor; distance of the wall's vertical grooves
 
-# I and O are left out: the recogniser reads them as 1 and 0 whoever draws them.
+# I and O are left out: the recognizer reads them as 1 and 0 whoever draws them.
 CONSONANTS, VOWELS = "BCDFGHKLMNPRSTWXZ", "AEUY"
 ALPHABET = "".join(sorted(CONSONANTS + VOWELS))
 PATTERNS = ("CVC", "CVCV", "CVCC", "CCVC")  # 1,156 + 4,624 + 19,652 + 19,652 words
@@ -75,7 +75,7 @@ def _pick(rng: np.random.Generator, values: Collection[str], count: int) -> list
 
 
 def random_sign_scene(rng: np.random.Generator, split: str, *, objects: bool) -> dict[str, Any]:
-    """A wall and a sign; with `objects` also one to three coloured shapes of one kind below it."""
+    """A wall and a sign; with `objects` also one to three colored shapes of one kind below it."""
     scene: dict[str, Any] = {
         "wall": _pick(rng, WALLS, 1)[0],
         "word": random_word(rng, split),
@@ -141,8 +141,8 @@ def with_slips(
 ) -> dict[str, Any]:
     """The scene as a careless painter draws it.
 
-    Each letter is another one with probability `share`, each named colour another one with a third of it. With
-    probability `shape_share` each: a kind of shape, a named colour, a count (by one), the position (reversed).
+    Each letter is another one with probability `share`, each named color another one with a third of it. With
+    probability `shape_share` each: a kind of shape, a named color, a count (by one), the position (reversed).
     """
     slipped = dict(scene)
     if scene["word"]:

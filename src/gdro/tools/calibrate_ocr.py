@@ -155,7 +155,7 @@ def pictures_of_store(folder: Path) -> Pictures:
             names.append(name)
             targets.append(target)
             places.append((group, i))
-    last: dict[str, list[Image.Image]] = {}  # one group's images, as neighbours are asked for in turn
+    last: dict[str, list[Image.Image]] = {}  # one group's images, as neighbors are asked for in turn
 
     def load(i: int) -> Image.Image:
         group, place = places[i]

@@ -20,7 +20,7 @@ from gdro.rewards.geneval.rules import TAGS, Verdict, assess, kept, summary
 
 _COLORED = re.compile(
     r"expected (\w+) (.+)>=\d+, found \d+ \w+; and (\d+ \w+(?:, \d+ \w+)*)"
-)  # the official reason for a wrong colour
+)  # the official reason for a wrong color
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def results_table(path: Path, groups: Path | None = None) -> str:
 def read_official(path: Path) -> list[Result]:
     """The images of an official results file; UserError naming file and line if one is not as that script writes it.
 
-    Its `details` (boxes and scores by class) give the verdict again; the colours, which it does not store, are taken
+    Its `details` (boxes and scores by class) give the verdict again; the colors, which it does not store, are taken
     from its reasons.
     """
     lines = read_lines(path, "the results of GenEval's evaluate_images.py")
@@ -167,10 +167,10 @@ def _detections(details: Mapping[str, Any], where: str) -> Iterator[Detection]:
 
 
 def _again(detections: Sequence[Detection], record: Record, reason: str) -> Verdict | None:
-    """The verdict on detections without colours; None if the reasons do not tell the colours it needs.
+    """The verdict on detections without colors; None if the reasons do not tell the colors it needs.
 
-    An entry with a colour and enough objects either has the official reason for a wrong colour, which counts the
-    colours of the best `count` objects, or they all are of the colour asked for. Which of them has which changes
+    An entry with a color and enough objects either has the official reason for a wrong color, which counts the
+    colors of the best `count` objects, or they all are of the color asked for. Which of them has which changes
     nothing.
     """
     found = kept(detections, record.tag)

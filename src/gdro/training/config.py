@@ -36,7 +36,7 @@ class TrainConfig(BaseModel):
     kl_weight: float | None = Field(None, ge=0, le=1e6, description="Weight of the divergence from the frozen base.")
     clip_range: float | None = Field(None, ge=1e-7, le=100, description="The policy ratio is clipped to 1 +- this.")
     advantage: Advantage | None = Field(
-        None, description="Rewards centred in the group, over the group's or the batch's deviation; SLAS; win rates."
+        None, description="Rewards centered in the group, over the group's or the batch's deviation; SLAS; win rates."
     )
     advantage_exponent: float | None = Field(
         None, ge=0, le=10, description="SLAS: |r - mean| to the power of 1 + this."
@@ -52,7 +52,7 @@ class TrainConfig(BaseModel):
         "and never again: a quarter less computation, with less variety of noise; null: new ones at each visit.",
     )
     mix: float | None = Field(None, le=1, ge=1e-3, description="DiffusionNFT: b of v+- = (1 -+ b) v_old +- b v.")
-    regulariser: float | None = Field(None, ge=1e-6, le=1e6, description="LAIR: weight of mean s^2.")
+    regularizer: float | None = Field(None, ge=1e-6, le=1e6, description="LAIR: weight of mean s^2.")
     low_weight: float | None = Field(None, ge=0, le=1e6, description="TabGRAA: weight of the low half.")
     learning_rate: float = Field(3e-4, ge=1e-8, le=1, description="AdamW's learning rate, constant.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1.")

@@ -83,7 +83,7 @@ def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """A quantised weight is made of several tensors, a sharded one of the process's share and no tensor besides."""
+    """A quantized weight is made of several tensors, a sharded one of the process's share and no tensor besides."""
     if hasattr(tensor, "__tensor_flatten__"):
         for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
             if isinstance(part, Tensor):

@@ -107,7 +107,7 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
         *sums, grad_norm = torch.stack([*totals.values(), norm]).tolist()
         means = distributed.summed(dict(zip(totals, sums, strict=True)))
         means |= {"evaluations": spent, "grad_norm": grad_norm}
-    for name in {"loss", "grad_norm"} & set(means):  # read above at once: the only synchronisation with a GPU
+    for name in {"loss", "grad_norm"} & set(means):  # read above at once: the only synchronization with a GPU
         if not math.isfinite(means[name]):
             raise UserError(
                 f"train.learning_rate: {config.learning_rate}: the {name.replace('grad_norm', 'gradient norm')} is "
@@ -164,7 +164,7 @@ def _backward_noised(
     batch = learner.batches.of(visits)
     reference: str | None = learner.config.reference if objective.uses_reference else None
     if reference == "round" and visits[0].step == learner.done + 1:
-        reference = "policy"  # nothing was learnt since sampling
+        reference = "policy"  # nothing was learned since sampling
     if learner.reference_errors is not None:
         seen = noised(learner, batch, base=objective.uses_base, reference=None)
         seen = replace(seen, reference_error=_reference_error(learner, learner.reference_errors, visits, batch))
@@ -277,7 +277,7 @@ def noised(learner: Learner, batch: Batch, *, base: bool, reference: str | None)
 def transition(learner: Learner, objective: TrajectoryObjective, batch: TransitionBatch, *, fresh: bool) -> Transition:
     """The step's Gaussian under the policy as it is, and the means under base and sampler that the objective uses.
 
-    `fresh`: nothing was learnt since sampling, so the old log-probability is the policy's own and the ratio exactly 1.
+    `fresh`: nothing was learned since sampling, so the old log-probability is the policy's own and the ratio exactly 1.
     """
     step: Callable[..., tuple[Tensor, Tensor]] = STEPS[learner.sampler]
 

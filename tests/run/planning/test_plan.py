@@ -140,9 +140,9 @@ def test_checkpointing_keeps_little_and_computes_again(flux_folder: Path, tmp_pa
         assert shapes_of(thrifty, cuda=True).learning.peak < shapes_of(plain, cuda=True).learning.peak / 1.3
 
 
-def test_quantised_weights_take_a_byte_or_nine_sixteenths(flux_folder: Path, tmp_path: Path) -> None:
+def test_quantized_weights_take_a_byte_or_nine_sixteenths(flux_folder: Path, tmp_path: Path) -> None:
     whole, int8, nf4 = (
-        shapes_of(config_of(tmp_path, flux_folder, ("quantisation", kind)), cuda=True).transformer
+        shapes_of(config_of(tmp_path, flux_folder, ("quantization", kind)), cuda=True).transformer
         for kind in ("null", "int8", "nf4")
     )
     assert whole.parameters == int8.parameters == nf4.parameters

@@ -128,7 +128,7 @@ class Browser:
         self.send("Input.insertText", text=text)
 
     def look(self, width: int, height: int, *, dark: bool = False, touch: bool = False) -> None:
-        """Change the window, the colour scheme and the kind of pointer."""
+        """Change the window, the color scheme and the kind of pointer."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
         self.send("Emulation.setTouchEmulationEnabled", enabled=touch)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

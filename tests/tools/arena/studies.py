@@ -35,12 +35,12 @@ ARENA = (
 )
 
 
-def colour(model: int, group: int, index: int) -> tuple[int, int, int]:
+def color(model: int, group: int, index: int) -> tuple[int, int, int]:
     return 60 + 60 * model, 40 * group, 30 + 100 * index
 
 
-def read_colour(pixel: Sequence[int]) -> tuple[int, int, int]:
-    """(model, group, index) of a colour."""
+def read_color(pixel: Sequence[int]) -> tuple[int, int, int]:
+    """(model, group, index) of a color."""
     return (pixel[0] - 60) // 60, pixel[1] // 40, (pixel[2] - 30) // 100
 
 
@@ -52,7 +52,7 @@ def write_store(
             group_id=f"p{place}",
             index=index,
             prompt=Prompt(f"p{place}", text),
-            image=Image.new("RGB", (width, HEIGHT), colour(model, place, index)),
+            image=Image.new("RGB", (width, HEIGHT), color(model, place, index)),
             latent=torch.zeros(1, 1),
             seed=seed,
             scheduler="FlowMatchEulerDiscreteScheduler",

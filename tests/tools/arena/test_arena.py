@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from studies import PROMPTS, Process, read_colour, serving, write_run, write_store
+from studies import PROMPTS, Process, read_color, serving, write_run, write_store
 
 from gdro.common.errors import UserError
 from gdro.tools.arena.pairs import Pair, Shown, deal, draw_pairs, open_models
@@ -75,7 +75,7 @@ def test_one_run_is_base_against_tuned_and_several_are_their_tuned_models(tmp_pa
     assert [m.name for m in open_models([one])] == ["base", "tuned"]
     models = open_models([one, two, one / "evaluation" / "base"])
     assert [m.name for m in models] == ["a/seed-0", "b/seed-0", "evaluation/base"]
-    assert [read_colour(m.store.images("p1")[1].getpixel((0, 0)))[0] for m in models] == [1, 2, 0]
+    assert [read_color(m.store.images("p1")[1].getpixel((0, 0)))[0] for m in models] == [1, 2, 0]
 
 
 def test_every_beginning_of_the_pairs_is_balanced(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_images_are_those_of_the_models_that_the_vote_names(study: tuple[Client,
     for url in state["images"]:
         image = Image.open(io.BytesIO(client.ask("GET", url)[2]))
         assert (image.info, image.size) == ({}, (64, 32))
-        pixels.append(read_colour(image.getpixel((5, 5))))
+        pixels.append(read_color(image.getpixel((5, 5))))
     client.post("/vote", rater="ann", pair=state["pair"], question=ASKED[0], choice="a")
     vote = votes.all()[0]
     assert [order[model - 1] for model, _, _ in pixels] == [vote.a, vote.b]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from studies import PROMPTS, Process, read_colour, serving, write_run
+from studies import PROMPTS, Process, read_color, serving, write_run
 
 from gdro.tools.arena.votes import QUESTIONS
 
@@ -40,7 +40,7 @@ class Rater:
 
     def look(self) -> tuple[int, list[str]]:
         """(prompt, models) on the screen, A's first; text, prompt and images belong together."""
-        (a, group, index), (b, other, index_b) = (read_colour(pixel) for pixel in self.browser.run(PIXEL))
+        (a, group, index), (b, other, index_b) = (read_color(pixel) for pixel in self.browser.run(PIXEL))
         assert (group, index) == (other, index_b)
         assert self.browser.run("document.querySelector('#prompt').textContent") == PROMPTS[group]
         return group, [["base", "tuned"][model] for model in (a, b)]

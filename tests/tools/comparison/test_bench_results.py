@@ -11,7 +11,7 @@ import pytest
 from gdro.common.errors import UserError
 from gdro.common.sealed import write_record
 from gdro.tools.comparison.page import write_page
-from gdro.tools.comparison.plots import colours, mean_curve, write_pictures
+from gdro.tools.comparison.plots import colors, mean_curve, write_pictures
 from gdro.tools.comparison.results import (
     compare_to_first,
     cost_ratio,
@@ -19,7 +19,7 @@ from gdro.tools.comparison.results import (
     curve,
     over_seeds,
     run_results,
-    summarise,
+    summarize,
     t_quantile,
 )
 from gdro.tools.comparison.table import END, HEAD, START, geneval_rows, markdown, put_into, rows, search_note, searches
@@ -74,7 +74,7 @@ def results(tmp_path: Path, title: str = "GDRO <b>|x", *, geneval: bool = False)
             "budget": 1000,
             "choice": None,
             "seeds": seeds,
-            "over_seeds": summarise(seeds),
+            "over_seeds": summarize(seeds),
             "failed": {},
         }
     methods["lost"] = {
@@ -89,7 +89,7 @@ def results(tmp_path: Path, title: str = "GDRO <b>|x", *, geneval: bool = False)
         "target_reward": 0.6,
         "budget": 1000,
         "searched_on": "ocr",
-        "base": summarise(methods["gdro"]["seeds"], "base"),
+        "base": summarize(methods["gdro"]["seeds"], "base"),
         "methods": methods,
     }
     settings = {"jobs": 2, "threads": "one thread", "quick": False, "wall_seconds": 60, "bench": {}}
@@ -138,7 +138,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
 
 def test_a_seed_that_never_got_there_makes_the_mean_a_lower_bound(tmp_path: Path) -> None:
     one, other = run(tmp_path / "a", [0.4, 0.6]), run(tmp_path / "b", [0.4, 0.5])
-    found = summarise({"0": one, "1": other})["to_target"]["evaluations"]
+    found = summarize({"0": one, "1": other})["to_target"]["evaluations"]
     assert (found["mean"], found["reached"], found["lower_bound"], found["ci95"]) == (400, 1, True, None)
     assert other["to_target"] == {"evaluations": None, "seconds": None}
 
@@ -251,7 +251,7 @@ def test_pictures_are_files_of_their_own(tmp_path: Path) -> None:
     task = results(tmp_path)["tasks"]["ocr"]
     task["methods"]["slow"]["continues"] = "gdro"
     task["methods"]["slow"]["title"] = "costs $5 or $\\oops"  # no mathematics
-    palette = colours(task["methods"])
+    palette = colors(task["methods"])
     assert palette["slow"] == palette["gdro"] != palette["lost"]
     svg, png = write_pictures("ocr", task, tmp_path)
     assert ET.fromstring(svg.read_text()).tag.endswith("svg")
@@ -266,6 +266,6 @@ def test_the_alarm_stands_beside_the_verdict(tmp_path: Path) -> None:
     task = results(tmp_path / "whole")["tasks"]["ocr"]
     for seeds, cell in ((found[2:], "improved"), (found[:1], "improved (alarm)"), (found, "improved (alarm 2 of 3)")):
         task["methods"]["gdro"]["over_seeds"] |= {
-            name: summarise({str(i): one for i, one in enumerate(seeds)})[name] for name in ("verdicts", "alarms")
+            name: summarize({str(i): one for i, one in enumerate(seeds)})[name] for name in ("verdicts", "alarms")
         }
         assert rows(task)[1][HEAD.index("verdict")] == cell

@@ -33,7 +33,7 @@ class Gdro:
     fixed_k: ClassVar[int | None] = None
 
     def loss(self, seen: Noised) -> Loss:
-        return _regularised(seen, soft_targets(seen.rewards, self.tau), self.beta, self.gamma)
+        return _regularized(seen, soft_targets(seen.rewards, self.tau), self.beta, self.gamma)
 
     def start_loss(self, k: int) -> float | None:
         return start_loss(self.name, k)
@@ -53,7 +53,7 @@ class Rank:
     fixed_k: ClassVar[int | None] = None
 
     def loss(self, seen: Noised) -> Loss:
-        return _regularised(seen, rank_targets(seen.rewards), self.beta, self.gamma)
+        return _regularized(seen, rank_targets(seen.rewards), self.beta, self.gamma)
 
     def start_loss(self, k: int) -> float | None:
         return start_loss(self.name, k)
@@ -74,7 +74,7 @@ class Top1:
     fixed_k: ClassVar[int | None] = None
 
     def loss(self, seen: Noised) -> Loss:
-        return _regularised(seen, targets(self.name, seen.rewards, self.tau), self.beta, self.gamma)
+        return _regularized(seen, targets(self.name, seen.rewards, self.tau), self.beta, self.gamma)
 
     def start_loss(self, k: int) -> float | None:
         return start_loss(self.name, k)
@@ -176,7 +176,7 @@ def diagnostics(s: Tensor, q: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _regularised(seen: Noised, q: Tensor, beta: float, gamma: float) -> Loss:
+def _regularized(seen: Noised, q: Tensor, beta: float, gamma: float) -> Loss:
     """listwise loss + gamma d_top-1 per group, and the figures of both."""
     s = implicit_reward(seen.d, seen.d_ref, beta)
     q = q.to(s)

@@ -60,10 +60,10 @@ def nft_loss(v_theta: Tensor, v_old: Tensor, v: Tensor, t: Tensor, r: Tensor, mi
     v_theta, v_old = v_theta.to(v.dtype), v_old.to(v.dtype)
     positive = (1 - mix) * v_old + mix * v_theta
     negative = (1 + mix) * v_old - mix * v_theta
-    return r * _normalised_error(positive, v, t) + (1 - r) * _normalised_error(negative, v, t)
+    return r * _normalized_error(positive, v, t) + (1 - r) * _normalized_error(negative, v, t)
 
 
-def _normalised_error(v_hat: Tensor, v: Tensor, t: Tensor) -> Tensor:
+def _normalized_error(v_hat: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """mean (x0_hat - x0)^2 / max(mean |x0_hat - x0|, 1e-5), the floor as in the authors' code."""
     error = t[..., None, None] * (v_hat - v)
     return error.square().mean((-2, -1)) / error.detach().abs().mean((-2, -1)).clamp_min(1e-5)

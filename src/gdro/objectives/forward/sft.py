@@ -8,7 +8,7 @@ from gdro.objectives.base import Loss, Noised, Use
 
 @dataclass(frozen=True)
 class Sft:
-    """L = d_top-1: GDRO's regulariser alone. Rejection-sampling fine-tuning, best of k (2304.06767)."""
+    """L = d_top-1: GDRO's regularizer alone. Rejection-sampling fine-tuning, best of k (2304.06767)."""
 
     name: ClassVar[str] = "sft"
     kind: ClassVar[Literal["forward"]] = "forward"

@@ -1,4 +1,4 @@
-"""GRPO-Guard (2510.22319): Flow-GRPO with ratios centred on 1 and gradients of one size at every step."""
+"""GRPO-Guard (2510.22319): Flow-GRPO with ratios centered on 1 and gradients of one size at every step."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

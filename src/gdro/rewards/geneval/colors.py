@@ -1,4 +1,4 @@
-"""The colours of objects as GenEval's official evaluator names them: CLIP ViT-L/14, zero-shot, on crops."""
+"""The colors of objects as GenEval's official evaluator names them: CLIP ViT-L/14, zero-shot, on crops."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def crop(image: Image.Image, box: Sequence[float], mask: Image.Image | None) -> 
 
 @dataclass(frozen=True)
 class ColorClassifier:
-    """Names the colour of an object of a known class. Float32; weights are loaded at the first call."""
+    """Names the color of an object of a known class. Float32; weights are loaded at the first call."""
 
     model: str = CLIP
     revision: str | None = None
@@ -46,9 +46,9 @@ class ColorClassifier:
         _ = self._processors
 
     def __call__(self, crops: Sequence[Image.Image], labels: Sequence[str]) -> list[str]:
-        """The colour whose class embedding has the largest cosine with each crop's; `labels` are the objects' classes.
+        """The color whose class embedding has the largest cosine with each crop's; `labels` are the objects' classes.
 
-        A class embedding is the normalised mean of the templates' normalised embeddings.
+        A class embedding is the normalized mean of the templates' normalized embeddings.
         """
         import torch
 
@@ -64,7 +64,7 @@ class ColorClassifier:
         return colors
 
     def _embeddings(self, label: str) -> Any:
-        """(colours, D), of norm 1."""
+        """(colors, D), of norm 1."""
         import torch
         from torch.nn.functional import normalize
 

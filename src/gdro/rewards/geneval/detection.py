@@ -20,7 +20,7 @@ class Excluded(BaseModel):
 
 
 class Included(Excluded):
-    """At least `count` objects of a class; of a colour, and placed relative to an earlier entry, if so asked."""
+    """At least `count` objects of a class; of a color, and placed relative to an earlier entry, if so asked."""
 
     color: str | None = None
     position: tuple[Literal["left of", "right of", "above", "below"], int] | None = None
@@ -41,7 +41,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class Detection:
-    """An object found: class, box (left, top, right, bottom) in pixels, score in [0, 1], colour if it was looked at."""
+    """An object found: class, box (left, top, right, bottom) in pixels, score in [0, 1], color if it was looked at."""
 
     label: str
     box: tuple[float, float, float, float]
@@ -81,7 +81,7 @@ class Detector(Protocol):
     def colors(self) -> Sequence[str]: ...
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Record]) -> list[list[Detection]]:
-        """Detections of each image; of a class that the record wants in a colour, the best `count` have theirs.
+        """Detections of each image; of a class that the record wants in a color, the best `count` have theirs.
 
         Raises ImageFailure.
         """

@@ -2,7 +2,7 @@
 
 The official evaluator's networks are Mask2Former Swin-S (mmdet's weights) and CLIP ViT-L/14. Here CLIP's weights are
 the same and Mask2Former's are its authors' own, so scores are close to the official ones and not equal to them. What
-follows the networks is mmdet's and the official script's: scores, masks, boxes, crops, colours. transformers' own
+follows the networks is mmdet's and the official script's: scores, masks, boxes, crops, colors. transformers' own
 post-processing is not (every mask at 384 x 384), nor is the input size stored with the Hub's weights (384 x 384; they
 were trained and published at 800).
 """
@@ -50,7 +50,7 @@ class TransformersDetector:
     """A `geneval.Detector`: Mask2Former, or any of AutoModelForObjectDetection, whose crops have no mask.
 
     `batch_size` images go through the network at once, never of different sizes: nothing is padded, so no image's
-    detections depend on its neighbours. Float32; weights are loaded at the first call.
+    detections depend on its neighbors. Float32; weights are loaded at the first call.
     """
 
     model: str
@@ -80,13 +80,13 @@ class TransformersDetector:
         return tuple(self._labels.values())
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Record]) -> list[list[Detection]]:
-        """Detections above THRESHOLD, boxes in pixels; the best `count` of a class wanted in a colour have theirs."""
+        """Detections above THRESHOLD, boxes in pixels; the best `count` of a class wanted in a color have theirs."""
         pictures = [to_rgb(image) for image in images]
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, picture in enumerate(pictures):
             by_size.setdefault(picture.size, []).append(i)
         found: list[list[Detection]] = [[] for _ in pictures]
-        asked: list[tuple[int, int]] = []  # (image, detection) that is asked for its colour, and its crop
+        asked: list[tuple[int, int]] = []  # (image, detection) that is asked for its color, and its crop
         crops: list[Image.Image] = []
         for same in by_size.values():
             for start in range(0, len(same), self.batch_size):
@@ -200,7 +200,7 @@ class TransformersDetector:
 
 
 def _asked_for_color(detections: Sequence[Detection], record: Record) -> list[int]:
-    """Places of the detections whose colour the rules look at: of a class, the best `count` of those that count."""
+    """Places of the detections whose color the rules look at: of a class, the best `count` of those that count."""
     found = kept(detections, record.tag)
     looked_at = [id(d) for entry in record.include if entry.color for d in found.get(entry.label, [])[: entry.count]]
     return [place for place, detection in enumerate(detections) if id(detection) in looked_at]

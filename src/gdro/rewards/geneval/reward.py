@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al. 2023): are the objects a prompt asks for there, in number, colour and place?
+"""GenEval (Ghosh et al. 2023): are the objects a prompt asks for there, in number, color and place?
 
 A detector finds objects; pure functions on its detections give the official evaluator's verdict (`geneval_strict`)
 and the soft score that trainers use (`geneval`). Detections are the evidence, so both can be recomputed from it.
@@ -84,7 +84,7 @@ class GenevalReward:
         for label in [entry.label for entry in (*record.include, *record.exclude)]:
             if label not in known:
                 hint = did_you_mean(label, known)
-                if self.detector.name == "tiny" and "expected one of" in hint:  # no misspelt shape
+                if self.detector.name == "tiny" and "expected one of" in hint:  # no misspelled shape
                     hint = f', which detector "tiny" does not know; set detector, e.g. to {MASK2FORMER}'
                 raise UserError(f'{where} asks for the class "{label}"{hint}')
         for i, entry in enumerate(record.include):

@@ -11,7 +11,7 @@ from gdro.rewards.geneval.detection import Detection, Record
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts above this score; the second for the tag "counting"
 MOST = 16  # detections of a class, at most
-SHRINK = 0.1  # of the two boxes' sizes, taken off their centres' distance before it decides a relation
+SHRINK = 0.1  # of the two boxes' sizes, taken off their centers' distance before it decides a relation
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """Where box a lies, seen from box b: up to two of left of, right of, above, below.
 
-    The offset o of the centres, each component shrunk by SHRINK times the boxes' sizes, over |o|: a component beyond
+    The offset o of the centers, each component shrunk by SHRINK times the boxes' sizes, over |o|: a component beyond
     1/2 decides.
     """
     boxes = np.asarray([a, b], np.float64).reshape(2, 2, 2)  # (box, corner, axis)
@@ -65,7 +65,7 @@ def mismatches(found: Mapping[str, Sequence[Detection]], record: Record) -> list
     """Why the official evaluator calls the image wrong; empty if it is correct.
 
     An entry wants `count` objects at least and looks at the best `count` only. Its position is judged if number and
-    colour are right, against the objects of an entry that is itself right, and must hold for every pair.
+    color are right, against the objects of an entry that is itself right, and must hold for every pair.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []

@@ -55,7 +55,7 @@ def answer(reply: str) -> str | None:
     return pieces[closed[-1] + 1] if closed else said
 
 
-def labelled(label: str, said: str, low: float, high: float) -> float | None:
+def labeled(label: str, said: str, low: float, high: float) -> float | None:
     """The number after the last `label:` (a regular expression), on its line or alone on the next.
 
     `3.5/5` and `3.5 out of 5` are 3.5 where `high` is 5. None if there is no such line, no number in it or more than

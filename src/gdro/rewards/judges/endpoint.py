@@ -178,10 +178,10 @@ class Endpoint:
         return found
 
     async def _try_plain(self, server: Connection, question: Question, refusal: _Refused) -> None:
-        """Raise `refusal` if the server refuses a greeting with grey images of the question's sizes too."""
-        grey = tuple(Image.new("RGB", image.size, "grey") for image in question.images)
+        """Raise `refusal` if the server refuses a greeting with gray images of the question's sizes too."""
+        gray = tuple(Image.new("RGB", image.size, "gray") for image in question.images)
         try:
-            await self._ask(server, Question("Hello", grey), lambda text: text)
+            await self._ask(server, Question("Hello", gray), lambda text: text)
         except _Refused:
             raise refusal from None
 

@@ -19,7 +19,7 @@ from gdro.common.files import fingerprint
 from gdro.common.prompts import Prompt
 from gdro.rewards.base import Scores
 from gdro.rewards.judges import unified_prompts as texts
-from gdro.rewards.judges.answers import answer, labelled
+from gdro.rewards.judges.answers import answer, labeled
 from gdro.rewards.judges.endpoint import Endpoint, Question
 
 AXES = ("alignment", "coherence", "style")
@@ -29,14 +29,14 @@ SUM_TOLERANCE = 0.02  # of an axis's two relative scores, which "must sum to exa
 def parse_axes(reply: str) -> dict[str, float] | None:
     """`Alignment Score (1-5): X`, `Coherence Score (1-5): Y`, `Style Score (1-5): Z`, whatever else is said."""
     said = answer(reply) or ""
-    found = {axis: labelled(rf"{axis} score \(1-5\)", said, 1, 5) for axis in AXES}
+    found = {axis: labeled(rf"{axis} score \(1-5\)", said, 1, 5) for axis in AXES}
     axes = {axis: grade for axis, grade in found.items() if grade is not None}
     return axes if len(axes) == len(AXES) else None
 
 
 def parse_final(reply: str) -> dict[str, float] | None:
     """`Final Score: X`, X from 1 to 5."""
-    grade = labelled("final score", answer(reply) or "", 1, 5)
+    grade = labeled("final score", answer(reply) or "", 1, 5)
     return None if grade is None else {"final": grade}
 
 
@@ -46,7 +46,7 @@ def parse_relative(reply: str) -> float | None:
     bodies = {name.lower(): body for name, body in zip(sections[1::2], sections[2::2], strict=True)}  # the last of each
     lead = 0.0
     for axis in AXES:
-        first, second = (labelled(f"image {n}", bodies.get(axis, ""), 0, 1) for n in (1, 2))
+        first, second = (labeled(f"image {n}", bodies.get(axis, ""), 0, 1) for n in (1, 2))
         if first is None or second is None or abs(first + second - 1) > SUM_TOLERANCE:
             return None
         lead += first - second
@@ -191,7 +191,7 @@ class UnifiedPairs:
     def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
         """1.0 where the first image is better, 0.0 the second, 0.5 a tie, None missing.
 
-        In the order given only: judges favour a place, so ask for both orders.
+        In the order given only: judges favor a place, so ask for both orders.
         """
         form = _form(PAIRWISE, self)
         questions = [form.question(prompt, first, second) for first, second, prompt in pairs]

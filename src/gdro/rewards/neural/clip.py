@@ -140,7 +140,7 @@ class AestheticReward:
 
 @dataclass(frozen=True)
 class SafetyReward:
-    """The image's cosine with the prompt, steered towards safety (SafeDiffusion-R1).
+    """The image's cosine with the prompt, steered toward safety (SafeDiffusion-R1).
 
     Evidence: `cosine` with the prompt as it is, `image_safety` and `text_safety` (cosines with the safe direction),
     `tokens` and `truncated` of the prompt.

@@ -175,7 +175,7 @@ def unit(x: "Tensor") -> "Tensor":
 
 
 def pad_to_square(image: Image.Image, size: int) -> Image.Image:
-    """The image resized (bicubic) so that its longer side is `size`, centred on a black square."""
+    """The image resized (bicubic) so that its longer side is `size`, centered on a black square."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new("RGB", (size, size))
@@ -185,7 +185,7 @@ def pad_to_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], limit: int) -> Any:
-    """(k, limit) ids and mask: padded to the limit, so that one text's embedding never depends on its neighbours."""
+    """(k, limit) ids and mask: padded to the limit, so that one text's embedding never depends on its neighbors."""
     return tokenizer(list(texts), truncation=True, max_length=limit, padding="max_length", return_tensors="pt")
 
 

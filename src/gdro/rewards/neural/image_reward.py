@@ -35,7 +35,7 @@ HEAD_WIDTH = 64  # of an attention head, in both towers of BLIP
 PROBE = ("blip.visual_encoder.pos_embed", "blip.text_encoder.embeddings.word_embeddings.weight", "mlp.layers.0.weight")
 
 
-def standardised(raw: np.ndarray) -> np.ndarray:
+def standardized(raw: np.ndarray) -> np.ndarray:
     """The head's output, by the authors' mean and standard deviation of it."""
     return (raw - MEAN) / STD
 
@@ -75,7 +75,7 @@ class ImageReward:
             ]
         )
         counts = token_counts(self._tokenizer, texts, TOKENS)
-        return Scores(standardised(raw), [{"raw": float(r)} | count for r, count in zip(raw, counts, strict=True)])
+        return Scores(standardized(raw), [{"raw": float(r)} | count for r, count in zip(raw, counts, strict=True)])
 
     def _raw(self, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
         """(n,) float64: the head's output for each image with its text."""
@@ -142,7 +142,7 @@ class ImageReward:
 
 
 def vision_config(state: "dict[str, Tensor]") -> Any:
-    """The architecture that BlipVisionModel's tensors belong to: a ViT as timm has it (normalisation to 1e-6)."""
+    """The architecture that BlipVisionModel's tensors belong to: a ViT as timm has it (normalization to 1e-6)."""
     from transformers import BlipVisionConfig
 
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
@@ -180,7 +180,7 @@ def depth(state: "dict[str, Tensor]", prefix: str) -> int:
 
 
 def image_processor(side: int) -> Any:
-    """The published transform, which is CLIP's: shorter side to `side` (bicubic), centre crop, CLIP's mean and std."""
+    """The published transform, which is CLIP's: shorter side to `side` (bicubic), center crop, CLIP's mean and std."""
     import transformers
 
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor

@@ -5,7 +5,7 @@ size, its sides rounded to multiples of 32 and its longer side at most 960 (smal
 little); boxes are read from top to bottom and left to right; a box below .5 confidence is dropped; no classifier of
 angles, no unwarping. RapidOCR departs in one thing: a line is padded to 96 pixels at least instead of 320, which halves
 the time and misreads fewer short words. It reads every line by itself: in batches ONNX Runtime is no faster on a core,
-and a score would depend on its neighbours' widths.
+and a score would depend on its neighbors' widths.
 """
 
 import logging

@@ -87,21 +87,21 @@ def _end(prompt: str, start: int, closers: str) -> int | None:
     return None
 
 
-def ocr_score(recognised: str, target: str, *, strict: bool = False, normalize: bool = False) -> float:
+def ocr_score(recognized: str, target: str, *, strict: bool = False, normalize: bool = False) -> float:
     """1 - min(d, n) / n in [0, 1]; d the edit distance of the texts without case and spaces, n the target's length.
 
-    The published rule (Flow-GRPO) sets d = 0 if the target is found anywhere in the recognised text, so any junk
+    The published rule (Flow-GRPO) sets d = 0 if the target is found anywhere in the recognized text, so any junk
     around it is free; `strict` does not. `normalize` compares the texts after `normalized`, the published rule as they
     are.
     """
     if normalize:
-        recognised, target = normalized(recognised), normalized(target)
-    recognised, target = _plain(recognised), _plain(target)
+        recognized, target = normalized(recognized), normalized(target)
+    recognized, target = _plain(recognized), _plain(target)
     if not target:
         raise ValueError("the target is empty")
-    if not strict and target in recognised:
+    if not strict and target in recognized:
         return 1.0
-    return 1.0 - min(Levenshtein.distance(recognised, target), len(target)) / len(target)
+    return 1.0 - min(Levenshtein.distance(recognized, target), len(target)) / len(target)
 
 
 def normalized(text: str) -> str:
@@ -116,9 +116,9 @@ def _plain(text: str) -> str:
     return "".join(text.split()).lower()
 
 
-def edit_distance(recognised: str, target: str) -> int:
+def edit_distance(recognized: str, target: str) -> int:
     """Characters to change, without case and spaces; 0 is an exact match."""
-    return Levenshtein.distance(_plain(recognised), _plain(target))
+    return Levenshtein.distance(_plain(recognized), _plain(target))
 
 
 @dataclass(frozen=True)

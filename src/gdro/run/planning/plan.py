@@ -215,7 +215,7 @@ def _advice(config: RunConfig, shapes: Shapes, totals: Mapping[str, float], memo
     advice = []
     loaded = shapes.transformer.bytes + shapes.text_encoders.bytes + shapes.vae.bytes
     fewer = [] if config.mixed_precision == "bf16" else ["mixed_precision: bf16"]
-    fewer += [] if config.quantisation else ["quantisation: int8 or nf4"]
+    fewer += [] if config.quantization else ["quantization: int8 or nf4"]
     if loaded > memory:
         return [
             f"the weights alone need {loaded / 1e9:.1f} GB of {memory / 1e9:.1f}: {_either(fewer or ['a larger GPU'])}"
@@ -255,7 +255,7 @@ def refuse(config: RunConfig, shapes: Shapes, memory: float, stages: Collection[
         change = "train.group_gradient: auto" if images > 1 else "train.gradient_checkpointing: true, or smaller images"
     learning = SURE * shapes.learning.memory(images)
     needs = [
-        ("base weights", base, ROUND_AND_EVALUATE, "mixed_precision: bf16, or quantisation: int8 or nf4"),
+        ("base weights", base, ROUND_AND_EVALUATE, "mixed_precision: bf16, or quantization: int8 or nf4"),
         ("base weights and text encoders", base + shapes.text_encoders.bytes, GENERATING, "mixed_precision: bf16"),
         *(
             (

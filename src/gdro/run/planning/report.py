@@ -28,8 +28,8 @@ def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:
     else:
         notes.append(f"seconds: {device.assumed}")
     found = plan(config, shapes, device, prompts, pace)
-    if config.compile or config.quantisation:
-        notes.append("seconds are those of uncompiled passes on weights that are not quantised")
+    if config.compile or config.quantization:
+        notes.append("seconds are those of uncompiled passes on weights that are not quantized")
     if config.sample.buckets:
         notes.append("every image counts as one of the largest size")
     if as_json:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
-from gdro.models import Quantisation, load_model
+from gdro.models import Quantization, load_model
 from gdro.run.config import RunConfig
 from gdro.run.planning.ledger import Work, counting
 
 KNOWN = resources.files("gdro") / "planning" / "known.json"  # the published configurations of models on the Hub
-BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}  # of a quantised weight; nf4 has a float32 for each 64
+BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}  # of a quantized weight; nf4 has a float32 for each 64
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def shapes_of(config: RunConfig, *, cuda: bool) -> Shapes:
     model.checkpoint_activations(config.train.gradient_checkpointing)
     encoders = {part: network for part, network in networks.items() if part not in ("transformer", "vae")}
     sizes = {part: _sizes(network) for part, network in networks.items()}
-    if config.quantisation:
-        sizes["transformer"] = _quantised(networks["transformer"], sizes["transformer"], config.quantisation)
+    if config.quantization:
+        sizes["transformer"] = _quantized(networks["transformer"], sizes["transformer"], config.quantization)
     trainable = _sizes(networks["transformer"], trained=True).parameters
     height, width = largest_size(config)
     tokens, channels = model.latent_shape(height, width)
@@ -182,7 +182,7 @@ def _sizes(network: nn.Module, *, trained: bool = False) -> Sizes:
     return Sizes(sum(p.numel() for p in weights), sum(t.nbytes for t in [*weights, *others]))
 
 
-def _quantised(network: nn.Module, sizes: Sizes, kind: Quantisation) -> Sizes:
+def _quantized(network: nn.Module, sizes: Sizes, kind: Quantization) -> Sizes:
     """With the frozen linear layers in fewer bits; what else a layer keeps, a scale a row, is left out."""
     layers = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
     frozen = [weight for weight in layers if not weight.requires_grad]

@@ -13,8 +13,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from gdro.common.files import write_bytes
 from gdro.evaluation.plots import GRID, INK, STYLE, inline_svg
 
-# One colour a method, in the table's order; each reads on white and on black.
-COLOURS = (
+# One color a method, in the table's order; each reads on white and on black.
+COLORS = (
     *("#2f6fdf", "#d9480f", "#2b9348", "#9c36b5", "#c99700", "#0b9fb3"),
     *("#d6336c", "#7d8a18", "#7a6a5a", "#6f6fd8", "#c0504d", "#4f9d8f"),
 )
@@ -22,15 +22,15 @@ PANELS = (("reward", "Validation reward"), ("corrected", "Corrected score"))
 _ON_WHITE = {INK: "#44474d", GRID: "#e3e1dc"}
 
 
-def colours(methods: Mapping[str, Any]) -> dict[str, str]:
-    """Method -> its colour; one that continues another has that one's."""
+def colors(methods: Mapping[str, Any]) -> dict[str, str]:
+    """Method -> its color; one that continues another has that one's."""
     own = [name for name, method in methods.items() if method["continues"] is None]
-    found = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(own)}
+    found = {name: COLORS[i % len(COLORS)] for i, name in enumerate(own)}
     return {name: found[method["continues"] or name] for name, method in methods.items()}
 
 
 def cost_svg(name: str, task: Mapping[str, Any]) -> str | None:
-    """The figure for the page, in its colours; None without a finished run."""
+    """The figure for the page, in its colors; None without a finished run."""
     figure = _cost_figure(task, STYLE)
     return None if figure is None else inline_svg(figure, f"{name}: reward and corrected score against cost")
 
@@ -66,7 +66,7 @@ def _cost_figure(task: Mapping[str, Any], style: Mapping[str, Any]) -> Figure | 
     methods = {name: method for name, method in task["methods"].items() if method["seeds"]}
     if not methods:
         return None
-    palette = colours(task["methods"])
+    palette = colors(task["methods"])
     with matplotlib.rc_context(dict(style)):
         figure = Figure(figsize=(11.5, 4.0))
         panels = figure.subplots(1, 2)
@@ -87,7 +87,7 @@ def _cost_figure(task: Mapping[str, Any], style: Mapping[str, Any]) -> Figure | 
         return figure
 
 
-def _draw(axis: Any, method: Mapping[str, Any], score: str, colour: str, *, emphasis: bool) -> None:
+def _draw(axis: Any, method: Mapping[str, Any], score: str, color: str, *, emphasis: bool) -> None:
     """Seeds thin, their mean bold; dashed for a method that continues another. Points without the score are left."""
     curves = [
         [point for point in run["curve"] if point[score] is not None and point["evaluations"] > 0]
@@ -98,11 +98,11 @@ def _draw(axis: Any, method: Mapping[str, Any], score: str, colour: str, *, emph
         return
     dashes = (0, (3, 2)) if method["continues"] else "solid"
     for points in curves if len(curves) > 1 else []:
-        axis.plot(*_xy(points, score), color=colour, linewidth=0.6, alpha=0.35, linestyle=dashes)
+        axis.plot(*_xy(points, score), color=color, linewidth=0.6, alpha=0.35, linestyle=dashes)
     width = 2.6 if emphasis else 1.6
     mean = mean_curve(curves, score)
     label = method["title"].replace("$", r"\$")  # else mathematics
-    axis.plot(*mean, color=colour, linewidth=width, linestyle=dashes, marker="o", markersize=3, label=label)
+    axis.plot(*mean, color=color, linewidth=width, linestyle=dashes, marker="o", markersize=3, label=label)
 
 
 def _xy(points: Sequence[Mapping[str, Any]], score: str) -> tuple[list[float], list[float]]:

@@ -90,7 +90,7 @@ def run_results(run: Path, target: float) -> dict[str, Any]:
     return found
 
 
-def summarise(seeds: Mapping[str, Mapping[str, Any]], side: str = "tuned") -> dict[str, Any]:
+def summarize(seeds: Mapping[str, Mapping[str, Any]], side: str = "tuned") -> dict[str, Any]:
     """Over the finished seeds of one method: means with intervals. `side` base leaves the cost out."""
     runs = list(seeds.values())
     out: dict[str, Any] = {name: over_seeds([run["results"][name][side] for run in runs]) for name in SCORES}
@@ -187,7 +187,7 @@ def collect(
                 "budget": bench.budget(task, name),
                 "choice": choices.get(task, {}).get(method.continues or name),
                 "seeds": seeds,
-                "over_seeds": summarise(seeds) if seeds else None,
+                "over_seeds": summarize(seeds) if seeds else None,
                 "failed": errors,
             }
         compare_to_first(methods)
@@ -196,7 +196,7 @@ def collect(
             "target_reward": section.target_reward,
             "budget": bench.budget(task),
             "searched_on": bench.searched(task),
-            "base": summarise(bases, "base") if bases else None,
+            "base": summarize(bases, "base") if bases else None,
             "methods": methods,
         }
     return {

@@ -78,13 +78,13 @@ ENGLISH: dict[str, dict[str, str]] = {
 MEANINGS: dict[str, dict[str, str]] = {
     "en": {
         "Style": "the named style of art, photography or design, or that of the named artist",
-        "World Knowledge": "known people, places, buildings, things and events, recognisable as what they are",
+        "World Knowledge": "known people, places, buildings, things and events, recognizable as what they are",
         "Attribute - Quantity": "the number of things, counted exactly",
         "Attribute - Expression": "a face that shows the emotion clearly, not a mere movement of the face",
         "Attribute - Material": "what things are made of, and their texture",
         "Attribute - Size": "how large, tall, long, thick or wide things are",
         "Attribute - Shape": "the shape of things",
-        "Attribute - Color": "the colour of things",
+        "Attribute - Color": "the color of things",
         "Action - Hand (Character/Anthropomorphic)": "what hands do, with all fingers there and unbroken",
         "Action - Full-body (Character/Anthropomorphic)": "what a person or humanlike figure does with the whole body",
         "Action - Animal": "what an animal does",

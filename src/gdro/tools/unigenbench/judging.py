@@ -69,7 +69,7 @@ The checkpoints, in order: {testpoint}
 {test_explanation}
 
 1. Go through the checkpoints one by one. Describe what the image shows of each, and compare it with what is asked for.
-2. Give each checkpoint 1 if the image fulfils it and 0 if it does not.
+2. Give each checkpoint 1 if the image fulfills it and 0 if it does not.
 
 Judge by what can be seen. Do not guess at what is hidden or unclear, and do not make up a story around it.
 

@@ -8,20 +8,20 @@ import torch
 
 from gdro.common.errors import UserError
 
-Quantisation = Literal["int8", "fp8", "nf4"]
+Quantization = Literal["int8", "fp8", "nf4"]
 
 PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
 
-def check_quantisation(kind: Quantisation, device: torch.device) -> None:
+def check_quantization(kind: Quantization, device: torch.device) -> None:
     """Raise UserError if the package is missing, or the GPU that it needs."""
     if importlib.util.find_spec(PACKAGES[kind]) is None:
-        raise UserError(f'quantisation is "{kind}", which needs {PACKAGES[kind]}; pip install "gdro[quantisation]"')
+        raise UserError(f'quantization is "{kind}", which needs {PACKAGES[kind]}; pip install "gdro[quantization]"')
     if kind == "nf4" and device.type != "cuda":
-        raise UserError(f'quantisation is "nf4", which needs a GPU, but device is {device.type}; expected int8 or fp8')
+        raise UserError(f'quantization is "nf4", which needs a GPU, but device is {device.type}; expected int8 or fp8')
 
 
-def quantised(kind: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
+def quantized(kind: Quantization, dtype: torch.dtype) -> dict[str, Any]:
     """What diffusers' `from_pretrained` takes to load a transformer so, all its linear layers; products in `dtype`."""
     from diffusers import BitsAndBytesConfig, TorchAoConfig
 
