@@ -94,14 +94,14 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
         )
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         last = [row for row in rows if "loss" in row][-20:]
-        evaluations = [row["validation"]["evaluations"]["train"] for row in rows if "validation" in row][-1]
+        evaluations = [row["validation"]["nfe"]["train"] for row in rows if "validation" in row][-1]
     figures = {n: float(np.mean([r[n] for r in last])) for n in ("drift_best", "drift_worst", "entropy_p", "spread_s")}
     scores = {
         f"{axis}_{when}": found[step][axis]
         for axis in ("reward", "corrected", "alignment", "coherence", "style")
         for when, step in (("base", 0), ("tuned", steps))
     }
-    row = {"variant": name, "seed": seed, "steps": steps, "evaluations": evaluations, **scores, **figures}
+    row = {"variant": name, "seed": seed, "steps": steps, "nfe": evaluations, **scores, **figures}
     with open(results, "a") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -153,9 +153,9 @@ def test_guidance_and_text_matter_and_each_pass_is_counted(folders: Callable[[st
     text, other = (model.encode_text(prompts, TEXT_LENGTH) for prompts in (PROMPTS, ["blue", "green"]))
     seen = []
     for scale, passes in FAMILIES[name].guidance.items():
-        before = model.evaluations
+        before = model.nfe
         seen.append(model.velocity(x, t, text, guidance_scale=scale, height=32, width=64))
-        assert model.evaluations - before == len(x) * passes
+        assert model.nfe - before == len(x) * passes
         assert models.passes(str(folders(name)), scale) == passes  # without loading it
         unlike = model.velocity(x, t, other, guidance_scale=scale, height=32, width=64)
         assert (seen[-1] - unlike).abs().max() > 1e-3
@@ -379,4 +379,4 @@ def test_a_distilled_model_is_not_guided(tmp_path: Path):
     assert set(model.encode_text(PROMPTS, TEXT_LENGTH)) == {"prompt_embeds"}
     expected, _ = theirs("flux2-klein", plain(tmp_path), model, 4.0, 32, 64)
     assert torch.allclose(ours(model, 4.0, 32, 64), expected, atol=1e-4)
-    assert model.evaluations == 3 * len(PROMPTS)
+    assert model.nfe == 3 * len(PROMPTS)

@@ -179,13 +179,13 @@ def test_disabled_adapter_is_the_reference_and_comes_back(flux: FluxModel, input
 
 
 def test_weights_name_what_the_velocity_is_made_of(flux: FluxModel):
-    assert flux.weights == flux.revision
+    assert flux.fingerprint == flux.revision
     flux.add_adapter(rank=4, alpha=8, targets="attention", seed=0)
-    before = flux.weights
+    before = flux.fingerprint
     perturb(flux)
-    assert len({flux.revision, before, flux.weights}) == 3
+    assert len({flux.revision, before, flux.fingerprint}) == 3
     with flux.adapter_disabled():
-        assert flux.weights == flux.revision
+        assert flux.fingerprint == flux.revision
 
 
 def test_nan_in_an_adapter_is_named(flux: FluxModel):
@@ -193,10 +193,10 @@ def test_nan_in_an_adapter_is_named(flux: FluxModel):
     state = {name: value.detach().clone() for name, value in flux.adapter().items()}
     name = "transformer_blocks.0.attn.to_q.lora_A.weight"
     state[name][0, 0] = torch.nan
-    before = flux.weights
+    before = flux.fingerprint
     with pytest.raises(UserError, match=rf"^adapter: {name} holds NaN or infinity; expected finite weights$"):
         flux.load_adapter_state(state)
-    assert flux.weights == before
+    assert flux.fingerprint == before
 
 
 @torch.no_grad()

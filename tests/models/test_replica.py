@@ -12,7 +12,7 @@ from gdro.models.replica import Replica
 
 def test_a_replica_is_the_same_model(flux: FluxModel, flux_folder: Path):
     replica = pickle.loads(pickle.dumps(Replica(name=str(flux_folder), dtype=torch.float32)))
-    assert replica.load().weights == flux.weights
+    assert replica.load().fingerprint == flux.fingerprint
 
 
 def test_a_replica_of_a_later_round_carries_its_adapter(flux: FluxModel, flux_folder: Path):
@@ -25,7 +25,7 @@ def test_a_replica_of_a_later_round_carries_its_adapter(flux: FluxModel, flux_fo
     flux.load_adapter_state(state)
     replica = pickle.loads(pickle.dumps(Replica(name=str(flux_folder), dtype=torch.float32, lora=lora, state=state)))
     model = replica.load()
-    assert model.weights == flux.weights
+    assert model.fingerprint == flux.fingerprint
     x, t, text = torch.ones(1, 32, 64), torch.full((1,), 0.5), flux.encode_text(["a"], 8)
     velocities = [m.velocity(x, t, text, guidance_scale=3.5, height=32, width=64) for m in (flux, model)]
     assert torch.equal(velocities[0], velocities[1])

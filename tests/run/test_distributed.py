@@ -143,8 +143,8 @@ def test_losses_and_adapter_are_those_of_one_process(
     for expected, found in zip(one, other, strict=True):
         if "validation" in expected:
             expected, found = expected["validation"], found["validation"]
-            assert found["evaluations"] == expected["evaluations"]
-        figures = expected.keys() - {"images_per_second", "seconds", "evaluations", "alarm"}
+            assert found["nfe"] == expected["nfe"]
+        figures = expected.keys() - {"images_per_second", "seconds", "nfe", "alarm"}
         assert {key: found[key] for key in figures} == pytest.approx({key: expected[key] for key in figures}, abs=1e-4)
     last = one[-1]["step"]
     expected, found = weights(folder / whole, last), weights(folder / name, last)

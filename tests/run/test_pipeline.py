@@ -86,7 +86,7 @@ def test_a_run_directory_holds_what_it_should(work: Path) -> None:
 
 def test_the_summary_has_the_documented_shape(work: Path) -> None:
     summary = json.loads((work / "whole" / "summary.json").read_text())
-    kinds = ["verdict", "alarm", "reward", "corrected", "judge", "seconds", "evaluations", "steps", "rounds"]
+    kinds = ["verdict", "alarm", "reward", "corrected", "judge", "seconds", "nfe", "steps", "rounds"]
     assert list(summary) == [*kinds, "objective", "model", "prompts", "seed", "digest"]
     for name in ("reward", "corrected"):
         assert list(summary[name]) == ["base", "tuned", "gain", "ci95"]
@@ -95,7 +95,7 @@ def test_the_summary_has_the_documented_shape(work: Path) -> None:
     assert all(list(summary["judge"][side]) == ["alignment", "coherence", "style"] for side in ("base", "tuned"))
     assert list(summary["seconds"]) == ["sample", "score", "train", "validate", "evaluate", "total"]
     # 4 prompts x 4 images x 2 steps; 6 steps of 2 groups x 3 images, each once without and once with gradient
-    assert summary["evaluations"] == {"sample": 32, "train": 6 * 6 * 4}
+    assert summary["nfe"] == {"sample": 32, "train": 6 * 6 * 4}
     assert (summary["steps"], summary["rounds"]) == (6, 1)
     assert all(value > 0 for value in summary["seconds"].values())
     assert summary["prompts"] == {"train": 4, "test": 2}
@@ -195,9 +195,9 @@ def test_longer_training_goes_on_and_is_evaluated_anew(work: Path, tmp_path: Pat
     assert main(["run", "--out", str(out), "--train.max_train_steps", "8"]) == 0
     assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 9))
     assert rows(out)[: len(rows(work / "whole"))] == rows(work / "whole")
-    weights = json.loads((out / "evaluation.json").read_text())["weights"]
+    weights = json.loads((out / "evaluation.json").read_text())["fingerprint"]
     best = json.loads((out / "checkpoints" / "best.json").read_text())["step"]
-    assert (weights != json.loads(evaluation)["weights"]) == (best > 6)
+    assert (weights != json.loads(evaluation)["fingerprint"]) == (best > 6)
 
 
 HOLDER = "from gdro.run.directory import *\nwith alone(Path('whole')): print(flush=True); input()"

@@ -124,7 +124,7 @@ def run(name: str, out: Path, judge: FakeEndpoint, settings: dict[str, object]) 
     assert main(["run", str(RECIPES / f"{name}.yaml"), "--out", str(out), *options]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["judge"]["base"].keys() == summary["judge"]["tuned"].keys() == {"alignment", "coherence", "style"}
-    assert summary["evaluations"]["train"] > 0
+    assert summary["nfe"]["train"] > 0
     assert (out / "adapter" / "pytorch_lora_weights.safetensors").exists()
     return summary
 
@@ -213,7 +213,7 @@ def test_the_sd3_recipe_runs_and_its_adapter_loads_in_diffusers(
             path.write_text(prompt_lines(field, 2))
             settings[field] = path
     summary = run("sd3_ocr", tmp_path / "run", judge, settings)
-    assert summary["evaluations"]["sample"] == 2 * 6 * 2  # prompts, images, with and without the prompt
+    assert summary["nfe"]["sample"] == 2 * 6 * 2  # prompts, images, with and without the prompt
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     pipe.load_lora_weights(tmp_path / "run" / "adapter", weight_name="pytorch_lora_weights.safetensors")
     assert pipe.get_active_adapters()

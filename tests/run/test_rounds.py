@@ -74,7 +74,7 @@ def test_rounds_refresh_the_groups_and_keep_the_old_ones(base: dict[str, Any], t
 def test_model_evaluations_are_counted(base: dict[str, Any], tmp_path: Path) -> None:
     config = online(base, "flow_grpo", validation_steps=2, validation_prompts=str(tmp_path / "validation.jsonl"))
     run(config, tmp_path / "run", LOOP)
-    costs = [row["validation"]["evaluations"] for row in rows(tmp_path / "run") if "validation" in row]
+    costs = [row["validation"]["nfe"] for row in rows(tmp_path / "run") if "validation" in row]
     # a round: 2 prompts x 4 images x 3 steps; a step: 2 groups x 3 images x 2 transitions x (1 base + 3 policy)
     assert costs == [{"sample": 24, "train": 0}] + [{"sample": 24 * i, "train": 96 * i} for i in (1, 2, 3)]
     seconds = [row["validation"]["seconds"] for row in rows(tmp_path / "run") if "validation" in row]
@@ -188,7 +188,7 @@ def test_stored_log_probabilities_are_the_samplers_own(base: dict[str, Any], tmp
 
 def test_kept_rounds_are_trained_on_too(base: dict[str, Any], tmp_path: Path) -> None:
     config = changed(
-        base, train={"max_train_steps": 8}, rounds={"train_steps": 2, "prompts": 2, "keep": 2, "generator": "ema"}
+        base, train={"max_train_steps": 8}, rounds={"train_steps": 2, "prompts": 2, "keep": 2, "behavior_policy": "ema"}
     )
     run(config, tmp_path / "run", LOOP)
     job = Run(config, tmp_path / "run")
@@ -233,10 +233,10 @@ def test_training_stops_at_its_target_or_budget_and_goes_on_from_there(base: dic
     assert same(weights(out, 6), weights(tmp_path / "whole", 6))
 
     out = tmp_path / "budget"
-    run(online(base, **held_out, max_evaluations=100), out, LOOP)
+    run(online(base, **held_out, max_nfe=100), out, LOOP)
     stopped = json.loads((out / "checkpoints/stopped.json").read_text())
     # a round samples 2 x 4 x 3 and a step is 2 groups x 3 images x 4: 24 + 24, + 24, + 24 + 24
-    assert (stopped["reason"], stopped["step"]) == ("max_evaluations", 3)
+    assert (stopped["reason"], stopped["step"]) == ("max_nfe", 3)
     assert "validation" in rows(out)[-1]
     run(online(base, **held_out), out, LOOP)
     assert same(weights(out, 6), weights(tmp_path / "whole", 6))
@@ -246,14 +246,14 @@ def test_a_round_that_the_budget_cannot_pay_is_not_begun(base: dict[str, Any], t
     """After two steps 72 are spent; sampling the second round would make it 96."""
     held_out = {"validation_steps": 100, "validation_prompts": str(tmp_path / "validation.jsonl")}
     out = tmp_path / "run"
-    run(online(base, **held_out, max_evaluations=90), out, LOOP)
+    run(online(base, **held_out, max_nfe=90), out, LOOP)
     stopped = json.loads((out / "checkpoints/stopped.json").read_text())
-    assert (stopped["reason"], stopped["step"]) == ("max_evaluations", 2)
-    assert rows(out)[-1]["validation"]["evaluations"] == {"sample": 24, "train": 48}
+    assert (stopped["reason"], stopped["step"]) == ("max_nfe", 2)
+    assert rows(out)[-1]["validation"]["nfe"] == {"sample": 24, "train": 48}
     assert not (out / "rounds").exists()
-    run(online(base, **held_out, max_evaluations=80), out, LOOP)  # a lower limit: nothing is done, and it is over
+    run(online(base, **held_out, max_nfe=80), out, LOOP)  # a lower limit: nothing is done, and it is over
     assert not (out / "rounds").exists()
-    assert json.loads((out / "checkpoints/stopped.json").read_text())["max_evaluations"] == 80
+    assert json.loads((out / "checkpoints/stopped.json").read_text())["max_nfe"] == 80
 
 
 def test_a_round_sampled_by_other_weights_is_refused(base: dict[str, Any], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from gdro.common.errors import UserError
 from gdro.common.prompts import Prompt
 from gdro.common.sealed import read_record
+from gdro.evaluation.image_stats import THRESHOLDS
 from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
-from gdro.evaluation.signs import THRESHOLDS
 from gdro.groups.sampling import Generation
 from gdro.groups.store import GroupStore
 from gdro.rewards.base import ImageFailure, Scores
@@ -184,7 +184,7 @@ def test_geneval_has_its_summary_and_is_corrected_without_alignment(flux: Any, t
             assert found[tag] == pytest.approx(reward[tags == tag].mean())
         assert found["overall"] == pytest.approx(np.mean([found[tag] for tag in TAGS]))
     assert evaluation["text_share_from"] == "strokes"
-    assert all(sign["base"] is not None for sign in evaluation["signs"].values())
+    assert all(sign["base"] is not None for sign in evaluation["image_stats"].values())
 
 
 def test_other_rewards_have_no_geneval_summary(flux: Any, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_judge_that_leaves_too_many_images_without_a_score_stops(flux: Any, tm
 def measured(reward: float, quality: float, edges: float = 0.5) -> Measured:
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.01, (20, 4))
-    signs = dict.fromkeys(THRESHOLDS, 0.5 + noise) | {"edge_density": edges + noise}
+    image_stats = dict.fromkeys(THRESHOLDS, 0.5 + noise) | {"edge_density": edges + noise}
     axes = dict.fromkeys(("alignment", "coherence", "style"), quality + noise)
     return Measured(
         prompt_ids=[str(i) for i in range(20)],
@@ -230,7 +230,7 @@ def measured(reward: float, quality: float, edges: float = 0.5) -> Measured:
         reward=reward + noise,
         axes=axes,
         corrected_axes=["alignment", "coherence", "style"],
-        signs=signs,
+        image_stats=image_stats,
         text_share_from="strokes",
     )
 

@@ -14,8 +14,8 @@ from PIL import Image
 from gdro.common.errors import UserError
 from gdro.common.prompts import Prompt
 from gdro.common.sealed import read_record, write_record
+from gdro.evaluation.image_stats import THRESHOLDS
 from gdro.evaluation.measure import Measured
-from gdro.evaluation.signs import THRESHOLDS
 from gdro.groups.scoring import score_groups
 from gdro.groups.store import GroupStore, GroupWriter, ImageRow
 from gdro.rewards.base import Scores
@@ -73,13 +73,13 @@ def write_store(folder: Path, images_per_prompt: int, size: tuple[int, int], see
 
 def measured(rewards: np.ndarray, shift: float) -> Measured:
     rng = np.random.default_rng(0)
-    signs = {
+    image_stats = {
         name: rng.uniform(0.4, 0.6, (len(rewards), 1 if "diversity" in name else rewards.shape[1])) * (1 + shift)
         for name in THRESHOLDS
     }
     axes = {axis: np.clip(rng.normal(4, 0.3, rewards.shape), 1, 5) for axis in ("alignment", "coherence", "style")}
     ids = [p.id for p in PROMPTS]
-    return Measured(ids, ids, rewards, axes, list(axes), signs, "boxes")
+    return Measured(ids, ids, rewards, axes, list(axes), image_stats, "boxes")
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def fabricate(run: Path, size: tuple[int, int]) -> Path:
         rewards[side] = write_store(folder, 2, size, seed)
         score_groups(FakeOcr(), folder, folder / "rewards")
     evaluation = {
-        "model": "tiny", "revision": "r", "weights": "r+a", "reward": "ocr", "reward_version": "1", "judge": "tiny",
+        "model": "tiny", "revision": "r", "fingerprint": "r+a", "reward": "ocr", "reward_version": "1", "judge": "tiny",
         "judge_version": "1", "seed": 0, "images_per_prompt": 2, "num_inference_steps": 28, "guidance_scale": 3.5,
         "scheduler": "FlowMatchEulerDiscreteScheduler", "bootstrap_samples": 100,
         **compare_measured(measured(rewards["base"], 0), measured(rewards["tuned"], -0.7), samples=100, seed=0,

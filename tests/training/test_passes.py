@@ -130,9 +130,9 @@ def test_a_step_counts_what_it_draws_however_memory_divides_it(flux: Any, toy: t
     """Of 2 x 4 images: the base once, the policy three times in one pass; in two once more, which is not counted."""
     for how, cost in (("one_pass", 4), ("two_pass", 5)):
         one = learner(flux, toy, group_gradient=how)
-        before = flux.evaluations
-        assert train_step(one, 1)["evaluations"] == 8 * 4
-        assert flux.evaluations - before == 8 * cost
+        before = flux.nfe
+        assert train_step(one, 1)["nfe"] == 8 * 4
+        assert flux.nfe - before == 8 * cost
 
 
 def test_a_step_counts_what_the_model_computes(flux: Any, toy: tuple[Path, Path]) -> None:
@@ -146,9 +146,9 @@ def test_a_step_counts_what_the_model_computes(flux: Any, toy: tuple[Path, Path]
     ):
         one = learner(flux, toy, objective=name, k=2)
         for step in (1, 2):
-            before = flux.evaluations
-            counted = train_step(one, step)["evaluations"]
-            assert counted == flux.evaluations - before, name
+            before = flux.nfe
+            counted = train_step(one, step)["nfe"]
+            assert counted == flux.nfe - before, name
             assert cost is None or counted == 4 * cost[step - 1], name
 
 

@@ -80,9 +80,9 @@ def test_the_kept_errors_are_the_references_own(flux: Any, toy: tuple[Path, Path
 
 def test_each_error_is_computed_once_and_counted_once(flux: Any, toy: tuple[Path, Path]) -> None:
     def cost(one: Learner, step: int) -> int:
-        before = flux.evaluations
-        counted = train_step(one, step)["evaluations"]
-        assert counted == flux.evaluations - before
+        before = flux.nfe
+        counted = train_step(one, step)["nfe"]
+        assert counted == flux.nfe - before
         return int(counted)
 
     one = learner(flux, toy)
@@ -99,7 +99,7 @@ def test_each_error_is_computed_once_and_counted_once(flux: Any, toy: tuple[Path
 
 def test_a_group_met_twice_in_a_step_is_counted_once(flux: Any, toy: tuple[Path, Path]) -> None:
     one = learner(flux, toy, groups_per_step=9, reference_draws=1, k=4)
-    assert train_step(one, 1)["evaluations"] == 9 * 4 * 3 + 3 * 4
+    assert train_step(one, 1)["nfe"] == 9 * 4 * 3 + 3 * 4
 
 
 def test_what_is_known_is_kept_for_the_same_images_only(flux: Any, toy: tuple[Path, Path], tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one_at_its_budget(
         "train.reference_draws": "2",
         "train.max_train_steps": "9",
         "train.checkpointing_steps": "3",
-        "train.max_evaluations": "170",
+        "train.max_nfe": "170",
         "rounds.train_steps": "4",
         "rounds.prompts": "2",
         "rounds.keep": str(kept),

@@ -18,14 +18,13 @@ from gdro.common.files import discard
 from gdro.common.progress import Progress
 from gdro.common.prompts import Prompt
 from gdro.common.reading import parse_json
-from gdro.evaluation.signs import image_signs
-from gdro.evaluation.statistics import AXES, corrected_axes, corrected_score
+from gdro.evaluation.statistics import corrected_axes, corrected_score
 from gdro.groups.sampling import STARTED, Generation, read_begun, sample_groups
 from gdro.groups.scores import read_header, read_rewards, read_scored
 from gdro.groups.scoring import MAX_MISSING, check_missing, score_groups
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
-from gdro.rewards.base import ImageFailure, Judge
+from gdro.rewards.base import AXES, ImageFailure, Judge
 from gdro.rewards.derived import Scorer
 
 
@@ -68,7 +67,7 @@ class EvaluateConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Measured:
-    """P prompts x n images, in order; arrays (P, n), the two diversities among `signs` (P, 1); NaN is missing.
+    """P prompts x n images, in order; arrays (P, n), the two diversities among `image_stats` (P, 1); NaN is missing.
 
     `verdicts`: GenEval's `strict` and `soft`, whichever of them is the reward; empty for other rewards.
     """
@@ -78,7 +77,7 @@ class Measured:
     reward: np.ndarray
     axes: dict[str, np.ndarray]
     corrected_axes: Sequence[str]
-    signs: dict[str, np.ndarray]
+    image_stats: dict[str, np.ndarray]
     text_share_from: Literal["boxes", "strokes"]
     verdicts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -102,7 +101,7 @@ class Measured:
 
     def means(self) -> dict[str, float]:
         """Mean of each score and sign over the images that have it; a score nobody has is left out."""
-        values = self.scores() | self.signs
+        values = self.scores() | self.image_stats
         return {name: float(np.nanmean(v)) for name, v in values.items() if np.isfinite(v).any()}
 
 
@@ -160,7 +159,7 @@ def measure(
     store = GroupStore(rewards.parent.parent)
     scores, evidence = read_rewards(rewards, store), read_evidence(rewards)
     axes = {axis: np.full((len(prompts), config.images_per_prompt), np.nan) for axis in AXES}
-    signs: dict[str, list[np.ndarray]] = {}
+    image_stats: dict[str, list[np.ndarray]] = {}
     boxed = all("lines" in found for found in evidence.values())
     at_once = max(1, score_batch_size // config.images_per_prompt)  # prompts, so that a judge far away is kept busy
     with Progress(f"{label}: {'image statistics' if judge is None else 'judge'}", len(prompts), "prompt") as progress:
@@ -173,8 +172,8 @@ def measure(
             for prompt, own in zip(some, images, strict=True):
                 ids = store.image_ids(prompt.id)
                 boxes = [[box for *_, box in evidence[i]["lines"]] for i in ids] if boxed else None
-                for name, values in image_signs(own, boxes).items():
-                    signs.setdefault(name, []).append(values)
+                for name, values in measure_image_stats(own, boxes).items():
+                    image_stats.setdefault(name, []).append(values)
             progress.advance(len(some))
     used = config.corrected_axes or corrected_axes(reward.name)
     if judge is not None:
@@ -186,7 +185,7 @@ def measure(
         reward=np.stack([scores[prompt.id].numpy() for prompt in prompts]),
         axes=axes,
         corrected_axes=used,
-        signs={name: np.stack(values) for name, values in signs.items()},
+        image_stats={name: np.stack(values) for name, values in image_stats.items()},
         text_share_from="boxes" if boxed else "strokes",
         verdicts=_verdicts(store, evidence, prompts),
     )
@@ -228,5 +227,5 @@ def _judged(judge: Judge, images: Sequence[Sequence[Image.Image]], prompts: Sequ
 def _discard_other_weights(folder: Path, model: FlowModel) -> None:
     """Remove what other weights left in `folder`: an evaluation is of the model at hand, and easily made again."""
     begun = read_begun(folder / STARTED) if folder.is_dir() else None
-    if begun is not None and begun[0].get("weights") != model.weights:
+    if begun is not None and begun[0].get("fingerprint") != model.fingerprint:
         discard(folder)

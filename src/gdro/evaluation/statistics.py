@@ -12,8 +12,8 @@ import numpy as np
 
 from gdro.common.prompts import same_text
 from gdro.common.rng import numpy_rng
+from gdro.rewards.base import AXES
 
-AXES = ("alignment", "coherence", "style")
 _BLOCK = 1000  # resamples drawn by one generator; part of the definition of the draw, not a tuning knob
 
 

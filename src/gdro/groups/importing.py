@@ -65,7 +65,7 @@ def import_folder(
         "metadata": fingerprint([[r.name, r.reward, r.prompt.to_json()] for rows in members.values() for r in rows]),
         "guidance_scale": guidance_scale,
         "max_sequence_length": max_sequence_length,
-        "revision": model.weights,
+        "revision": model.fingerprint,
         "files": len(range(0, len(members), GROUPS_PER_SHARD)),
     }
     _begin(groups, begun)
@@ -102,7 +102,7 @@ def import_folder(
                         height=image.height,
                         width=image.width,
                         generator=model.name,
-                        revision=model.weights,
+                        revision=model.fingerprint,
                         round=0,
                     )
                     rows.append(row)

@@ -60,7 +60,7 @@ def sample_groups(
     for height, width in settings.sizes:
         model.scheduler(settings.scheduler, settings.num_inference_steps, height, width)
     begun = settings.model_dump(exclude={"batch_size", "prompts", "prompts_per_shard"})
-    begun |= {"model": model.name, "weights": model.weights, "seed": seed, "purpose": purpose, "round": round}
+    begun |= {"model": model.name, "fingerprint": model.fingerprint, "seed": seed, "purpose": purpose, "round": round}
     _check_weights(model)
 
     def missing() -> list[tuple[int, int, int]]:
@@ -72,7 +72,7 @@ def sample_groups(
 
     left = distributed.first(missing)
     jobs = [
-        ShardJob(folder, i, tuple(prompts[start:end]), settings, begun["weights"], seed, purpose, round)
+        ShardJob(folder, i, tuple(prompts[start:end]), settings, begun["fingerprint"], seed, purpose, round)
         for i, start, end in distributed.mine(left)
     ]
     images, processes = settings.images_per_prompt, distributed.size()
@@ -94,7 +94,7 @@ def sample_groups(
 
 def _check_weights(model: FlowModel) -> None:
     """Raise UserError unless all processes have the same model, adapter included."""
-    found = distributed.gather(model.weights)
+    found = distributed.gather(model.fingerprint)
     for place, weights in enumerate(found):
         if weights != found[0]:
             raise UserError(
@@ -117,7 +117,7 @@ class ShardJob:
     number: int
     prompts: tuple[Prompt, ...]
     settings: Generation
-    weights: str  # `FlowModel.weights` of the model it is to be made by
+    fingerprint: str  # `FlowModel.fingerprint` of the model it is to be made by
     seed: int
     purpose: str
     round: int
@@ -183,7 +183,7 @@ def _made(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> Callable
             height=one.image.height,
             width=one.image.width,
             generator=model.name,
-            revision=job.weights,
+            revision=job.fingerprint,
             round=job.round,
             sampler=settings.sampler,
         )

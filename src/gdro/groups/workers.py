@@ -21,13 +21,13 @@ Loaded = tuple[list[str], list[Image.Image], list[Prompt]]
 """Image ids, images, the prompt of each."""
 
 
-class Job(Protocol):
+class ScoreJob(Protocol):
     """Images to score; picklable."""
 
     def load(self) -> Loaded: ...
 
 
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=ScoreJob)
 
 
 def score_images(reward: Reward, loaded: Loaded, batch_size: int) -> tuple[list[str], Scores]:
@@ -106,6 +106,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _score(job: Job) -> tuple[list[str], Scores]:
+def _score(job: ScoreJob) -> tuple[list[str], Scores]:
     reward, batch_size = _work
     return score_images(reward, job.load(), batch_size)

@@ -22,7 +22,7 @@ class FlowModel(Protocol):
     name: str  # as the user gave it: "tiny", a folder, a hub id
     device: torch.device
     transformer: torch.nn.Module
-    evaluations: int  # passes through the model so far: one a forward pass of one image, three with gradient
+    nfe: int  # passes through the model so far: one a forward pass of one image, three with gradient
 
     @property
     def revision(self) -> str:
@@ -30,7 +30,7 @@ class FlowModel(Protocol):
         ...
 
     @property
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         """`revision`, plus the digest of the adapter while it is in use: names what velocity() computes now."""
         ...
 

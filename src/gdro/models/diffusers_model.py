@@ -83,7 +83,7 @@ class DiffusersModel(ABC):
             self._own_vae = self._load(self.vae_class, "vae", torch.device("cpu"))
         self._adapter: dict[str, nn.Parameter] = {}
         self._lora_layers: list[BaseTunerLayer] = []
-        self.evaluations = 0
+        self.nfe = 0
 
     @cached_property
     def revision(self) -> str:
@@ -94,7 +94,7 @@ class DiffusersModel(ABC):
         return f"{base}-{self.quantization}" if self.quantization else base
 
     @property
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         """`revision`, and the digest of the adapter if it is in use: what `velocity` computes at this moment."""
         if not any(not layer.disable_adapters for layer in self._lora_layers):
             return self.revision
@@ -217,7 +217,7 @@ class DiffusersModel(ABC):
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         """v_theta(x_t, t, c): x_t (n, tokens, channels), t (n,) in (0, 1), text of n rows; float32 out."""
-        self.evaluations += len(x_t) * self.passes(guidance_scale) * (3 if torch.is_grad_enabled() else 1)
+        self.nfe += len(x_t) * self.passes(guidance_scale) * (3 if torch.is_grad_enabled() else 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             velocity = self._predict(
                 x_t.to(self.device, self.dtype),

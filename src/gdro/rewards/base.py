@@ -10,6 +10,8 @@ from PIL import Image
 from gdro.common.errors import UserError
 from gdro.common.prompts import Prompt
 
+AXES = ("alignment", "coherence", "style")  # of a judge
+
 
 class ImageFailure(UserError):
     """An image that could not be scored: its place in the batch and why. A failure is never a score of zero."""

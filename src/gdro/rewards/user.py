@@ -18,9 +18,7 @@ from PIL import Image
 
 from gdro.common.errors import UserError, did_you_mean
 from gdro.common.prompts import Prompt
-from gdro.rewards.base import ImageFailure, Scores
-
-AXES = ("alignment", "coherence", "style")
+from gdro.rewards.base import AXES, ImageFailure, Scores
 
 
 class _UserFunction:

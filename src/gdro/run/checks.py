@@ -129,7 +129,7 @@ def _check_scorers(job: RunState) -> None:
     """The reward and the judge must know what to do with the prompts they will meet."""
     splits = {split for stage, split in SPLIT_OF_STAGE.items() if stage in job.stages and split in job.prompts}
     for split in sorted(splits):
-        scorer = job.reward if split == "train" else job.measure
+        scorer = job.reward if split == "train" else job.metric
         scorer.check(job.prompts[split])
         if job.judge is not None and split != "train":
             job.judge.check(job.prompts[split])
@@ -149,15 +149,15 @@ def _check_measure(job: RunState) -> None:
     if not validates and "evaluate" not in job.stages:
         return
     field = "score.reward" if job.config.evaluate.reward is None else "evaluate.reward"
-    if is_relative(job.measure):
+    if is_relative(job.metric):
         raise UserError(
-            f"{field}: {job.measure.name} compares the images of a group, so it says nothing between models; expected "
+            f"{field}: {job.metric.name} compares the images of a group, so it says nothing between models; expected "
             "evaluate.reward to name another"
         )
-    standardizes = isinstance(job.measure, DerivedReward) and job.measure.standardizes
+    standardizes = isinstance(job.metric, DerivedReward) and job.metric.standardizes
     if standardizes and (field == "evaluate.reward" or job.imported.exists()):
         raise UserError(
-            f"{field}: {job.measure.name} is standardized by the images it first scored for training, of which there "
+            f"{field}: {job.metric.name} is standardized by the images it first scored for training, of which there "
             "are none; expected standardize: false in each of its sections"
         )
 
@@ -169,7 +169,7 @@ def _try_functions(job: RunState) -> None:
     noise = numpy_rng(0, "trial").integers(0, 256, shape, dtype="uint8")
     images = [Image.fromarray(pixels) for pixels in noise]
     prompts = (job.prompts["test"] * 2)[:2]
-    for reward in {id(r): r for scorer in (job.reward, job.measure) for r in base_rewards(scorer)}.values():
+    for reward in {id(r): r for scorer in (job.reward, job.metric) for r in base_rewards(scorer)}.values():
         if isinstance(reward, WinRate) and isinstance(reward.comparator, Pointwise):
             reward = reward.comparator.reward
         if isinstance(reward, UserReward):
@@ -228,7 +228,7 @@ def _check_text(job: RunState, todo: Sequence[str]) -> None:
     everyone = [prompt for split in splits for prompt in job.prompts[split]]
     seen = _seen(job.config.model, everyone, length)
     for split in splits:
-        scorer = job.reward if split == "train" else job.measure
+        scorer = job.reward if split == "train" else job.metric
         if not any(isinstance(reward, OcrReward) for reward in base_rewards(scorer)):
             continue
         for prompt in job.prompts[split]:

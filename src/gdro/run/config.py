@@ -193,8 +193,8 @@ def _check_across(config: RunConfig) -> None:
                 f'{what}, but sample.sampler is "ode"; expected flow_grpo, dance_grpo or flow_cps',
             ),
             (
-                rounds.generator != "policy",
-                f'rounds.generator is {show(rounds.generator)}; expected "policy" for {name}',
+                rounds.behavior_policy != "policy",
+                f'rounds.behavior_policy is {show(rounds.behavior_policy)}; expected "policy" for {name}',
             ),
             (
                 rounds.keep > 1,

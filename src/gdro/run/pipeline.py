@@ -28,7 +28,7 @@ from gdro.run.directory import alone
 from gdro.run.state import ROUND, STAGES, RunState
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.score import score
-from gdro.stages.train import Round, generator_weights, over, train
+from gdro.stages.train import Round, behavior_weights, over, train
 from gdro.training.checkpoint import checkpoint_path, load_checkpoint, mark_best, mark_stopped, steps_saved
 from gdro.training.log import DriftAlarm
 
@@ -171,7 +171,7 @@ class Run(RunState):
             self.config.evaluate,
             self.model,
             self.prompts["test"],
-            self.measure,
+            self.metric,
             self.judge,
             self.out,
             seed=self.config.seed,
@@ -205,7 +205,7 @@ class Run(RunState):
         """Give the model the adapter that samples the round."""
         if not self.model.adapter():
             self.model.add_adapter(**self._lora)
-        self.model.load_adapter_state(generator_weights(self.checkpoints, round))
+        self.model.load_adapter_state(behavior_weights(self.checkpoints, round))
 
     def settle(self) -> None:
         """Note the best checkpoint; and that training is over if the last one is past limits set since."""
@@ -217,7 +217,7 @@ class Run(RunState):
         mark_best(self.checkpoints, memory["best"])
         if self.is_trained():
             return
-        reason = over(train, self._place(self.config.rounds.of_step(step)), step, memory["evaluations"])
+        reason = over(train, self._place(self.config.rounds.of_step(step)), step, memory["nfe"])
         if reason:
             mark_stopped(self.checkpoints, step, reason, train)
 
@@ -236,7 +236,7 @@ class Run(RunState):
             config,
             model,
             prompts,
-            self.measure,
+            self.metric,
             folder,
             seed=self.config.seed,
             generation=self.config.sample,
@@ -248,7 +248,7 @@ class Run(RunState):
             lambda: measure(
                 config,
                 prompts,
-                self.measure,
+                self.metric,
                 self.judge,
                 rewards,
                 score_batch_size=score.batch_size,
@@ -267,12 +267,12 @@ class Run(RunState):
 
     # ---- results
 
-    def evaluations(self) -> dict[str, int]:
+    def nfe(self) -> dict[str, int]:
         """Model evaluations that sampling and training the final adapter took."""
         steps = steps_saved(self.checkpoints)
         if not steps:
             return {"sample": 0, "train": 0}
-        spent = load_checkpoint(checkpoint_path(self.checkpoints, steps[-1])).memory["evaluations"]
+        spent = load_checkpoint(checkpoint_path(self.checkpoints, steps[-1])).memory["nfe"]
         return {"sample": self._place(self.round).sampled, "train": spent}
 
     def summarize(self) -> None:
@@ -285,7 +285,7 @@ class Run(RunState):
         summary = {
             **summary_section(found),
             "seconds": {**stages, "total": round(sum(seconds.values()), 3)},
-            "evaluations": self.evaluations(),
+            "nfe": self.nfe(),
             "steps": max(steps_saved(self.checkpoints), default=0),
             "rounds": self.round + 1,
             "objective": self.config.train.objective,

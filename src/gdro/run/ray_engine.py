@@ -99,7 +99,7 @@ def score_files(
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJob:
     """What every worker must know; `folder` is the one the run was started in."""
 
     attempts: Any  # the actor that counts them
@@ -113,7 +113,7 @@ class _Worker:
     What it needs is loaded with the first of them, so that a failure is that unit's, which is told in one line.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RayJob) -> None:
         self._job = job
         with suppress(OSError):  # another machine need not have it
             os.chdir(job.folder)
@@ -146,7 +146,7 @@ class _Worker:
 
 
 class _Sampler(_Worker):
-    def __init__(self, job: Job, replica: Any, shards: Any, threads: int) -> None:
+    def __init__(self, job: RayJob, replica: Any, shards: Any, threads: int) -> None:
         super().__init__(job)
         self._replica, self._shards, self._threads = replica, shards, threads
 
@@ -161,10 +161,10 @@ class _Sampler(_Worker):
 
         def work(folder: Path) -> None:
             shard: ShardJob = ray.get(self._shards)[place]
-            if self.model.weights != shard.weights:
+            if self.model.fingerprint != shard.fingerprint:
                 raise UserError(
-                    f"model: {self.model.name} has the weights {self.model.weights} on {gethostname()}, "
-                    f"{shard.weights} where the run is; expected the same files on every machine"
+                    f"model: {self.model.name} has the weights {self.model.fingerprint} on {gethostname()}, "
+                    f"{shard.fingerprint} where the run is; expected the same files on every machine"
                 )
             make_shard(replace(shard, folder=folder), self.model, lambda: None)
 
@@ -172,7 +172,7 @@ class _Sampler(_Worker):
 
 
 class _Scorer(_Worker):
-    def __init__(self, job: Job, reward: Any, version: str, names: Sequence[str], batch_size: int) -> None:
+    def __init__(self, job: RayJob, reward: Any, version: str, names: Sequence[str], batch_size: int) -> None:
         super().__init__(job)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray would show a worker without a GPU all of them
         self._reward, self._version, self._names, self._batch_size = reward, version, names, batch_size
@@ -276,7 +276,7 @@ def _results(
     Raises UserError for the first mistake that a worker finds.
     """
     attempts = _Attempts.options(label_selector=_here()).remote()  # type: ignore[attr-defined]
-    job = Job(attempts, ATTEMPTS, os.getcwd())
+    job = RayJob(attempts, ATTEMPTS, os.getcwd())
     compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
     results = units.map_batches(worker, fn_constructor_args=(job, *asked), batch_size=1, compute=compute, **pool)
     for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -26,7 +26,7 @@ from gdro.run.config import RunConfig
 from gdro.run.directory import Clock
 from gdro.run.prompt_sets import is_named, named_prompts
 from gdro.stages.score import STANDARD
-from gdro.stages.train import Round, generator_weights
+from gdro.stages.train import Round, behavior_weights
 from gdro.training.checkpoint import steps_saved, stopped_at
 
 ROUND = ("sample", "score", "train")
@@ -79,7 +79,7 @@ class RunState:
         return load_reward(self.config.score.reward)
 
     @cached_property
-    def measure(self) -> Scorer:
+    def metric(self) -> Scorer:
         """What validation and evaluation measure."""
         other = self.config.evaluate.reward
         return self.reward if other is None else load_reward(other, "evaluate.reward")
@@ -178,7 +178,7 @@ class RunState:
                 (self._folder(old) / "groups", self._scores(old))
                 for old in range(max(0, number - rounds.keep + 1), number)
             ],
-            generator=rounds.generator,
+            behavior_policy=rounds.behavior_policy,
             sampled=calls * (number + (not self.imported.exists())),  # importing round 0 cost none
             ahead=calls if rounds.train_steps else 0,
             seconds=lambda: {stage: self.clock.seconds.get(stage, 0.0) for stage in ROUND},
@@ -196,7 +196,7 @@ class RunState:
         )
         if not number:
             return replica
-        state = generator_weights(self.checkpoints, self._place(number))
+        state = behavior_weights(self.checkpoints, self._place(number))
         return replace(replica, lora=self._lora, state={name: tensor.cpu() for name, tensor in state.items()})
 
     @property

@@ -10,13 +10,13 @@ import numpy as np
 from gdro.common import distributed
 from gdro.common.prompts import Prompt
 from gdro.common.sealed import write_record
+from gdro.evaluation.image_stats import compare_image_stats, verdict
 from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
-from gdro.evaluation.signs import compare_signs, verdict
-from gdro.evaluation.statistics import AXES, Comparison, compare, pair_means, text_numbers
+from gdro.evaluation.statistics import Comparison, compare, pair_means, text_numbers
 from gdro.groups.sampling import Generation
 from gdro.groups.scoring import MAX_MISSING
 from gdro.models.base import FlowModel
-from gdro.rewards.base import Judge
+from gdro.rewards.base import AXES, Judge
 from gdro.rewards.derived import Scorer
 from gdro.rewards.geneval.rules import summary
 
@@ -72,7 +72,7 @@ def evaluate(
     about = {
         "model": model.name,
         "revision": model.revision,
-        "weights": model.weights,
+        "fingerprint": model.fingerprint,
         "reward": reward.name,
         "reward_version": reward.version,
         "judge": None if judge is None else judge.name,
@@ -123,8 +123,8 @@ def compare_measured(
         samples=samples,
         seed=seed,
     )
-    per_prompt = {name: pair_means(base.signs[name], tuned.signs[name]) for name in base.signs}
-    signs = compare_signs(
+    per_prompt = {name: pair_means(base.image_stats[name], tuned.image_stats[name]) for name in base.image_stats}
+    image_stats = compare_image_stats(
         {name: pair[0] for name, pair in per_prompt.items()},
         {name: pair[1] for name, pair in per_prompt.items()},
         base.texts,
@@ -132,22 +132,24 @@ def compare_measured(
         seed=seed,
     )
     texts = len(set(text_numbers(base.texts)))
-    same = all(np.array_equal(base.signs[name], tuned.signs[name], equal_nan=True) for name in base.signs)
+    same = all(
+        np.array_equal(base.image_stats[name], tuned.image_stats[name], equal_nan=True) for name in base.image_stats
+    )
     return {
         "corrected_axes": list(base.corrected_axes),
         "alarm": alarm,
         "results": {name: result.to_json() for name, result in results.items()},
         # r_mean (u_mean - 3) + 0.2, as papers that publish only means have it; `results` averages the images' own
         "corrected_of_means": {"base": _of_means(base), "tuned": _of_means(tuned)},
-        "signs": signs,
+        "image_stats": image_stats,
         "text_share_from": base.text_share_from,
-        "verdict": judge_verdict(results, verdict(signs), alarm=alarm, texts=texts, same_images=same),
+        "verdict": judge_verdict(results, verdict(image_stats), alarm=alarm, texts=texts, same_images=same),
         "missing": {"base": base.missing, "tuned": tuned.missing},
         "unscored": {"base": base.unscored, "tuned": tuned.unscored},
         "prompt_ids": base.prompt_ids,
         "distinct_texts": texts,
-        "base": {name: _json(values) for name, values in (base.scores() | base.signs).items()},
-        "tuned": {name: _json(values) for name, values in (tuned.scores() | tuned.signs).items()},
+        "base": {name: _json(values) for name, values in (base.scores() | base.image_stats).items()},
+        "tuned": {name: _json(values) for name, values in (tuned.scores() | tuned.image_stats).items()},
     }
 
 
@@ -164,7 +166,7 @@ def geneval_section(prompts: Sequence[Prompt], sides: Mapping[str, Measured]) ->
 
 def judge_verdict(
     results: Mapping[str, Comparison],
-    signs: Sequence[str],
+    image_stats: Sequence[str],
     *,
     same_images: bool,
     alarm: Mapping[str, Any] | None = None,
@@ -193,11 +195,11 @@ def judge_verdict(
             if rose
             else "The pictures got worse, and the reward did not rise."
         )
-    elif signs or (rung and rose and not judged):
+    elif image_stats or (rung and rose and not judged):
         outcome = "suspect"
         headline = (
             f"The reward rose and {'the judge saw no loss' if judged else 'no judge was asked'}, "
-            f"but {'the pictures changed in ways worth a look' if signs else 'the training alarm was on'}."
+            f"but {'the pictures changed in ways worth a look' if image_stats else 'the training alarm was on'}."
             if rose
             else "The reward did not rise, and the pictures changed in ways worth a look."
         )
@@ -215,7 +217,7 @@ def judge_verdict(
             "unchanged",
             (f"No certain change of the reward, and the {'pictures held' if judged else 'image statistics held'}."),
         )
-    lines = [*worse, *signs]
+    lines = [*worse, *image_stats]
     if rung and alarm is not None:
         lines.append(
             f"training alarm on at step {alarm['step']}: velocity error of the best images "

@@ -17,11 +17,12 @@ from gdro.common.reading import read_text
 from gdro.common.sealed import find_record
 from gdro.evaluation import plots
 from gdro.evaluation.gallery import choose_groups, choose_prompts, figure, is_pixel_art, mark_ends
+from gdro.evaluation.image_stats import THRESHOLDS
 from gdro.evaluation.measure import read_evidence
-from gdro.evaluation.signs import THRESHOLDS
-from gdro.evaluation.statistics import AXES, pair_means
+from gdro.evaluation.statistics import pair_means
 from gdro.groups.scores import read_rewards
 from gdro.groups.store import GroupStore
+from gdro.rewards.base import AXES
 from gdro.rewards.ocr.reward import target_of
 from gdro.training.log import read_metrics
 
@@ -73,7 +74,7 @@ def report(run_dir: Path, rewards: Path) -> Path:
         for anchor, words, there in (
             ("training", "Training", True),
             ("reward", "Reward and quality", evaluation),
-            ("signs", "Signs of hacking", evaluation),
+            ("image_stats", "Signs of hacking", evaluation),
             ("images", "Images", evaluation),
             ("groups", "Training groups", page["groups"]),
             ("configuration", "Configuration", config),
@@ -96,7 +97,7 @@ def _title(run_dir: Path, evaluation: Mapping[str, Any] | None) -> dict[str, str
         "title": f"{name} tuned on {evaluation['reward']}",
         "subtitle": f"Run {run_dir.resolve().name}, seed {evaluation['seed']}: "
         f"{evaluation['num_inference_steps']} steps of {evaluation['scheduler']}, "
-        f"guidance {evaluation['guidance_scale']:g}, weights {evaluation['weights']}.",
+        f"guidance {evaluation['guidance_scale']:g}, weights {evaluation['fingerprint']}.",
     }
 
 

@@ -57,7 +57,7 @@ class Round:
     done: int = 0  # optimizer steps before it
     last: int | None = None  # its last step; None: the run's
     kept: Sequence[tuple[Path, Path]] = ()  # (groups, rewards) of earlier rounds that are trained on too
-    generator: str = "policy"  # whose weights sampled it
+    behavior_policy: str = "policy"  # whose weights sampled it
     sampled: int = 0  # model evaluations spent on sampling so far, this round's included
     ahead: int = 0  # those that sampling the next round would cost
     seconds: Callable[[], Mapping[str, float]] = dict  # wall seconds by stage so far, for the log
@@ -88,7 +88,7 @@ def train(
     folder = out / "checkpoints"
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint, config.max_train_steps)
     start = 0
-    memory: dict[str, Any] = {"best": None, "alarm": {}, "evaluations": 0}
+    memory: dict[str, Any] = {"best": None, "alarm": {}, "nfe": 0}
     if checkpoint is not None:
         _check_same(checkpoint, settings, place)
         _restore(learner, checkpoint)
@@ -96,10 +96,10 @@ def train(
     model.free()  # everything they would make is in the store
     learner.portion = choose_portion(learner, memory.get("portion"))
     if place.done:
-        learner.generator = generator_weights(folder, place)
-        _check_sampler(model, learner.generator, GroupStore(groups))
+        learner.behavior = behavior_weights(folder, place)
+        _check_sampler(model, learner.behavior, GroupStore(groups))
     alarm, best = DriftAlarm(config.alarm_drift, **memory["alarm"]), memory["best"]
-    spent: int = memory["evaluations"]
+    spent: int = memory["nfe"]
     validate = validate if config.validation_steps else None
     images, checked = config.groups_per_step * config.k, bool(place.number)
     until = config.max_train_steps if place.last is None else place.last
@@ -118,7 +118,7 @@ def train(
     with log, Progress(_label(place), until, "step", done=start) as progress:
 
         def validated(step: int) -> dict[str, Any]:
-            cost = {"evaluations": {"sample": place.sampled, "train": spent}, "seconds": dict(place.seconds())}
+            cost = {"nfe": {"sample": place.sampled, "train": spent}, "seconds": dict(place.seconds())}
             with learner.ema.swapped_in(model):
                 found = validate(model, step) if validate else {}
             if validate:
@@ -131,7 +131,7 @@ def train(
         for step in range(start + 1, until + 1):
             began = time.perf_counter()
             figures = train_step(learner, step)
-            spent += int(figures.pop("evaluations"))
+            spent += int(figures.pop("nfe"))
             ringing = alarm.update(step, figures["drift_best"], figures["error_best"]) if "error_best" in figures else 0
             seconds = time.perf_counter() - began
             speed = {"images_per_second": images / seconds, "seconds": seconds, "alarm": bool(ringing)}
@@ -152,7 +152,7 @@ def train(
                 remembered = {
                     "best": best,
                     "alarm": {"window": list(alarm.window), "on": alarm.on},
-                    "evaluations": spent,
+                    "nfe": spent,
                     "portion": asdict(learner.portion),
                     "rows": log.rows,
                 }
@@ -319,16 +319,16 @@ def _stochastic(store: GroupStore) -> dict[str, Any]:
     return {"sampler": store.shards[0].sampler} | ({} if level is None else {"noise_level": level})
 
 
-def generator_weights(folder: Path, round: Round) -> Mapping[str, Tensor]:
+def behavior_weights(folder: Path, round: Round) -> Mapping[str, Tensor]:
     """The adapter that samples a later round: of the checkpoint in `folder` that ended the one before."""
     checkpoint = load_checkpoint(checkpoint_path(folder, round.done))
-    return checkpoint.ema if round.generator == "ema" else checkpoint.adapter
+    return checkpoint.ema if round.behavior_policy == "ema" else checkpoint.adapter
 
 
 def _check_sampler(model: FlowModel, weights: Mapping[str, Tensor], store: GroupStore) -> None:
     """Raise UserError if a later round was sampled by other weights than `weights`."""
     with carrying(model, weights):
-        expected = model.weights
+        expected = model.fingerprint
     if store.settings["revision"] != expected:
         raise UserError(
             f"{store.folder} was sampled by the weights {store.settings['revision']}, not by those that ended the "
@@ -359,8 +359,8 @@ def over(config: TrainConfig, round: Round, step: int, spent: int) -> str:
     if step >= config.max_train_steps:
         return "max_train_steps"
     evaluations = round.sampled + spent + (round.ahead if step == round.last else 0)
-    if config.max_evaluations is not None and evaluations >= config.max_evaluations:
-        return "max_evaluations"
+    if config.max_nfe is not None and evaluations >= config.max_nfe:
+        return "max_nfe"
     return ""
 
 

@@ -185,7 +185,7 @@ def stopped_at(folder: Path, config: TrainConfig) -> int | None:
 
 
 def _limits(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(include={"max_train_steps", "max_evaluations", "target_reward"})
+    return config.model_dump(include={"max_train_steps", "max_nfe", "target_reward"})
 
 
 def prune_checkpoints(folder: Path, *, limit: int | None, needed: Collection[int | None]) -> None:

@@ -60,7 +60,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, ge=1e-4, le=1e6, description="The gradient's norm is clipped to this.")
     max_train_steps: int = Field(300, ge=1, le=10**7, description="Optimizer steps of the whole run.")
-    max_evaluations: int | None = Field(
+    max_nfe: int | None = Field(
         None, ge=1, le=10**15, description="Stop once sampling and training have cost this many model evaluations."
     )
     target_reward: float | None = Field(
@@ -176,7 +176,7 @@ MAY_CHANGE = frozenset(
     f"train.{name}"
     for name in (
         "max_train_steps",
-        "max_evaluations",
+        "max_nfe",
         "target_reward",
         "memory_gigabytes",
         "group_gradient",
@@ -208,7 +208,7 @@ class RoundsConfig(BaseModel):
     keep: int = Field(
         1, ge=1, le=10**6, description="The latest rounds whose groups are trained on; older ones stay on disk."
     )
-    generator: Literal["policy", "ema"] = Field(
+    behavior_policy: Literal["policy", "ema"] = Field(
         "policy", description="The weights that sample the rounds after the first: as trained, or averaged."
     )
 

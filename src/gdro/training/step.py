@@ -53,7 +53,7 @@ class Learner:
     sampler: str  # how the groups were sampled; a trajectory objective repeats its steps
     noise_level: float
     done: int = 0  # steps before the round: at the next one the policy is still the one that sampled
-    generator: Mapping[str, Tensor] | None = None  # the adapter that sampled the round; None: the base
+    behavior: Mapping[str, Tensor] | None = None  # the adapter that sampled the round; None: the base
 
     def at(self, group: str) -> "Learner":
         """The same for images of that group's size."""
@@ -74,11 +74,11 @@ class Learner:
         if reference == "policy":
             yield
             return
-        if reference == "base" or (reference == "round" and self.generator is None):
+        if reference == "base" or (reference == "round" and self.behavior is None):
             with self.model.adapter_disabled():
                 yield
             return
-        with carrying(self.model, self.ema.weights if reference == "ema" else self.generator or {}):
+        with carrying(self.model, self.ema.weights if reference == "ema" else self.behavior or {}):
             yield
 
 
@@ -93,12 +93,12 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
     visits = learner.visits.at(step)
     ranked = sum(visit.ranked for visit in visits)
     own = dealt(visits, distributed.rank(), distributed.size()) if ranked else []
-    spent = evaluations(learner, visits) if ranked else 0
+    spent = nfe(learner, visits) if ranked else 0
     totals: dict[str, Tensor] = {}
     for some in of_one_size(own, learner.batches.groups, _groups_at_once(learner, visits)):
         figures = backward(learner, some, ranked)
         totals = {name: totals[name] + value for name, value in figures.items()} if totals else figures
-    means: dict[str, float] = {"evaluations": 0}
+    means: dict[str, float] = {"nfe": 0}
     if ranked:
         if learner.reference_errors is not None:
             learner.reference_errors.share()
@@ -106,7 +106,7 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
         norm = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), config.max_grad_norm)
         *sums, grad_norm = torch.stack([*totals.values(), norm]).tolist()
         means = distributed.summed(dict(zip(totals, sums, strict=True)))
-        means |= {"evaluations": spent, "grad_norm": grad_norm}
+        means |= {"nfe": spent, "grad_norm": grad_norm}
     for name in {"loss", "grad_norm"} & set(means):  # read above at once: the only synchronization with a GPU
         if not math.isfinite(means[name]):
             raise UserError(
@@ -121,8 +121,8 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
     return {"groups": ranked, **means}
 
 
-def evaluations(learner: Learner, visits: Sequence[Visit]) -> int:
-    """What a step of these visits costs (`FlowModel.evaluations`), by what they draw: one process, one pass.
+def nfe(learner: Learner, visits: Sequence[Visit]) -> int:
+    """What a step of these visits costs (`FlowModel.nfe`), by what they draw: one process, one pass.
 
     Which budget a run has spent, and so where it ends, must not depend on how memory divides a step (a second pass is
     not counted, as recomputed activations are not), on the number of processes, or on what a killed one computed.

@@ -101,9 +101,9 @@ def test_parameters_and_flops_are_those_of_the_loaded_model(family: str, tmp_pat
     assert shapes.trainable == sum(p.numel() for p in real.model.adapter().values())
     assert shapes.latent == real.x.shape[1:]
     assert shapes.base.flops * N == flops(real.reference)
-    before = real.model.evaluations
+    before = real.model.nfe
     real.reference()
-    assert shapes.evaluations * N == real.model.evaluations - before
+    assert shapes.nfe * N == real.model.nfe - before
     learning = flops(real.learn) / N  # the plan's attention computes its scores once more on the way back
     assert learning <= shapes.learning.flops <= 1.1 * learning
     text = {name: tuple(value.shape[1:]) for name, value in real.text.items()}
@@ -185,10 +185,10 @@ def test_evaluations_are_those_a_run_counts(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     run(config, tmp_path / "out")
-    counted = read_record(tmp_path / "out" / "summary.json")["evaluations"]
+    counted = read_record(tmp_path / "out" / "summary.json")["nfe"]
     prompts = {"train": 4, "validation": None, "test": len(read_prompts(tmp_path / "test.jsonl"))}
     planned = plan(config, shapes_of(config, cuda=False), gpu("l4"), prompts)
-    stages = {stage.name: stage.evaluations for stage in planned.stages}
+    stages = {stage.name: stage.nfe for stage in planned.stages}
     assert {stage: stages[stage] for stage in counted} == counted
 
 

@@ -69,11 +69,11 @@ def test_a_run_is_common_task_method_per_task_choice(tmp_path: Path) -> None:
     ]
     config = bench.run_config("ocr", "gdro", 1, bench.candidates("gdro")[0])
     assert (config.seed, config.train.beta, config.train.learning_rate, config.train.gamma) == (1, 3.0, 1e-4, 0.5)
-    assert (config.train.max_evaluations, config.train.target_reward) == (1000, 0.6)
+    assert (config.train.max_nfe, config.train.target_reward) == (1000, 0.6)
     assert bench.run_config("other", "gdro", 1, {}).train.beta == 4.0
 
     tried = bench.search_config("ocr", "gdro", bench.candidates("gdro")[1])
-    assert (tried.seed, tried.train.max_evaluations, tried.train.target_reward) == (7, 500, None)
+    assert (tried.seed, tried.train.max_nfe, tried.train.target_reward) == (7, 500, None)
     assert tried.sample.images_per_prompt == 3
 
 
@@ -82,7 +82,7 @@ def test_a_continued_run_has_the_choice_and_more_budget(tmp_path: Path) -> None:
     values = bench.candidates("rank_over")[1]
     config = bench.run_config("ocr", "rank_over", 0, values)
     assert (config.train.objective, config.train.learning_rate, config.train.export) == ("rank", 1e-2, "last")
-    assert (config.train.max_evaluations, config.train.target_reward) == (2000, None)
+    assert (config.train.max_nfe, config.train.target_reward) == (2000, None)
 
 
 def test_a_run_that_stopped_at_the_target_may_go_on_within_its_budget(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_run_that_stopped_at_the_target_may_go_on_within_its_budget(tmp_path: 
     data["methods"]["gdro_on"] = {"title": "GDRO, whole budget", "continues": "gdro"}
     bench = load_bench(write(tmp_path, data))
     config = bench.run_config("ocr", "gdro_on", 0, {})
-    assert (config.train.max_evaluations, config.train.target_reward) == (1000, None)
-    assert bench.plan(["ocr"])[7].evaluations == 1000  # its parent may have stopped at once
+    assert (config.train.max_nfe, config.train.target_reward) == (1000, None)
+    assert bench.plan(["ocr"])[7].nfe == 1000  # its parent may have stopped at once
 
 
 def test_one_search_may_serve_every_task(tmp_path: Path) -> None:
@@ -124,14 +124,14 @@ def test_the_first_seed_of_everything_comes_first(tmp_path: Path) -> None:
     after = {job.name: job.after for job in jobs}
     assert after["ocr/gdro/seed-1"] == ("ocr/gdro/search/0", "ocr/gdro/search/1")
     assert after["ocr/rank_over/seed-1"] == ("ocr/rank/seed-1",)
-    assert {job.name: job.evaluations for job in jobs}["ocr/rank_over/seed-0"] == 1000
+    assert {job.name: job.nfe for job in jobs}["ocr/rank_over/seed-0"] == 1000
 
 
 def test_quick_is_one_seed_a_share_of_the_budget_and_no_search(tmp_path: Path) -> None:
     bench = load_bench(write(tmp_path, bench_data()), quick=True)
     assert [job.name for job in bench.plan(["ocr"])] == ["ocr/gdro/seed-0", "ocr/rank/seed-0", "ocr/rank_over/seed-0"]
     config = bench.run_config("ocr", "rank", 0, bench.candidates("rank")[0])
-    assert (config.train.max_evaluations, config.train.learning_rate) == (100, 1e-4)
+    assert (config.train.max_nfe, config.train.learning_rate) == (100, 1e-4)
     assert config.sample.prompts == "few.jsonl"
     assert (bench.budget("ocr"), bench.budget("ocr", "rank_over")) == (100, 200)
 
@@ -168,7 +168,7 @@ def test_the_packaged_bench_is_sound(quick: bool) -> None:
         ({"methods.rank_over.set.train.beta": 5.0}, "methods.rank_over, task ocr: sets train.beta to 5.0"),
         ({"methods.rank_over.search": {"train.k": [3, 4]}}, "methods.rank_over.search: it continues rank"),
         ({"methods.gdro.per_task": {"ocrr": {}}}, 'methods.gdro.per_task: "ocrr" is no task; did you mean "ocr"?'),
-        ({"common.train.max_evaluations": 5}, "common sets train.max_evaluations; expected it from tasks"),
+        ({"common.train.max_nfe": 5}, "common sets train.max_nfe; expected it from tasks"),
         ({"methods.gdro.set.seed": 5}, "methods.gdro.set sets seed; expected it from seeds"),
         ({"common.train.validation_steps": 0, "methods.gdro.stop_at_target": False}, "validation_prompts is null"),
         ({"methods": {"../x": {"title": "x"}}}, "expected letters, digits"),

@@ -26,12 +26,12 @@ from gdro.tools.comparison.table import END, HEAD, START, geneval_rows, markdown
 from tests.run_files import write_metrics
 
 
-def validation(step: int, reward: float, evaluations: int) -> dict[str, Any]:
+def validation(step: int, reward: float, nfe: int) -> dict[str, Any]:
     return {
         "step": step,
         "reward": reward,
         "corrected": 2 * reward,
-        "evaluations": {"sample": 100, "train": evaluations - 100},
+        "nfe": {"sample": 100, "train": evaluations - 100},
         "seconds": {"sample": 1.0, "score": 2.0, "train": evaluations / 100},
     }
 
@@ -45,14 +45,14 @@ def run(
     sign = {"base": 0.2, "tuned": 0.1, "gain": -0.1, "ci95": [-0.2, 0.0], "relative": -0.5, "relative_ci95": [-1, 0]}
     evaluation: dict[str, Any] = {
         "results": dict.fromkeys(("reward", "corrected", "alignment", "coherence", "style"), last),
-        "signs": {"layout_diversity": sign},
+        "image_stats": {"layout_diversity": sign},
         "verdict": {"outcome": outcome, "headline": "", "lines": []},
         "alarm": {"step": 2, "on": alarm, "excess": 0.03},
     }
     if geneval:
         evaluation["geneval"] = {side: {"counting": 0.5, "overall": 0.6} for side in ("base", "tuned")}
     summary = {
-        "evaluations": {"sample": 100, "train": 300},
+        "nfe": {"sample": 100, "train": 300},
         "seconds": {"sample": 1.0, "score": 2.0, "train": 30.0, "evaluate": 9.0},
     }
     write_record(folder / "evaluation.json", evaluation)
@@ -100,17 +100,17 @@ def test_the_cost_to_a_target_is_linear_between_validations() -> None:
     points = curve(
         [validation(0, 0.4, 200), validation(5, 0.5, 400), validation(9, 0.7, 800), validation(12, 0.9, 900)]
     )
-    assert points[1] == {"step": 5, "reward": 0.5, "corrected": 1.0, "evaluations": 400, "seconds": 7.0}
-    assert cost_to_reach(points, 0.6, "evaluations") == pytest.approx(600)
+    assert points[1] == {"step": 5, "reward": 0.5, "corrected": 1.0, "nfe": 400, "seconds": 7.0}
+    assert cost_to_reach(points, 0.6, "nfe") == pytest.approx(600)
     assert cost_to_reach(points, 0.6, "seconds") == pytest.approx(9.0)
-    assert cost_to_reach(points, 0.5, "evaluations") == 400
-    assert cost_to_reach(points, 0.3, "evaluations") == 200
-    assert cost_to_reach(points, 0.95, "evaluations") is None
+    assert cost_to_reach(points, 0.5, "nfe") == 400
+    assert cost_to_reach(points, 0.3, "nfe") == 200
+    assert cost_to_reach(points, 0.95, "nfe") is None
 
 
 def test_the_first_crossing_counts_even_if_the_reward_falls_again() -> None:
     points = curve([validation(i, r, 100 * (i + 1)) for i, r in enumerate([0.4, 0.7, 0.5, 0.8])])
-    assert cost_to_reach(points, 0.6, "evaluations") == pytest.approx(100 + 100 * 2 / 3)
+    assert cost_to_reach(points, 0.6, "nfe") == pytest.approx(100 + 100 * 2 / 3)
 
 
 def test_t_quantiles_are_the_tables() -> None:
@@ -138,18 +138,18 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
 
 def test_a_seed_that_never_got_there_makes_the_mean_a_lower_bound(tmp_path: Path) -> None:
     one, other = run(tmp_path / "a", [0.4, 0.6]), run(tmp_path / "b", [0.4, 0.5])
-    found = summarize({"0": one, "1": other})["to_target"]["evaluations"]
+    found = summarize({"0": one, "1": other})["to_target"]["nfe"]
     assert (found["mean"], found["reached"], found["lower_bound"], found["ci95"]) == (400, 1, True, None)
-    assert other["to_target"] == {"evaluations": None, "seconds": None}
+    assert other["to_target"] == {"nfe": None, "seconds": None}
 
 
 def spent(cost: float | None, most: float = 900.0) -> dict[str, Any]:
-    return {"to_target": {"evaluations": cost}, "spent": {"evaluations": most}}
+    return {"to_target": {"nfe": cost}, "spent": {"nfe": most}}
 
 
 def test_the_ratio_of_costs_is_paired_by_seed() -> None:
     first = {"0": spent(100), "1": spent(400), "2": spent(50)}
-    found = cost_ratio({"0": spent(200), "1": spent(3200), "3": spent(1)}, first, "evaluations")
+    found = cost_ratio({"0": spent(200), "1": spent(3200), "3": spent(1)}, first, "nfe")
     half = 12.7062 * np.std([math.log(2), math.log(8)], ddof=1) / 2**0.5
     assert found is not None
     assert found["mean"] == pytest.approx(4.0)  # the geometric mean of 2 and 8
@@ -158,11 +158,11 @@ def test_the_ratio_of_costs_is_paired_by_seed() -> None:
 
 
 def test_a_ratio_with_an_unreached_target_is_a_bound_and_one_to_a_bound_is_none() -> None:
-    bound = cost_ratio({"0": spent(200), "1": spent(None)}, {"0": spent(100), "1": spent(100)}, "evaluations")
+    bound = cost_ratio({"0": spent(200), "1": spent(None)}, {"0": spent(100), "1": spent(100)}, "nfe")
     assert bound is not None
     assert (bound["mean"], bound["lower_bound"], bound["ci95"]) == (pytest.approx(18**0.5), True, None)
-    assert cost_ratio({"0": spent(200)}, {"0": spent(None)}, "evaluations") is None
-    assert cost_ratio({"0": spent(200)}, {"1": spent(100)}, "evaluations") is None
+    assert cost_ratio({"0": spent(200)}, {"0": spent(None)}, "nfe") is None
+    assert cost_ratio({"0": spent(200)}, {"1": spent(100)}, "nfe") is None
 
 
 def test_a_method_with_another_budget_says_so(tmp_path: Path) -> None:
@@ -239,10 +239,8 @@ def test_the_readme_keeps_everything_else(tmp_path: Path) -> None:
 
 
 def test_the_plots_mean_is_over_seeds_that_go_on() -> None:
-    long = [{"evaluations": 10, "reward": 0.2}, {"evaluations": 20, "reward": 0.4}, {"evaluations": 30, "reward": 0.9}]
-    cost, reward = mean_curve(
-        [long, [{"evaluations": 12, "reward": 0.4}, {"evaluations": 22, "reward": 0.6}]], "reward"
-    )
+    long = [{"nfe": 10, "reward": 0.2}, {"nfe": 20, "reward": 0.4}, {"nfe": 30, "reward": 0.9}]
+    cost, reward = mean_curve([long, [{"nfe": 12, "reward": 0.4}, {"nfe": 22, "reward": 0.6}]], "reward")
     assert cost.tolist() == [11, 21]
     assert reward.tolist() == pytest.approx([0.3, 0.5])
 

@@ -16,7 +16,7 @@ def candidate(reward: float, corrected: float | None = 1.0, fall: float | None =
 
 def row(step: int, reward: float, judge: float | None) -> dict[str, Any]:
     axes = {} if judge is None else {"alignment": 1.0, "coherence": judge, "style": judge + 0.5, "corrected": reward}
-    cost = {"evaluations": {"sample": 10, "train": step}, "seconds": {"sample": 1.0, "score": 0.5, "train": 2.0}}
+    cost = {"nfe": {"sample": 10, "train": step}, "seconds": {"sample": 1.0, "score": 0.5, "train": 2.0}}
     return {"step": step, "reward": reward, **axes, **cost}
 
 

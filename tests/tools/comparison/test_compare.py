@@ -112,7 +112,7 @@ def test_the_candidate_is_chosen_on_validation_prompts_and_recorded(place: Path)
     choice = read(place / "out" / "choices.json")["red"]["gdro"]
     assert choice["chosen"] == 0
     assert "train.target_modules" in choice["candidates"][1]["error"]
-    assert choice["candidates"][0]["evaluations"]["train"] > 0
+    assert choice["candidates"][0]["nfe"]["train"] > 0
     assert not list((place / "out/red/gdro/search").glob("*/evaluation*"))
     assert yaml.safe_load((place / "out/red/gdro/seed-0/config.yaml").read_text())["seed"] == 0
 
@@ -124,10 +124,10 @@ def test_the_results_hold_every_figure(place: Path) -> None:
     task = results["tasks"]["red"]
     assert task["base"]["reward"]["n"] == 1
     one, longer = (task["methods"][name]["seeds"]["0"] for name in ("gdro", "longer"))
-    assert 80 <= one["spent"]["evaluations"] < 120 <= longer["spent"]["evaluations"]
-    assert sum(one["evaluations"].values()) == one["spent"]["evaluations"]
+    assert 80 <= one["spent"]["nfe"] < 120 <= longer["spent"]["nfe"]
+    assert sum(one["nfe"].values()) == one["spent"]["nfe"]
     assert longer["curve"][: len(one["curve"])] == one["curve"]
-    assert one["to_target"] == {"evaluations": None, "seconds": None}
+    assert one["to_target"] == {"nfe": None, "seconds": None}
     assert [task["methods"][name]["budget"] for name in ("gdro", "longer")] == [80, 120]
     assert (task["budget"], task["searched_on"]) == (80, "red")
     assert task["methods"]["longer"]["choice"] == task["methods"]["gdro"]["choice"]
@@ -140,7 +140,7 @@ def test_the_results_hold_every_figure(place: Path) -> None:
 def test_the_base_is_one_for_every_method(place: Path, bench: Bench) -> None:
     evaluations = [read(place / f"out/red/{name}/seed-0/evaluation.json") for name in ("gdro", "longer")]
     assert evaluations[0]["base"] == evaluations[1]["base"]
-    assert evaluations[0]["weights"] != evaluations[1]["weights"]
+    assert evaluations[0]["fingerprint"] != evaluations[1]["fingerprint"]
 
     bed = Comparison(bench, place / "out", workers=2)
     one = job(bench, "red/gdro/seed-0")
@@ -174,7 +174,7 @@ def test_a_run_without_its_last_files_is_not_done(copy: Path, bench: Bench, file
         bed.start(job(bench, "red/longer/seed-0"))
 
 
-@pytest.mark.parametrize(("task", "field"), [({"budget": 70}, "max_evaluations"), ({"target_reward": 0.5}, "target_")])
+@pytest.mark.parametrize(("task", "field"), [({"budget": 70}, "max_nfe"), ({"target_reward": 0.5}, "target_")])
 def test_a_run_past_lowered_limits_is_refused(place: Path, copy: Path, task: dict[str, Any], field: str) -> None:
     less = changed(place, "less.yaml", **task)
     with pytest.raises(UserError, match=rf"train.{field}.* may have trained past it; delete .*red/gdro/seed-0 to run"):

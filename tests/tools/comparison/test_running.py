@@ -16,7 +16,7 @@ from gdro.tools.comparison.running import FAILED, LOG, note_end, run_jobs
 
 
 def job(name: str, *after: str) -> Job:
-    return Job(name=name, task="t", method="m", seed=0, candidate=None, after=after, evaluations=10)
+    return Job(name=name, task="t", method="m", seed=0, candidate=None, after=after, nfe=10)
 
 
 def test_jobs_wait_for_those_before_them_and_a_failure_stops_no_other(

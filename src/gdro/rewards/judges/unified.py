@@ -17,12 +17,11 @@ from PIL import Image
 from gdro.common.errors import UserError
 from gdro.common.files import fingerprint
 from gdro.common.prompts import Prompt
-from gdro.rewards.base import Scores
+from gdro.rewards.base import AXES, Scores
 from gdro.rewards.judges import unified_prompts as texts
 from gdro.rewards.judges.answers import answer, labeled
 from gdro.rewards.judges.endpoint import Endpoint, Question
 
-AXES = ("alignment", "coherence", "style")
 SUM_TOLERANCE = 0.02  # of an axis's two relative scores, which "must sum to exactly 1.0"
 
 

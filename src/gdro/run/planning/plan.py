@@ -35,7 +35,7 @@ class Stage:
     images: int | None  # made, trained on (each visit counts) or measured
     flops: float | None  # of one
     seconds: float | None  # of one; of scoring, of one CPU core
-    evaluations: int | None  # passes through the model as a run counts them, all in all
+    nfe: int | None  # passes through the model as a run counts them, all in all
 
     @property
     def hours(self) -> float | None:
@@ -114,7 +114,7 @@ def _generating(name: str, images: int | None, settings: Generation, shapes: Sha
     batch, calls = settings.batch_size, settings.calls
     flops = calls * shapes.base.flops + shapes.decode.flops + shapes.text_flops / settings.images_per_prompt
     seconds = (calls * pace("base", batch) + pace("decode", batch)) / batch
-    return Stage(name, images, flops, seconds, _times(images, calls * shapes.evaluations))
+    return Stage(name, images, flops, seconds, _times(images, calls * shapes.nfe))
 
 
 def _training(config: RunConfig, shapes: Shapes, portion: Portion, prompts: int | None, pace: Pace) -> Stage:
@@ -130,7 +130,7 @@ def _training(config: RunConfig, shapes: Shapes, portion: Portion, prompts: int 
         images,
         unlearned * shapes.base.flops + shapes.learning.flops,
         (unlearned * pace("base", batch) + pace("learning", batch)) / batch,
-        round((others + 3 * images) * shapes.evaluations),  # as a run counts them: without the second pass
+        round((others + 3 * images) * shapes.nfe),  # as a run counts them: without the second pass
     )
 
 

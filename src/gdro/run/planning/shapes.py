@@ -43,7 +43,7 @@ class Shapes:
     latent: tuple[int, int]  # (tokens, channels)
     text_bytes: int  # of one prompt's embeddings
     text_flops: int  # of encoding one prompt
-    evaluations: int  # model evaluations of one velocity without gradient: two with classifier-free guidance
+    nfe: int  # model evaluations of one velocity without gradient: two with classifier-free guidance
     base: Work  # one velocity of the frozen base
     policy: Work  # one velocity with the adapter, kept for its gradient
     learning: Work  # one velocity with the adapter, and its gradient
@@ -94,7 +94,7 @@ def shapes_of(config: RunConfig, *, cuda: bool) -> Shapes:
         with torch.no_grad():
             with model.adapter_disabled():
                 base = counted(velocity)
-            evaluations = model.evaluations
+            nfe = model.nfe
             decode = counted(lambda: model._decode(x, height, width))
         with counting(weights, images, cuda=cuda, text_length=sample.max_sequence_length) as ledger:
             output = velocity()
@@ -110,7 +110,7 @@ def shapes_of(config: RunConfig, *, cuda: bool) -> Shapes:
         latent=(tokens, channels),
         text_bytes=sum(value.nbytes for value in text.values()),
         text_flops=2 * sample.max_sequence_length * sum(_multiplied(network) for network in encoders.values()),
-        evaluations=evaluations,
+        nfe=nfe,
         base=base,
         policy=policy,
         learning=learning,

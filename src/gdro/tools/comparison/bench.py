@@ -1,7 +1,7 @@
 """What a bench file says: tasks, methods and their search, merged into the configuration of every run.
 
 Each run's configuration is common < task < method < method.per_task[task] < chosen values (< quick), plus what the
-bench itself decides: the seed, the budget (`train.max_evaluations`) and the target (`train.target_reward`).
+bench itself decides: the seed, the budget (`train.max_nfe`) and the target (`train.target_reward`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 # What the bench sets itself in every run, and where a bench file says it.
 DECIDED = {
     "seed": "seeds",
-    "train.max_evaluations": "tasks.<task>.budget",
+    "train.max_nfe": "tasks.<task>.budget",
     "train.target_reward": "tasks.<task>.target_reward and stop_at_target",
 }
 
@@ -90,7 +90,7 @@ class Job:
     seed: int
     candidate: int | None  # None: a run with the chosen values
     after: tuple[str, ...]
-    evaluations: int  # what it may cost
+    nfe: int  # what it may cost
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Bench:
     def _config(
         self, task: str, method: str, parts: list[Fields], seed: int, budget: int, target: float | None
     ) -> RunConfig:
-        decided = nested({"seed": seed, "train.max_evaluations": budget, "train.target_reward": target})
+        decided = nested({"seed": seed, "train.max_nfe": budget, "train.target_reward": target})
         try:
             return validate(merged(*parts, decided))
         except UserError as error:

@@ -35,7 +35,7 @@ def figures(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> dict[str, An
         "judge_fall": judge[0] - judge[1] if judge[0] is not None and judge[1] is not None else None,
         **{axis: last[axis] for axis in AXES if axis in last},
         "step": last["step"],
-        "evaluations": last["evaluations"],
+        "nfe": last["nfe"],
         "seconds": last["seconds"],
     }
 

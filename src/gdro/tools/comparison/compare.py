@@ -168,7 +168,7 @@ class Comparison:
         before = self._before(job)
         if before is not None and _key(saved) == _key(self.config(before)):  # just taken on
             return
-        for field in ("max_evaluations", "target_reward"):
+        for field in ("max_nfe", "target_reward"):
             old, new = getattr(saved.train, field), getattr(config.train, field)
             if new is not None and (old is None or old > new):
                 what = f"train.{field} is {new}, but {run} was begun with {'none' if old is None else old}"

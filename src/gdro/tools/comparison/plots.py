@@ -57,7 +57,7 @@ def mean_curve(curves: Sequence[Sequence[Mapping[str, Any]]], score: str) -> tup
     count = min(map(len, curves))
     cost, value = (
         np.array([[point[field] for point in points[:count]] for points in curves], dtype=np.float64)
-        for field in ("evaluations", score)
+        for field in ("nfe", score)
     )
     return cost.mean(axis=0), value.mean(axis=0)
 
@@ -90,7 +90,7 @@ def _cost_figure(task: Mapping[str, Any], style: Mapping[str, Any]) -> Figure | 
 def _draw(axis: Any, method: Mapping[str, Any], score: str, color: str, *, emphasis: bool) -> None:
     """Seeds thin, their mean bold; dashed for a method that continues another. Points without the score are left."""
     curves = [
-        [point for point in run["curve"] if point[score] is not None and point["evaluations"] > 0]
+        [point for point in run["curve"] if point[score] is not None and point["nfe"] > 0]
         for run in method["seeds"].values()
     ]
     curves = [points for points in curves if points]
@@ -106,4 +106,4 @@ def _draw(axis: Any, method: Mapping[str, Any], score: str, color: str, *, empha
 
 
 def _xy(points: Sequence[Mapping[str, Any]], score: str) -> tuple[list[float], list[float]]:
-    return [point["evaluations"] for point in points], [point[score] for point in points]
+    return [point["nfe"] for point in points], [point[score] for point in points]

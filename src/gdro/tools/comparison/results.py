@@ -16,7 +16,7 @@ from gdro.evaluation.statistics import AXES
 from gdro.tools.comparison.bench import Bench, run_name
 from gdro.tools.comparison.choice import validations
 
-COSTS = ("evaluations", "seconds")
+COSTS = ("nfe", "seconds")
 SCORES = ("reward", "corrected", *AXES)
 LIBRARIES = ("gdro", "torch", "diffusers", "transformers", "peft", "numpy", "rapidocr", "onnxruntime")
 # 97.5 % points of Student's t for 1 to 5 degrees of freedom; beyond, the expansion below is good to .0005
@@ -75,10 +75,10 @@ def run_results(run: Path, target: float) -> dict[str, Any]:
     last = points[-1]
     found = {
         "results": {name: evaluation["results"][name] for name in SCORES},
-        "signs": evaluation["signs"],
+        "image_stats": evaluation["image_stats"],
         "verdict": evaluation["verdict"],
         "alarm": evaluation["alarm"],
-        "evaluations": summary["evaluations"],
+        "nfe": summary["nfe"],
         "seconds": summary["seconds"],
         "stopped": read_record(run / "checkpoints" / "stopped.json"),
         "curve": points,
@@ -99,17 +99,15 @@ def summarize(seeds: Mapping[str, Mapping[str, Any]], side: str = "tuned") -> di
         out["geneval"] = {name: over_seeds([run["geneval"][side][name] for run in runs]) for name in names}
     if side == "base":
         return out
-    names = runs[0]["signs"]
-    out["signs"] = {name: over_seeds([run["signs"][name]["relative"] for run in runs]) for name in names}
+    names = runs[0]["image_stats"]
+    out["image_stats"] = {name: over_seeds([run["image_stats"][name]["relative"] for run in runs]) for name in names}
     outcomes = [run["verdict"]["outcome"] for run in runs]
     out["verdicts"] = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
     out["alarms"] = sum(run["alarm"] is not None and run["alarm"]["on"] for run in runs)
     out["seconds"] = {
         stage: over_seeds([run["seconds"][stage] for run in runs]) for stage in ("sample", "score", "train")
     }
-    out["evaluations"] = {
-        stage: over_seeds([run["evaluations"][stage] for run in runs]) for stage in ("sample", "train")
-    }
+    out["nfe"] = {stage: over_seeds([run["nfe"][stage] for run in runs]) for stage in ("sample", "train")}
     out["to_target"] = {cost: _to_target(runs, cost) for cost in COSTS}
     return out
 

@@ -125,14 +125,14 @@ class _Lines:
     """One line a job, with the time left by the cost of what is left (an upper bound: jobs may stop at the target)."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        self.total, self.count = sum(job.evaluations for job in jobs), len(jobs)
+        self.total, self.count = sum(job.nfe for job in jobs), len(jobs)
         self.here = self.past = 0  # evaluations done in this session, and before it
         self.done = 0
         self.start = time.monotonic()
         self.began: dict[str, float] = {}
 
     def before(self, job: Job) -> None:
-        self.past += job.evaluations
+        self.past += job.nfe
         self.done += 1
 
     def started(self, job: Job) -> None:
@@ -140,7 +140,7 @@ class _Lines:
 
     def ended(self, job: Job, error: str | None) -> None:
         now = time.monotonic()
-        self.here += job.evaluations
+        self.here += job.nfe
         self.done += 1
         left = (self.total - self.here - self.past) * (now - self.start) / self.here
         outcome = f"failed: {error}" if error else f"done in {duration(now - self.began[job.name])}"

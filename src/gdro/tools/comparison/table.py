@@ -52,7 +52,7 @@ def rows(task: Mapping[str, Any]) -> list[list[str]]:
             continue
         to_target = [
             _cost(found["to_target"][cost], unit) + (" (×1)" if place == 0 else _ratio(found["to_first"][cost]))
-            for cost, unit in (("evaluations", 1000), ("seconds", 1))
+            for cost, unit in (("nfe", 1000), ("seconds", 1))
         ]
         out.append(
             [
@@ -60,7 +60,7 @@ def rows(task: Mapping[str, Any]) -> list[list[str]]:
                 _score(found["reward"]),
                 _score(found["corrected"]),
                 _axes(found),
-                _relative(found["signs"]["layout_diversity"]["mean"]),
+                _relative(found["image_stats"]["layout_diversity"]["mean"]),
                 _verdicts(found["verdicts"], found["alarms"]),
                 *to_target,
                 " · ".join(_plain(found["seconds"][stage]["mean"], 0) for stage in ("sample", "score", "train")),

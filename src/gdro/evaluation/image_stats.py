@@ -33,7 +33,7 @@ THRESHOLDS: dict[str, tuple[str, float, float, str]] = {
 }
 
 
-def image_signs(images: Sequence[Image.Image], boxes: Sequence[Any] | None = None) -> dict[str, np.ndarray]:
+def measure_image_stats(images: Sequence[Image.Image], boxes: Sequence[Any] | None = None) -> dict[str, np.ndarray]:
     """Signs of images of one size: the five per-image ones (n,), and the two diversities of these n as one group (1,).
 
     `boxes` holds each image's OCR boxes, every box four (x, y) corners in pixels of the original image; their
@@ -131,7 +131,7 @@ def _mean_distance(features: np.ndarray) -> np.ndarray:
     return np.linalg.norm(features[first] - features[second], axis=1).mean(keepdims=True)
 
 
-def compare_signs(
+def compare_image_stats(
     base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], texts: Sequence[str], *, samples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """For each sign of per-prompt values (P,): means, difference with interval, relative change with interval."""
@@ -144,11 +144,11 @@ def compare_signs(
     return out
 
 
-def verdict(signs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def verdict(image_stats: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each sign that moved beyond its threshold ("edge density fell 60 %"); empty when none did."""
     lines = []
     for name, (words, relative, absolute, direction) in THRESHOLDS.items():
-        sign = signs[name]
+        sign = image_stats[name]
         gain, (low, high) = sign["gain"], sign["ci95"]
         if gain is None or low is None or low <= 0 <= high or abs(gain) < absolute:
             continue

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from gdro.evaluation.signs import THRESHOLDS, box_share, compare_signs, image_signs, verdict
+from gdro.evaluation.image_stats import THRESHOLDS, box_share, compare_image_stats, measure_image_stats, verdict
 
 SIZES = [(64, 32), (1024, 1024)]
 
@@ -42,48 +42,50 @@ def lettered(image: Image.Image, lines: int) -> Image.Image:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_damage_moves_its_sign(size: tuple[int, int]) -> None:
-    good = image_signs(scenes(size))
-    dark = image_signs([i.point(lambda v: v * 0.2) for i in scenes(size)])
+    good = measure_image_stats(scenes(size))
+    dark = measure_image_stats([i.point(lambda v: v * 0.2) for i in scenes(size)])
     assert (dark["brightness"] < 0.3 * good["brightness"]).all()
     assert (dark["dark_pixels"] > good["dark_pixels"] + 0.5).all()
-    blurred = image_signs([i.filter(ImageFilter.GaussianBlur(size[1] / 8)) for i in scenes(size)])
+    blurred = measure_image_stats([i.filter(ImageFilter.GaussianBlur(size[1] / 8)) for i in scenes(size)])
     assert (blurred["edge_density"] < 0.7 * good["edge_density"]).all()
-    gray = image_signs([i.convert("L").convert("RGB").quantize(2).convert("RGB") for i in scenes(size)])
+    gray = measure_image_stats([i.convert("L").convert("RGB").quantize(2).convert("RGB") for i in scenes(size)])
     assert (gray["color_entropy"] < good["color_entropy"]).all()
     assert (gray["color_entropy"] <= 1).all()
-    text = image_signs([lettered(i, 3) for i in scenes(size)])
+    text = measure_image_stats([lettered(i, 3) for i in scenes(size)])
     assert (text["text_share"] > good["text_share"] + 0.2).all()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_more_lines_of_text_cover_more(size: tuple[int, int]) -> None:
     plain = [Image.new("RGB", size, (160, 120, 90))]
-    shares = [image_signs([lettered(i, lines) for i in plain])["text_share"][0] for lines in range(4)]
+    shares = [measure_image_stats([lettered(i, lines) for i in plain])["text_share"][0] for lines in range(4)]
     assert shares[0] == 0
     assert all(a < b for a, b in itertools.pairwise(shares))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_collapsed_group_has_no_diversity(size: tuple[int, int]) -> None:
-    varied, same = image_signs(scenes(size)), image_signs([scene(size, 0)] * 4)
+    varied, same = measure_image_stats(scenes(size)), measure_image_stats([scene(size, 0)] * 4)
     for name in ("layout_diversity", "color_diversity"):
         assert varied[name][0] > 0.05
         assert same[name][0] == 0
-        assert np.isnan(image_signs(scenes(size, 1))[name][0])
+        assert np.isnan(measure_image_stats(scenes(size, 1))[name][0])
 
 
 def test_values_against_closed_form() -> None:
     """Black left half, white right half: brightness 1/2, one bit of color, one column of edges."""
     pixels = np.zeros((32, 64, 3), dtype=np.uint8)
     pixels[:, 32:] = 255
-    signs = image_signs([Image.fromarray(pixels), Image.fromarray(255 - pixels), Image.new("RGB", (64, 32))])
-    np.testing.assert_allclose(signs["brightness"], [0.5, 0.5, 0], atol=1e-6)
-    np.testing.assert_allclose(signs["dark_pixels"], [0.5, 0.5, 1])
-    np.testing.assert_allclose(signs["color_entropy"], [1, 1, 0])
-    np.testing.assert_allclose(signs["edge_density"], [1 / 64, 1 / 64, 0])
-    np.testing.assert_allclose(signs["layout_diversity"], (1 + 2 * np.sqrt(0.5)) / 3)
+    image_stats = measure_image_stats(
+        [Image.fromarray(pixels), Image.fromarray(255 - pixels), Image.new("RGB", (64, 32))]
+    )
+    np.testing.assert_allclose(image_stats["brightness"], [0.5, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(image_stats["dark_pixels"], [0.5, 0.5, 1])
+    np.testing.assert_allclose(image_stats["color_entropy"], [1, 1, 0])
+    np.testing.assert_allclose(image_stats["edge_density"], [1 / 64, 1 / 64, 0])
+    np.testing.assert_allclose(image_stats["layout_diversity"], (1 + 2 * np.sqrt(0.5)) / 3)
     hellinger = np.sqrt(1 - np.sqrt(0.5))
-    np.testing.assert_allclose(signs["color_diversity"], 2 * hellinger / 3)
+    np.testing.assert_allclose(image_stats["color_diversity"], 2 * hellinger / 3)
 
 
 def test_box_share_is_of_the_union_and_stays_inside_the_image() -> None:
@@ -93,12 +95,14 @@ def test_box_share_is_of_the_union_and_stays_inside_the_image() -> None:
     assert box_share([], 100, 100) == 0
     assert box_share([left, inside], 100, 100) == 0.5
     assert box_share([left, outside], 100, 100) == 0.51
-    assert image_signs(scenes((100, 100), 1), [[left]])["text_share"][0] == 0.5
+    assert measure_image_stats(scenes((100, 100), 1), [[left]])["text_share"][0] == 0.5
 
 
 def test_images_of_different_modes_count_as_rgb() -> None:
-    signs = image_signs([Image.new("L", (64, 32), 128), Image.new("RGBA", (64, 32), (128, 128, 128, 255))])
-    assert signs["brightness"][0] == signs["brightness"][1]
+    image_stats = measure_image_stats(
+        [Image.new("L", (64, 32), 128), Image.new("RGBA", (64, 32), (128, 128, 128, 255))]
+    )
+    assert image_stats["brightness"][0] == image_stats["brightness"][1]
 
 
 TEXTS = [str(i) for i in range(40)]
@@ -113,7 +117,7 @@ def per_prompt(change: dict[str, float]) -> tuple[dict[str, np.ndarray], dict[st
 def test_verdict_names_what_moved_and_by_how_much() -> None:
     """The public case of rewards.md: dark pixels .45 -> .93, edge density -60 %, color entropy -54 %."""
     base, tuned = per_prompt({"dark_pixels": 1.07, "edge_density": -0.6, "color_entropy": -0.7, "brightness": 0.1})
-    lines = verdict(compare_signs(base, tuned, TEXTS, samples=200, seed=0))
+    lines = verdict(compare_image_stats(base, tuned, TEXTS, samples=200, seed=0))
     assert [line.split(" (")[0] for line in lines] == [
         "share of dark pixels rose 107 %",
         "edge density fell 60 %",
@@ -123,16 +127,16 @@ def test_verdict_names_what_moved_and_by_how_much() -> None:
 
 def test_no_verdict_without_change_or_without_certainty_or_in_the_good_direction() -> None:
     base, tuned = per_prompt({"layout_diversity": 0.9, "text_share": -0.9})
-    assert verdict(compare_signs(base, tuned, TEXTS, samples=200, seed=0)) == []
+    assert verdict(compare_image_stats(base, tuned, TEXTS, samples=200, seed=0)) == []
     noise = np.random.default_rng(1)
     base = {name: noise.exponential(size=6) for name in THRESHOLDS}
     tuned = {name: noise.permutation(base[name]) for name in THRESHOLDS}
-    assert verdict(compare_signs(base, tuned, TEXTS[:6], samples=200, seed=0)) == []
+    assert verdict(compare_image_stats(base, tuned, TEXTS[:6], samples=200, seed=0)) == []
 
 
 def test_a_sign_absent_from_the_base_is_from_nothing() -> None:
     base, tuned = per_prompt({})
     base["text_share"], tuned["text_share"] = np.zeros(40), np.full(40, 0.5)
-    assert verdict(compare_signs(base, tuned, TEXTS, samples=50, seed=0)) == [
+    assert verdict(compare_image_stats(base, tuned, TEXTS, samples=50, seed=0)) == [
         "share covered by text rose from nothing (0 to 0.5)"
     ]
