@@ -115,7 +115,7 @@ def per_prompt(change: dict[str, float]) -> tuple[dict[str, np.ndarray], dict[st
 
 
 def test_verdict_names_what_moved_and_by_how_much() -> None:
-    """The public case of rewards.md: dark pixels .45 -> .93, edge density -60 %, color entropy -54 %."""
+    """A public case: dark pixels .45 -> .93, edge density -60 %, color entropy -54 %."""
     base, tuned = per_prompt({"dark_pixels": 1.07, "edge_density": -0.6, "color_entropy": -0.7, "brightness": 0.1})
     lines = verdict(compare_image_stats(base, tuned, TEXTS, samples=200, seed=0))
     assert [line.split(" (")[0] for line in lines] == [

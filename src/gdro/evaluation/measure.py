@@ -18,6 +18,7 @@ from gdro.common.files import discard
 from gdro.common.progress import Progress
 from gdro.common.prompts import Prompt
 from gdro.common.reading import parse_json
+from gdro.evaluation.image_stats import measure_image_stats
 from gdro.evaluation.statistics import corrected_axes, corrected_score
 from gdro.groups.sampling import STARTED, Generation, read_begun, sample_groups
 from gdro.groups.scores import read_header, read_rewards, read_scored

@@ -20,7 +20,7 @@ _BLOCK = 1000  # resamples drawn by one generator; part of the definition of the
 def corrected_axes(reward: str) -> tuple[str, ...]:
     """Judge axes that u averages for a reward of this name: those with "geneval" in it leave alignment out.
 
-    Alignment rises with hacking there (method.md 6).
+    Alignment rises with hacking there (the GDRO paper, on GenEval).
     """
     return AXES[1:] if "geneval" in reward else AXES
 

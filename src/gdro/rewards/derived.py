@@ -23,7 +23,7 @@ Groups = Mapping[str, np.ndarray]
 
 
 def hp_edit(scores: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(5 - 2 s)): a judge's 0 to 5 spread out around 2.5 (HP-Edit, method.md)."""
+    """1 / (1 + exp(5 - 2 s)): a judge's 0 to 5 spread out around 2.5 (HP-Edit)."""
     return 1 / (1 + np.exp(5 - 2 * scores))
 
 

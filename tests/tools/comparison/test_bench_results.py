@@ -31,8 +31,8 @@ def validation(step: int, reward: float, nfe: int) -> dict[str, Any]:
         "step": step,
         "reward": reward,
         "corrected": 2 * reward,
-        "nfe": {"sample": 100, "train": evaluations - 100},
-        "seconds": {"sample": 1.0, "score": 2.0, "train": evaluations / 100},
+        "nfe": {"sample": 100, "train": nfe - 100},
+        "seconds": {"sample": 1.0, "score": 2.0, "train": nfe / 100},
     }
 
 
