@@ -53,14 +53,16 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
     from gdro.run.config import load_config
     from gdro.stages.train import train
     from gdro.tiny.prompts import tiny_prompts
+    from gdro.training.config import TrainConfig
 
     config = load_config(run / "config.yaml")
     change = dict(VARIANTS[name])
     if "beta" in change:
-        change["beta"] *= config.train.beta
+        change["beta"] *= config.train.objective.beta
     k = change.get("k", config.train.k)
-    section = config.train.model_copy(
-        update={
+    section = TrainConfig.model_validate(
+        {
+            **config.train.flat(),
             **change,
             "groups_per_step": IMAGES_A_STEP // k,
             "max_train_steps": steps,
@@ -109,7 +111,7 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
 def table(results: Path) -> str:
     """A Markdown table: mean over seeds, with the half-width of a 95 % t-interval over them.
 
-    Differences from the default are by seed: the same groups, order of visits and validation images.
+    Differences from the default are by seed: the same groups, order of draws and validation images.
     """
     rows = defaultdict(list)
     for line in results.read_text().splitlines():

@@ -45,9 +45,9 @@ def main() -> None:
             learner, _ = prepare(train, job.model, job.groups, job.scores, seed=0, sampling=job.sampling)
             gradients = []
             for step in range(1, args.batches + 1):
-                visits = learner.visits.at(step)
-                backward(learner, visits, sum(visit.ranked for visit in visits))
-                found = [p.grad.flatten() for p in learner.parameters.values() if p.grad is not None]
+                draws = learner.data.draws.at(step)
+                backward(learner, draws, sum(draw.ranked for draw in draws))
+                found = [p.grad.flatten() for p in learner.policies.parameters.values() if p.grad is not None]
                 gradients.append(torch.cat(found))
                 learner.optimizer.zero_grad()
             products = torch.stack(gradients) @ torch.stack(gradients).T

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rewards"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fake_endpoint import Asked, FakeEndpoint, Said  # type: ignore[import-not-found]
 
 from gdro.common.prompts import Prompt

@@ -44,8 +44,9 @@ from gdro.run.planning.gpus import present
 from gdro.samplers.trajectory import Trajectory
 from gdro.stages.train import prepare
 from gdro.training.config import TrainConfig
+from gdro.training.learner import Learner
 from gdro.training.log import MetricsLog
-from gdro.training.step import Learner, train_step
+from gdro.training.step import train_step
 
 TIMES = (1.0, 0.9, 0.7, 0.4)  # of the made-up trajectories: three stochastic steps
 
@@ -108,31 +109,31 @@ def objective_passes(learner: Learner) -> int:
     objective = learner.objective
     if objective.kind == "trajectory":
         return objective.uses_base + objective.uses_old_mean
-    return (bool(objective.uses_reference) and learner.reference_errors is None) + objective.uses_base
+    return (bool(objective.uses_reference) and learner.data.reference_errors is None) + objective.uses_base
 
 
 def floor_seconds(learner: Learner, step: int) -> float:
     """The passes alone, batch by batch, on inputs made beforehand."""
-    visits, model, objective, total = learner.visits.at(step), learner.model, learner.objective, 0.0
-    size = learner.portion.groups
-    learner = learner.at(visits[0].group)
-    for first in range(0, len(visits), size):
+    draws, model, objective, total = learner.data.draws.at(step), learner.policies.model, learner.objective, 0.0
+    size = learner.micro_batch.groups
+    learner = learner.at(draws[0].group)
+    for first in range(0, len(draws), size):
         if objective.kind == "trajectory":
-            inputs = [(one.x, one.t, one.text) for one in learner.transitions.of(visits[first : first + size])[1]]
+            inputs = [(one.x, one.t, one.text) for one in learner.data.transitions.of(draws[first : first + size])[1]]
         else:
-            inputs = [learner.batches.of(visits[first : first + size]).noised()]
+            inputs = [learner.data.batches.of(draws[first : first + size]).noised()]
         for x, t, text in inputs:
             parts = [(x[p], t[p], {name: v[p] for name, v in text.items()}) for p in learner.passes(len(t))]
             start = now(model.device)
             for _ in range(objective_passes(learner)):
                 with torch.no_grad(), model.adapter_disabled():
                     for part in parts:
-                        learner.velocity(*part)
-            for part in parts if objective.kind == "forward" and learner.portion.images else ():
+                        learner.policies.velocity(*part)
+            for part in parts if objective.kind == "forward" and learner.micro_batch.images else ():
                 with torch.no_grad():
-                    learner.velocity(*part)
+                    learner.policies.velocity(*part)
             for part in parts:
-                learner.velocity(*part).square().mean().backward()
+                learner.policies.velocity(*part).square().mean().backward()
             total += now(model.device) - start
     learner.optimizer.zero_grad()
     return total
@@ -140,22 +141,22 @@ def floor_seconds(learner: Learner, step: int) -> float:
 
 def flops(learner: Learner) -> dict[str, float]:
     """Of a velocity of one image: "forward" without gradient, "both" with the backward pass to the adapter."""
-    visit = learner.visits.at(1)[0]
-    learner = learner.at(visit.group)
-    x, t, text = learner.batches.of([visit]).noised()
+    draw = learner.data.draws.at(1)[0]
+    learner = learner.at(draw.group)
+    x, t, text = learner.data.batches.of([draw]).noised()
     x, t, text = x[:1], t[:1], {name: value[:1] for name, value in text.items()}
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        learner.velocity(x, t, text)
+        learner.policies.velocity(x, t, text)
     with FlopCounterMode(display=False) as both:
-        learner.velocity(x, t, text).sum().backward()
+        learner.policies.velocity(x, t, text).sum().backward()
     learner.optimizer.zero_grad()
     return {"forward": forward.get_total_flops(), "both": both.get_total_flops()}
 
 
 def step_seconds(learner: Learner, step: int, log: MetricsLog) -> float:
-    start = now(learner.model.device)
+    start = now(learner.policies.model.device)
     log.write(step, train_step(learner, step))
-    return now(learner.model.device) - start
+    return now(learner.policies.model.device) - start
 
 
 def measured(

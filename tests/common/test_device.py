@@ -66,7 +66,7 @@ def test_an_error_of_the_gpu_is_one_line(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
-    for name in ("sample", "score", "train"):
+    for name in ("sample_groups", "score", "train"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
     if stage == "validate":
         monkeypatch.setattr(pipeline, "train", validate)
@@ -77,7 +77,7 @@ def test_an_error_of_the_gpu_is_one_line(
         monkeypatch.setattr("gdro.models.diffusers_model.DiffusersModel.load_adapter", lambda *_: None)
         monkeypatch.setattr(pipeline, "evaluate", fail)
     else:
-        monkeypatch.setattr(pipeline, stage, fail)
+        monkeypatch.setattr(pipeline, "sample_groups" if stage == "sample" else stage, fail)
     assert main(["run", str(small_run(tmp_path, flux_folder)), "--out", "out"]) == 2
     err = capsys.readouterr().err
     line = err.splitlines()[-1] + "\n"

@@ -123,7 +123,7 @@ def test_a_store_begun_otherwise_is_refused(flux: FluxModel, tmp_path: Path):
     refusal("no prompt given", prompts=[])
     refusal("height: 33 does not fit", SETTINGS.model_copy(update={"height": 33}))
     flux.add_adapter(rank=2, alpha=2, targets="attention", seed=0)
-    refusal("weights: ")
+    refusal("fingerprint: ")
     with flux.adapter_disabled():
         sample_groups(SETTINGS, flux, PROMPTS[:2], tmp_path, seed=7)
 

@@ -15,7 +15,7 @@ from gdro.models import check_compiler, check_quantization, load_model
 from gdro.models.base import FlowModel
 from gdro.stages.train import train
 from gdro.training.config import TrainConfig
-from gdro.training.passes import saved_bytes
+from gdro.training.micro_batch import saved_bytes
 
 CPU = torch.device("cpu")
 

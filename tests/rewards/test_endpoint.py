@@ -377,7 +377,7 @@ def test_works_where_a_loop_is_running(serve: Any) -> None:
 
 ASK = """
 import json, sys
-from gdro.rewards.endpoint import Endpoint, Question
+from gdro.rewards.judges.endpoint import Endpoint, Question
 url, cache, count = sys.argv[1:]
 questions = [Question(f"What is {i}?") for i in range(int(count))]
 found = Endpoint(url, "judge", cache=cache, concurrency=4).ask(questions, float)

@@ -212,12 +212,12 @@ def test_larger_pictures_are_seen_alike_with_boxes_in_their_own_pixels() -> None
     [
         ({}, 'has nothing in "tag"'),
         ({"tag": "single_object"}, 'has nothing in "include"'),
-        ({"tag": "colors", "include": [wanted("circle")]}, "has 'colors' in \"tag\""),
+        ({"tag": "coloring", "include": [wanted("circle")]}, "has 'coloring' in \"tag\""),
         ({"tag": "single_object", "include": []}, 'has [] in "include"'),
         ({"tag": "single_object", "include": [{"class": "circle"}]}, 'has nothing in "include.0.count"'),
         ({"tag": "counting", "include": [wanted("circle", 0)]}, 'has 0 in "include.0.count"'),
         ({"tag": "counting", "include": [wanted("circle", "2")]}, "has '2' in \"include.0.count\""),
-        ({"tag": "colors", "include": [wanted("circle", color="red")]}, "has 'red' in \"include.0.color\""),
+        ({"tag": "colors", "include": [wanted("circle", tint="red")]}, "has 'red' in \"include.0.tint\""),
         ({"tag": "colors", "include": [wanted("circle", color="rad")]}, 'the color "rad"; did you mean "red"?'),
         ({"tag": "single_object", "include": [wanted("sqare")]}, 'the class "sqare"; did you mean "square"?'),
         (

@@ -16,7 +16,8 @@ from gdro.cli import main
 from gdro.common.files import discard
 from gdro.models.loading import FAMILIES
 from gdro.stages import train
-from gdro.training.step import Learner, train_step
+from gdro.training.learner import Learner
+from gdro.training.step import train_step
 
 
 class Workplace:
@@ -97,7 +98,7 @@ def work(
             "raised AttributeError: 'Image' object has no attribute 'redness' (my_rewards.py, line 22)",
         ),
         (["--score.reward", "{nam: ocr}"], "score.reward has no name; expected a name, or a section such as"),
-        (["--score.reward", "{name: ocr, standardize: false}"], 'no such option; did you mean "standardize"?'),
+        (["--score.reward", "{name: ocr, standardise: false}"], 'no such option; did you mean "standardize"?'),
         (["--evaluate.judge", "my_rewards:redness"], 'judge "my_rewards:redness" returned list; expected a dictionary'),
         (["--evaluate.judge", "tiny"], "scene"),
         (["--sample.scheduler", "DDIM"], 'sample.scheduler is "DDIM"; expected'),
@@ -349,7 +350,7 @@ def test_training_settings_may_change_until_there_is_a_checkpoint(
     work: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(one: Learner, step: int) -> dict[str, float]:
-        for weight in one.parameters.values():
+        for weight in one.policies.parameters.values():
             weight.data.fill_(float("inf"))
         return train_step(one, step)
 

@@ -16,6 +16,7 @@ from gdro.cli import _parsers
 from gdro.common.errors import UserError
 from gdro.common.validation import MAX_SEED, integer, number
 from gdro.models import load_model
+from gdro.objectives.registry import OBJECTIVES, hyperparameter_model
 from gdro.run.config import RunConfig, validate
 from gdro.stages.train import train
 from gdro.tools.comparison import bench
@@ -50,6 +51,8 @@ def numbers(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 FIELDS = dict(numbers(RunConfig))
+for objective in OBJECTIVES.values():
+    FIELDS |= numbers(hyperparameter_model(objective), "train.")
 
 
 def test_there_are_numbers_to_look_at() -> None:

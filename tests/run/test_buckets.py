@@ -22,10 +22,12 @@ from gdro.groups.store import GroupStore
 from gdro.models.flux import FluxModel
 from gdro.samplers.settings import Generation
 from gdro.stages.train import prepare
-from gdro.training.batch import of_one_size
 from gdro.training.config import TrainConfig
-from gdro.training.passes import choose_portion
-from gdro.training.step import Learner, backward, check_reference, noised, train_step
+from gdro.training.draws import of_one_size
+from gdro.training.learner import Learner
+from gdro.training.micro_batch import choose_micro_batch
+from gdro.training.step import backward, check_reference, train_step
+from gdro.training.steps.forward import noised
 
 SIZES = [(32, 64), (64, 32), (40, 48)]  # the first two have equally many tokens
 GENERATION = Generation(
@@ -44,7 +46,7 @@ BUCKETS = SAMPLING | {"buckets": [[64, 32], [40, 48]]}
 
 
 def test_batches_hold_every_image_once_and_one_size() -> None:
-    """Sizes are dealt by (seed, group): neither order nor company changes a group's."""
+    """Sizes are split by (seed, group): neither order nor company changes a group's."""
     groups = [f"g{i}" for i in range(40)]
     found = batches(GENERATION, groups, 7)
     assert sorted(job for _, batch in found for job in batch) == [(p, i) for p in range(40) for i in range(3)]
@@ -88,24 +90,24 @@ def test_a_step_sees_every_group_at_its_own_size(flux: FluxModel, toy: tuple[Pat
     """Its gradient is the sum over the groups, each by itself at its size, whatever goes through the model at once."""
     one = learner(flux, toy)
     train_step(one, 1)  # B = 0 before it, so that half of the gradient would be zero
-    visits = one.visits.at(2)
-    assert {one.batches.groups.image_size(visit.group) for visit in visits} == set(SIZES)
+    draws = one.data.draws.at(2)
+    assert {one.data.batches.groups.image_size(draw.group) for draw in draws} == set(SIZES)
 
     def gradient(step: Callable[[], Any]) -> torch.Tensor:
         one.optimizer.zero_grad()
         step()
-        return torch.cat([p.grad.flatten() for p in one.parameters.values() if p.grad is not None])
+        return torch.cat([p.grad.flatten() for p in one.policies.parameters.values() if p.grad is not None])
 
     def singly() -> None:
-        for visit in visits:
-            height, width = one.batches.groups.image_size(visit.group)
-            sized = replace(one, geometry={"guidance_scale": 3.5, "height": height, "width": width})
-            seen = noised(sized, one.batches.of([visit]), base=False, reference="base")
-            (one.objective.loss(seen)[0].sum() / len(visits)).backward()
+        for draw in draws:
+            height, width = one.data.batches.groups.image_size(draw.group)
+            sized = replace(one, policies=one.policies.at(height, width))
+            seen = noised(sized, one.data.batches.of([draw]), base=False, reference="base")
+            (one.objective.loss(seen)[0].sum() / len(draws)).backward()
 
     def together(most: int) -> None:
-        for some in of_one_size(visits, one.batches.groups, most):
-            backward(one, some, len(visits))
+        for some in of_one_size(draws, one.data.batches.groups, most):
+            backward(one, some, len(draws))
 
     expected = gradient(singly)
     for most in (1, 2, 6):
@@ -123,7 +125,7 @@ def test_memory_is_measured_on_the_largest_images(
     one = prepare(TrainConfig(**SMALL), flux, *toy, seed=0, sampling=sampling)[0]
     seen, velocity = [], flux.velocity
     monkeypatch.setattr(flux, "velocity", lambda *args, **how: seen.append(how) or velocity(*args, **how))
-    choose_portion(one)
+    choose_micro_batch(one)
     assert [(how["height"], how["width"]) for how in seen] == [(40, 56)]
 
 

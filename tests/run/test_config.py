@@ -7,7 +7,10 @@ import yaml
 
 from gdro.common.errors import UserError
 from gdro.common.yaml import dump_yaml, parse_yaml
-from gdro.run.config import CONFIG, RunConfig, check_unchanged, load_config, save_config, savings, validate
+from gdro.objectives.forward.dpo import Dpo
+from gdro.objectives.forward.gdro import Gdro, Rank
+from gdro.objectives.forward.sft import Sft
+from gdro.run.config import CONFIG, RENAMED, RunConfig, check_unchanged, load_config, save_config, savings, validate
 from gdro.tools.comparison.bench import load_bench
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -40,7 +43,7 @@ def test_every_recipe_is_valid_and_reads_the_same_by_any_yaml_reader(path: Path)
 
 def test_defaults_are_the_papers(small: Path) -> None:
     train = load_config(small).train
-    assert (train.k, train.tau, train.beta, train.gamma, train.learning_rate) == (6, 0.05, 12, 0.5, 3e-4)
+    assert (train.k, train.objective, train.learning_rate) == (6, Gdro(beta=12, tau=0.05, gamma=0.5), 3e-4)
     assert load_config(small).sample.images_per_prompt == 16
 
 
@@ -49,7 +52,6 @@ def test_defaults_are_the_papers(small: Path) -> None:
     [
         ("train.k", "4", 4),
         ("train.learning_rate", "1e-4", 1e-4),
-        ("train.gamma", "0", 0.0),
         ("train.micro_batch_groups", "null", None),
         ("train.report_to", "[tensorboard]", ["tensorboard"]),
         ("train.target_modules", "[to_q, to_k]", ["to_q", "to_k"]),
@@ -66,6 +68,58 @@ def test_an_override_sets_any_field(small: Path, name: str, text: str, value: ob
     assert type(found) is type(value)
 
 
+def test_an_objectives_hyperparameters_have_dotted_names(small: Path) -> None:
+    assert load_config(small, [("train.gamma", "0")]).train.objective == Gdro(gamma=0.0)
+    found = load_config(small, [("train.objective", "{name: dpo, beta: 5}"), ("train.beta", "6"), ("train.k", "2")])
+    assert found.train.objective == Dpo(beta=6.0)
+
+
+def test_another_objective_on_a_resolved_configuration_brings_its_own_defaults(small: Path, tmp_path: Path) -> None:
+    save_config(load_config(small, [("train.beta", "3")]), tmp_path)
+    assert load_config(tmp_path / CONFIG).train.objective == Gdro(beta=3.0)
+    for name, objective in (("sft", Sft()), ("rank", Rank())):
+        assert load_config(tmp_path / CONFIG, [("train.objective", name)]).train.objective == objective
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+from gdro.objectives.base import ForwardObjective
+@dataclass(frozen=True)
+class Hinge(ForwardObjective):
+    margin: float = 0.1
+    uses_reference: ClassVar = "error"
+    reference: str = "base"
+    def loss(self, batch):
+        loss = (self.margin + batch.d[:, 0] - batch.d[:, -1]).clamp_min(0)
+        return loss, {"loss_rank": loss.detach()}
+class Plain: pass
+"""
+
+
+def test_an_objective_of_your_own(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_hinges.py").write_text(OWN)
+    found = load_config(small, [("train.objective", "my_hinges:Hinge"), ("train.margin", "0.5")])
+    assert found.train.objective.margin == 0.5
+    save_config(found, tmp_path)
+    assert load_config(tmp_path / CONFIG) == found
+    for name, said in (
+        ("my_hinges:Hing", 'has nothing named "Hing"; did you mean "Hinge"'),
+        ("my_hinges:Plain", '"my_hinges:Plain" is no objective; expected a frozen dataclass'),
+    ):
+        with pytest.raises(UserError, match=f"^train.objective: .*{said}"):
+            load_config(small, [("train.objective", name)])
+    with pytest.raises(UserError, match=r'^train\.margin is "wide"; expected a number'):
+        load_config(small, [("train.objective", "my_hinges:Hinge"), ("train.margin", "wide")])
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_an_old_name_is_refused_with_the_new_one(small: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f'^unknown field "{name}"; it is now "{RENAMED[name]}"$'):
+        load_config(small, [(name, "1")])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -80,12 +134,16 @@ def test_an_override_sets_any_field(small: Path, name: str, text: str, value: ob
         ("train.tau", "0", "train.tau is 0; expected a number greater than or equal to 0.000001"),
         ("train.tau", ".nan", 'train.tau is ".nan"; expected a number'),
         ("train.tau", "1e999", "--train.tau:1: 1e999; expected a finite number"),
-        ("train.objective", "gdr", 'train.objective: "gdr" is no objective; did you mean "gdro"?'),
+        (
+            "train.objective",
+            "gdr",
+            'train.objective: "gdr" is no objective, nor module:Class of your own; did you mean "gdro"?',
+        ),
         ("train.objective", "3", "train.objective is 3; expected a text"),
         (
             "train.advantage",
             "group",
-            'train.advantage is group, which objective "gdro" does not have; expected one of beta',
+            'train.advantage is "group", which objective "gdro" does not have; expected one of beta',
         ),
         ("train.target_modules", "3", "train.target_modules is 3; expected a text or a list"),
         (
@@ -180,7 +238,7 @@ def test_the_seed_is_fixed_by_any_stage(tmp_path: Path) -> None:
     [
         ({"objective": "nft"}, 'expected null for objective "nft", which sees its reference\'s velocities'),
         ({"objective": "sft"}, 'expected null for objective "sft", which has no reference'),
-        ({"reference": "ema"}, 'and train.reference "ema", which moves; expected null, or "base"'),
+        ({"reference": "ema"}, 'and train.reference "ema", which moves; expected null, or base'),
         ({"objective": "flow_grpo"}, 'expected null for objective "flow_grpo"'),
     ],
 )

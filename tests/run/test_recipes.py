@@ -16,6 +16,7 @@ from small_pipelines import small_sd3, small_z_image
 from small_run import REWARDS, prompt_lines
 
 from gdro.cli import main
+from gdro.objectives.forward.gdro import Gdro
 from gdro.rewards.geneval import detectors
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.run.config import load_config
@@ -51,8 +52,8 @@ SMALL = {
 def test_the_papers_settings(name: str, reward: str, beta: float, gamma: float, steps: int) -> None:
     config = load_config(RECIPES / f"{name}.yaml")
     train, sample = config.train, config.sample
-    assert (train.objective, train.k, train.tau, train.rank, train.learning_rate) == ("gdro", 6, 0.05, 32, 3e-4)
-    assert (train.beta, train.gamma, train.max_train_steps) == (beta, gamma, steps)
+    assert (train.k, train.rank, train.learning_rate, train.max_train_steps) == (6, 32, 3e-4, steps)
+    assert train.objective == Gdro(beta=beta, tau=0.05, gamma=gamma)
     assert (train.ema_warmup, train.ema_decay) == (0.001, 0.5)
     assert abs(train.k * train.groups_per_step - 512) < train.k
     assert (sample.images_per_prompt, sample.height, sample.width, sample.sampler) == (16, 512, 512, "ode")

@@ -22,7 +22,9 @@ from gdro.run.config import RunConfig, validate
 from gdro.run.pipeline import Run, run
 from gdro.stages import train as stage
 from gdro.stages.train import Round, prepare
-from gdro.training.step import Portion, backward, transition
+from gdro.training.learner import MicroBatch
+from gdro.training.step import backward
+from gdro.training.steps.trajectory import transition
 
 LOOP = pipeline.ROUND
 TRAJECTORY = {"flow_grpo": "flow_grpo", "grpo_guard": "flow_grpo", "dance_grpo": "dance_grpo", "ddpo": "flow_cps"}
@@ -85,7 +87,8 @@ def test_model_evaluations_are_counted(base: dict[str, Any], tmp_path: Path) -> 
 @contextmanager
 def interrupted(stage: str, call: int) -> Iterator[None]:
     """Ctrl-C in the `call`-th call of a stage's function, before it does anything."""
-    real, calls = getattr(pipeline, stage), 0
+    name, calls = "sample_groups" if stage == "sample" else stage, 0
+    real = getattr(pipeline, name)
 
     def stop(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -95,7 +98,7 @@ def interrupted(stage: str, call: int) -> Iterator[None]:
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, stage, stop)
+        patch.setattr(pipeline, name, stop)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -163,21 +166,23 @@ def test_stored_log_probabilities_are_the_samplers_own(base: dict[str, Any], tmp
     learner, _ = prepare(
         config.train, job.model, folder / "groups", rewards, seed=0, sampling=job.sampling, round=place
     )
-    learner.model.load_adapter_state(load_file(tmp_path / "run/checkpoints/step-000004/adapter.safetensors"))
-    visits = learner.visits.at(5)
-    sized = learner.at(visits[0].group)
-    _, batches = learner.transitions.of(visits)
+    learner.policies.model.load_adapter_state(load_file(tmp_path / "run/checkpoints/step-000004/adapter.safetensors"))
+    draws = learner.data.draws.at(5)
+    sized = learner.at(draws[0].group)
+    _, batches = learner.data.transitions.of(draws)
     for batch in batches:
-        seen = transition(sized, learner.objective, batch, fresh=False)  # type: ignore[arg-type]
+        seen = transition(sized, batch, fresh=False)
         torch.testing.assert_close(seen.log_prob, seen.old_log_prob, rtol=0, atol=1e-5)
-        fresh = transition(sized, learner.objective, batch, fresh=True)  # type: ignore[arg-type]
+        fresh = transition(sized, batch, fresh=True)
         assert torch.equal(fresh.log_prob, fresh.old_log_prob)
 
     def gradient(images: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        learner.portion = Portion(2, images)
+        learner.micro_batch = MicroBatch(2, images)
         learner.optimizer.zero_grad()
-        figures = backward(learner, visits, 2)
-        return torch.cat([p.grad.flatten() for p in learner.parameters.values() if p.grad is not None]), figures
+        figures = backward(learner, draws, 2)
+        return torch.cat(
+            [p.grad.flatten() for p in learner.policies.parameters.values() if p.grad is not None]
+        ), figures
 
     whole, figures = gradient(None)
     alone, same_figures = gradient(1)  # no image's loss depends on another's velocity
@@ -198,7 +203,7 @@ def test_kept_rounds_are_trained_on_too(base: dict[str, Any], tmp_path: Path) ->
     place = job._place(3)
     assert [folder for folder, _ in place.kept] == [old]
     learner, _ = prepare(config.train, job.model, groups, rewards, seed=0, sampling=job.sampling, round=place)
-    assert {v.group.partition("@")[2] for step in (7, 8) for v in learner.visits.at(step)} == {"2", "3"}
+    assert {v.group.partition("@")[2] for step in (7, 8) for v in learner.data.draws.at(step)} == {"2", "3"}
 
 
 def test_trajectories_of_old_rounds_are_not_kept(base: dict[str, Any], tmp_path: Path) -> None:
@@ -260,7 +265,7 @@ def test_a_round_sampled_by_other_weights_is_refused(base: dict[str, Any], tmp_p
     out = tmp_path / "run"
     run(online(base), out, LOOP)
     shutil.rmtree(out / "checkpoints")
-    with pytest.raises(UserError, match=r"weights: .*rounds/0001/groups was sampled with"):
+    with pytest.raises(UserError, match=r"fingerprint: .*rounds/0001/groups was sampled with"):
         run(online(base, learning_rate=1e-3), out, LOOP)
 
 

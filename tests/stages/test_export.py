@@ -180,5 +180,5 @@ def test_runs_without_whole_checkpoints_are_refused(run_dir: Path):
     save(run_dir, 200, {}, {}, best={"step": 300})
     with pytest.raises(UserError, match="step-000300 not found"):
         export(config_of(run_dir), run_dir, run_dir / "adapter")
-    with pytest.raises(UserError, match=r"holds no config\.yaml"):
-        export(run_dir / "nowhere", run_dir / "adapter")
+    with pytest.raises(UserError, match=r"holds no checkpoint"):
+        export(config_of(run_dir), run_dir / "nowhere", run_dir / "adapter")

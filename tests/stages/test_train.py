@@ -21,12 +21,14 @@ from toy_groups import SAMPLING, write_toy
 from gdro.common.errors import UserError
 from gdro.models import load_model
 from gdro.models.base import FlowModel
-from gdro.objectives.base import implicit_reward
-from gdro.objectives.forward.gdro import gdro_weights
+from gdro.objectives.flow import implicit_reward
+from gdro.objectives.forward.gdro import Gdro, gdro_weights
 from gdro.stages import train as stage
 from gdro.stages.train import train
 from gdro.training.config import MAY_CHANGE, TrainConfig
-from gdro.training.step import Learner, backward, noised, train_step
+from gdro.training.learner import Learner
+from gdro.training.step import backward, train_step
+from gdro.training.steps.forward import noised
 
 KILLED_RUN = """
 import json, sys
@@ -99,13 +101,15 @@ def test_other_objectives_start_where_they_must(
 def test_accumulated_gradients_equal_one_big_batch(flux: Any, toy: tuple[Path, Path]) -> None:
     whole = learner(flux, toy)
     train_step(whole, 1)  # B = 0 before it, so that half of the gradient would be zero
-    visits = whole.visits.at(2)
+    draws = whole.data.draws.at(2)
     gradients = []
     for size in (3, 2, 1):
         whole.optimizer.zero_grad()
         for first in range(0, 3, size):
-            backward(whole, visits[first : first + size], 3)
-        gradients.append(torch.cat([p.grad.flatten() for p in whole.parameters.values() if p.grad is not None]))
+            backward(whole, draws[first : first + size], 3)
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in whole.policies.parameters.values() if p.grad is not None])
+        )
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
@@ -114,19 +118,19 @@ def test_the_gradient_is_the_weighted_sum_of_error_gradients(flux: Any, toy: tup
     """The whole path, model included: dL/dtheta = beta sum_j w_j grad d_j + gamma grad d_1."""
     one = learner(flux, toy, micro_batch_groups=1)
     train_step(one, 1)
-    (visit, *_) = one.visits.at(2)
-    backward(one, [visit], 1)
-    expected = {name: p.grad.clone() for name, p in one.parameters.items() if p.grad is not None}
+    (draw, *_) = one.data.draws.at(2)
+    backward(one, [draw], 1)
+    expected = {name: p.grad.clone() for name, p in one.policies.parameters.items() if p.grad is not None}
     one.optimizer.zero_grad()
-    batch = one.batches.of([visit])
-    seen = noised(one.at(visit.group), batch, base=False, reference="base")
+    batch = one.data.batches.of([draw])
+    seen = noised(one.at(draw.group), batch, base=False, reference="base")
     beta, tau, gamma = 12.0, 0.05, 0.5
-    assert (one.config.beta, one.config.tau, one.config.gamma) == (beta, tau, gamma)
+    assert one.objective == Gdro(beta, tau, gamma)
     s = implicit_reward(seen.d, seen.d_ref, beta)
     coefficients = beta * gdro_weights(s, batch.rewards, tau)
     coefficients[:, 0] += gamma
     (coefficients.float() * seen.d).sum().backward()
-    for name, parameter in one.parameters.items():
+    for name, parameter in one.policies.parameters.items():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6)
 
@@ -135,18 +139,18 @@ def test_equal_rewards_in_a_visit_add_nothing(flux: Any, flux_folder: Path, tmp_
     """A random subset without spread has neither a ranking nor a best image: no gradient, and no share of the mean."""
     one_good = write_toy(tmp_path, flux, groups=3, rewards=[[0.0] * 7 + [1.0]] * 3)
     one = learner(flux, one_good, subset="random", k=2, groups_per_step=8)
-    step = next(i for i in range(1, 99) if sorted(v.ranked for v in one.visits.at(i)) == [False] * 6 + [True] * 2)
+    step = next(i for i in range(1, 99) if sorted(v.ranked for v in one.data.draws.at(i)) == [False] * 6 + [True] * 2)
     figures = train_step(one, step)
     assert figures["loss_rank"] == pytest.approx(math.log(2), abs=1e-5)
-    flat = [visit for visit in one.visits.at(step) if not visit.ranked]
+    flat = [draw for draw in one.data.draws.at(step) if not draw.ranked]
     backward(one, flat, 1)
-    assert all(p.grad is None or not p.grad.any() for p in one.parameters.values())
+    assert all(p.grad is None or not p.grad.any() for p in one.policies.parameters.values())
 
 
 def test_a_first_step_without_a_ranking_is_no_alarm(flux: Any, flux_folder: Path, tmp_path: Path) -> None:
     one_good = write_toy(tmp_path, flux, groups=3, rewards=[[0.0] * 7 + [1.0]] * 3)
     changes: dict[str, Any] = {"subset": "random", "k": 2, "groups_per_step": 1, "max_train_steps": 6}
-    assert not learner(flux, one_good, **changes).visits.at(1)[0].ranked
+    assert not learner(flux, one_good, **changes).data.draws.at(1)[0].ranked
     run(flux, one_good, tmp_path, **changes)
     assert len(rows(tmp_path)) == 6
 
@@ -227,7 +231,7 @@ def diverging_at(last: int) -> Iterator[None]:
 
     def diverge(one: Learner, step: int) -> dict[str, float]:
         if step == last:
-            for weight in one.parameters.values():
+            for weight in one.policies.parameters.values():
                 weight.data.fill_(torch.inf)
         return real(one, step)
 
@@ -375,7 +379,7 @@ def test_bad_values_are_refused(bad: dict[str, Any]) -> None:
 
 
 def test_zero_tau_names_the_rank_objective() -> None:
-    with pytest.raises(ValueError, match="objective: rank"):
+    with pytest.raises(UserError, match="objective: rank"):
         TrainConfig(tau=0.0)
 
 

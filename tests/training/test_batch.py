@@ -9,7 +9,8 @@ from toy_groups import write_toy
 
 from gdro.common.errors import UserError
 from gdro.groups.store import GroupStore
-from gdro.training.batch import Batches, Visits, dealt
+from gdro.training.batches import Batches
+from gdro.training.draws import GroupDraws, split
 
 REWARDS = {
     "distinct": torch.arange(16) / 16,
@@ -19,37 +20,37 @@ REWARDS = {
 }
 
 
-def visits(rewards: dict[str, torch.Tensor] = REWARDS, **changes: Any) -> Visits:
+def draws(rewards: dict[str, torch.Tensor] = REWARDS, **changes: Any) -> GroupDraws:
     options: dict[str, Any] = {"k": 6, "subset": "spread", "groups_per_step": 3, "seed": 0}
-    return Visits(rewards, **(options | changes))
+    return GroupDraws(rewards, **(options | changes))
 
 
 @pytest.mark.parametrize(("count", "processes"), [(4, 1), (4, 2), (4, 4), (3, 2), (1, 4)])
 def test_visits_are_dealt_once_and_as_many_to_each_process(count: int, processes: int) -> None:
-    step = visits(groups_per_step=count).at(1)
-    shares = [dealt(step, process, processes) for process in range(processes)]
+    step = draws(groups_per_step=count).at(1)
+    shares = [split(step, process, processes) for process in range(processes)]
     assert {len(share) for share in shares} == {math.ceil(count / processes)}
-    assert sorted(visit.slot for share in shares for visit in share if visit.ranked) == list(range(count))
+    assert sorted(draw.slot for share in shares for draw in share if draw.ranked) == list(range(count))
 
 
 @pytest.mark.parametrize("subset", ["spread", "random", "extremes"])
 def test_visits_are_k_different_images_best_first(subset: str) -> None:
     for step in range(1, 60):
-        for visit in visits(subset=subset).at(step):
-            assert len(set(visit.images.tolist())) == 6
-            assert torch.equal(visit.rewards, REWARDS[visit.group].double()[visit.images])
-            assert (visit.rewards.diff() <= 0).all()
+        for draw in draws(subset=subset).at(step):
+            assert len(set(draw.images.tolist())) == 6
+            assert torch.equal(draw.rewards, REWARDS[draw.group].double()[draw.images])
+            assert (draw.rewards.diff() <= 0).all()
 
 
 @pytest.mark.parametrize("k", [2, 6, 15, 16])
 @pytest.mark.parametrize("subset", ["spread", "extremes"])
 def test_spread_and_extremes_always_carry_a_ranking(k: int, subset: str) -> None:
-    assert all(visit.ranked for step in range(1, 60) for visit in visits(k=k, subset=subset).at(step))
+    assert all(draw.ranked for step in range(1, 60) for draw in draws(k=k, subset=subset).at(step))
 
 
 def test_random_subsets_may_carry_no_ranking() -> None:
     seen = [
-        v.ranked for step in range(1, 60) for v in visits({"one good": REWARDS["one good"]}, subset="random").at(step)
+        v.ranked for step in range(1, 60) for v in draws({"one good": REWARDS["one good"]}, subset="random").at(step)
     ]
     assert 0.25 < sum(seen) / len(seen) < 0.5  # 6 / 16
 
@@ -58,54 +59,54 @@ def test_spread_takes_one_image_of_each_slice_of_the_ranking() -> None:
     group = {"distinct": REWARDS["distinct"]}
     counts: Counter[int] = Counter()
     for step in range(1, 300):
-        for visit in visits(group, k=4).at(step):
-            ranks = 15 - visit.images  # rewards rise with the index
+        for draw in draws(group, k=4).at(step):
+            ranks = 15 - draw.images  # rewards rise with the index
             assert (ranks // 4).tolist() == [0, 1, 2, 3]
-            counts.update(visit.images.tolist())
+            counts.update(draw.images.tolist())
     assert min(counts[i] for i in range(16)) > 160  # 224 expected each
 
 
 def test_extremes_are_the_best_and_the_worst() -> None:
-    (visit, *_) = visits({"distinct": REWARDS["distinct"]}, k=5, subset="extremes").at(1)
-    assert visit.images.tolist() == [15, 14, 13, 1, 0]
+    (draw, *_) = draws({"distinct": REWARDS["distinct"]}, k=5, subset="extremes").at(1)
+    assert draw.images.tolist() == [15, 14, 13, 1, 0]
 
 
 def test_k_equal_to_the_group_takes_all_of_it() -> None:
     for subset in ("spread", "random", "extremes"):
-        (visit, *_) = visits({"distinct": REWARDS["distinct"]}, k=16, subset=subset).at(1)
-        assert visit.images.tolist() == list(range(15, -1, -1))
+        (draw, *_) = draws({"distinct": REWARDS["distinct"]}, k=16, subset=subset).at(1)
+        assert draw.images.tolist() == list(range(15, -1, -1))
 
 
 def test_ties_are_broken_anew_at_each_visit() -> None:
-    best = {int(v.images[0]) for step in range(1, 40) for v in visits({"strict": REWARDS["strict"]}, k=16).at(step)}
+    best = {int(v.images[0]) for step in range(1, 40) for v in draws({"strict": REWARDS["strict"]}, k=16).at(step)}
     assert best == set(range(1, 16, 2))
 
 
 def test_an_epoch_visits_every_group_once() -> None:
-    shown = visits()
-    order = [visit.group for step in range(1, 9) for visit in shown.at(step)]  # 24 visits = 6 epochs of 4 groups
+    shown = draws()
+    order = [draw.group for step in range(1, 9) for draw in shown.at(step)]  # 24 draws = 6 epochs of 4 groups
     epochs = [order[i : i + 4] for i in range(0, 24, 4)]
     assert all(sorted(epoch) == sorted(REWARDS) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
 def test_draws_depend_on_seed_and_step_alone() -> None:
-    forward, backward = visits(), visits()
+    forward, backward = draws(), draws()
     steps = [[(v.group, v.images.tolist()) for v in forward.at(step)] for step in range(1, 9)]
     again = [[(v.group, v.images.tolist()) for v in backward.at(step)] for step in range(8, 0, -1)]
     assert steps == again[::-1]
-    assert steps != [[(v.group, v.images.tolist()) for v in visits(seed=1).at(step)] for step in range(1, 9)]
+    assert steps != [[(v.group, v.images.tolist()) for v in draws(seed=1).at(step)] for step in range(1, 9)]
 
 
 def test_images_without_a_score_are_never_drawn() -> None:
     rewards = {"a": torch.tensor([0.1, math.nan, 0.3, 0.2, math.nan, 0.4])}
     for subset in ("spread", "random", "extremes"):
-        shown = Visits(rewards, k=3, subset=subset, groups_per_step=1, seed=0)
-        drawn = [visit for step in range(1, 40) for visit in shown.at(step)]
+        shown = GroupDraws(rewards, k=3, subset=subset, groups_per_step=1, seed=0)
+        drawn = [draw for step in range(1, 40) for draw in shown.at(step)]
         expected = {0, 2, 5} if subset == "extremes" else {0, 2, 3, 5}
-        assert {int(i) for visit in drawn for i in visit.images} == expected
-        for visit in drawn:
-            torch.testing.assert_close(visit.rewards, rewards["a"][visit.images].double())
+        assert {int(i) for draw in drawn for i in draw.images} == expected
+        for draw in drawn:
+            torch.testing.assert_close(draw.rewards, rewards["a"][draw.images].double())
 
 
 def test_groups_that_teach_nothing_are_left_out_by_reason() -> None:
@@ -115,7 +116,7 @@ def test_groups_that_teach_nothing_are_left_out_by_reason() -> None:
         "close": torch.tensor([0.50, 0.51, 0.52]),
         "solved": torch.tensor([0.8, 0.9, 1.0]),
     }
-    shown = Visits(rewards, k=3, subset="spread", groups_per_step=1, seed=0, min_spread=0.05, max_mean=0.85)
+    shown = GroupDraws(rewards, k=3, subset="spread", groups_per_step=1, seed=0, min_spread=0.05, max_mean=0.85)
     assert list(shown.rewards) == ["good"]
     assert shown.excluded == {
         "too few scores": 1,
@@ -125,31 +126,31 @@ def test_groups_that_teach_nothing_are_left_out_by_reason() -> None:
 
 
 def test_groups_without_spread_are_left_out_and_counted() -> None:
-    shown = visits(REWARDS | {"flat": torch.ones(16), "flat too": torch.zeros(16)})
+    shown = draws(REWARDS | {"flat": torch.ones(16), "flat too": torch.zeros(16)})
     assert shown.excluded == {"all rewards equal": 2}
-    assert "flat" not in {visit.group for step in range(1, 20) for visit in shown.at(step)}
+    assert "flat" not in {draw.group for step in range(1, 20) for draw in shown.at(step)}
 
 
 def test_bad_groups_are_refused() -> None:
     with pytest.raises(UserError, match=r"train\.k: 17, but group distinct has 16 images; expected at most 16"):
-        visits(k=17)
+        draws(k=17)
 
 
 def test_without_a_ranking_there_is_nothing_to_visit() -> None:
-    shown = visits({"flat": torch.ones(16)})
+    shown = draws({"flat": torch.ones(16)})
     assert (shown.excluded.total(), shown.at(1)) == (1, [])
 
 
 def test_advantages_are_those_of_the_whole_group() -> None:
-    """Of the 6 images of a visit each has the advantage that it has among all 16 of its group."""
-    for visit in visits({"distinct": REWARDS["distinct"]}, advantage="group").at(1):
+    """Of the 6 images of a draw each has the advantage that it has among all 16 of its group."""
+    for draw in draws({"distinct": REWARDS["distinct"]}, advantage="group").at(1):
         r = REWARDS["distinct"].double()
         expected = (r - r.mean()) / (r.std(correction=0) + 1e-4)
-        torch.testing.assert_close(visit.advantages, expected[visit.images])
+        torch.testing.assert_close(draw.advantages, expected[draw.images])
 
 
 def test_a_round_starts_its_own_epochs() -> None:
-    later = visits(done=10)
+    later = draws(done=10)
     assert sorted(v.group for step in range(11, 19) for v in later.at(step)) == sorted([*REWARDS] * 6)
 
 
@@ -172,18 +173,18 @@ def batches(store: GroupStore, **changes: Any) -> Batches:
     return Batches(store, **(options | changes))
 
 
-def toy_visits(store: GroupStore) -> Visits:
+def toy_visits(store: GroupStore) -> GroupDraws:
     generator = torch.Generator().manual_seed(0)
-    return visits({group: torch.rand(8, generator=generator) for group in store.group_ids}, k=4)
+    return draws({group: torch.rand(8, generator=generator) for group in store.group_ids}, k=4)
 
 
 def test_a_batch_holds_each_image_with_its_groups_text(store: GroupStore) -> None:
     chosen = toy_visits(store).at(1)
     batch = batches(store).of(chosen)
     assert batch.x0.shape == (3, 4, 32, 64)
-    for i, visit in enumerate(chosen):
-        assert torch.equal(batch.x0[i], store.latents(visit.group)[visit.images])
-        for name, value in store.text(visit.group).items():
+    for i, draw in enumerate(chosen):
+        assert torch.equal(batch.x0[i], store.latents(draw.group)[draw.images])
+        for name, value in store.text(draw.group).items():
             assert torch.equal(batch.text[name][4 * i : 4 * i + 4], value.expand(4, *value.shape[1:]))
 
 
@@ -199,7 +200,7 @@ def test_batches_do_not_depend_on_micro_batches_or_memory(store: GroupStore) -> 
     chosen = toy_visits(store).at(3)
     whole = batches(store).of(chosen)
     unremembered = batches(store, memory_bytes=0)
-    parts = [unremembered.of([visit]) for visit in chosen]
+    parts = [unremembered.of([draw]) for draw in chosen]
     assert not unremembered._memory
     for name in ("x0", "eps", "t", "rewards", "ranked"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from gdro.run.config import load_config
 from gdro.stages import train as stage
 from gdro.stages.train import prepare
 from gdro.training.config import TrainConfig
-from gdro.training.step import Learner, backward, noised, train_step
+from gdro.training.learner import Learner
+from gdro.training.step import backward, train_step
+from gdro.training.steps.forward import noised
 
 SMALL: dict[str, Any] = {"k": 3, "rank": 4, "groups_per_step": 2, "learning_rate": 2e-3, "reference_draws": 2}
 
@@ -39,14 +42,14 @@ def test_an_image_meets_the_draws_of_its_pool_whoever_it_is_seen_with(
     for k in (2, 3):
         one = learner(flux, toy, k=k, timestep_scope=scope, noise_scope=scope)
         for step in range(1, 40):
-            visits = one.visits.at(step)
-            batch = one.batches.of(visits)
+            draws = one.data.draws.at(step)
+            batch = one.data.batches.of(draws)
             assert batch.eps.shape[1] == (k if scope == "image" else 1)
             eps = batch.eps.expand(-1, k, -1, -1)
-            for i, visit in enumerate(visits):
-                for j, image in enumerate(visit.images.tolist()):
+            for i, draw in enumerate(draws):
+                for j, image in enumerate(draw.images.tolist()):
                     drawn = float(batch.t[i, j]), eps[i, j]
-                    t, noise = seen.setdefault((visit.group, image, one.batches.draw(visit)), drawn)
+                    t, noise = seen.setdefault((draw.group, image, one.data.batches.pool_index(draw)), drawn)
                     assert t == drawn[0]
                     assert torch.equal(noise, drawn[1])
     assert len(seen) == 3 * 4 * 2  # all groups, images and draws
@@ -58,19 +61,19 @@ def test_the_kept_errors_are_the_references_own(flux: Any, toy: tuple[Path, Path
     one = learner(flux, toy, objective=objective)
     for step in (1, 2, 3):
         train_step(one, step)
-    visits = one.visits.at(4)
+    draws = one.data.draws.at(4)
 
     def gradient() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         one.optimizer.zero_grad()
-        figures = backward(one, visits, 2)
-        return torch.cat([p.grad.flatten() for p in one.parameters.values() if p.grad is not None]), figures
+        figures = backward(one, draws, 2)
+        return torch.cat([p.grad.flatten() for p in one.policies.parameters.values() if p.grad is not None]), figures
 
     kept, figures = gradient()
-    assert one.reference_errors is not None
-    errors = one.reference_errors.of(visits, [one.batches.draw(visit) for visit in visits])
-    asked = noised(one.at(visits[0].group), one.batches.of(visits), base=False, reference="base").d_ref
+    assert one.data.reference_errors is not None
+    errors = one.data.reference_errors.of(draws, [one.data.batches.pool_index(draw) for draw in draws])
+    asked = noised(one.at(draws[0].group), one.data.batches.of(draws), base=False, reference="base").d_ref
     torch.testing.assert_close(errors, asked, rtol=1e-6, atol=0)
-    one.reference_errors = None  # the same draws, the reference asked
+    one.data = replace(one.data, reference_errors=None)  # the same draws, the reference asked
     live, expected = gradient()
     assert (kept - live).norm() < 1e-4 * live.norm()
     assert figures.keys() == expected.keys()
@@ -90,8 +93,8 @@ def test_each_error_is_computed_once_and_counted_once(flux: Any, toy: tuple[Path
     assert costs[0] == 2 * 3 * (1 + 3)
     assert costs[-1] == 2 * 3 * 3
     assert sum(costs) == 39 * 18 + 3 * 4 * 2
-    assert one.reference_errors is not None
-    (known,) = one.reference_errors.state().values()
+    assert one.data.reference_errors is not None
+    (known,) = one.data.reference_errors.state().values()
     assert known.shape == (12, 2)
     assert not known.isnan().any()
     assert cost(learner(flux, toy), 1) == costs[0]  # another run on the same groups counts the same
@@ -105,14 +108,14 @@ def test_a_group_met_twice_in_a_step_is_counted_once(flux: Any, toy: tuple[Path,
 def test_what_is_known_is_kept_for_the_same_images_only(flux: Any, toy: tuple[Path, Path], tmp_path: Path) -> None:
     one = learner(flux, toy)
     train_step(one, 1)
-    assert one.reference_errors is not None
-    state = {name: values.clone() for name, values in one.reference_errors.state().items()}
+    assert one.data.reference_errors is not None
+    state = {name: values.clone() for name, values in one.data.reference_errors.state().items()}
     other = write_toy(tmp_path / "other", flux, groups=3, images=5)
     for groups, known in ((toy, True), (other, False)):
         again = learner(flux, groups)
-        assert again.reference_errors is not None
-        again.reference_errors.load(state)
-        (values,) = again.reference_errors.state().values()
+        assert again.data.reference_errors is not None
+        again.data.reference_errors.load(state)
+        (values,) = again.data.reference_errors.state().values()
         assert bool(values.isnan().all()) is not known
 
 

@@ -1,18 +1,20 @@
-"""What an objective is given and what it returns.
+"""What an objective declares, what it is given and what it returns.
 
-An objective is a frozen dataclass: its fields are its hyperparameters with their published defaults, the pure functions
-beside it hold its formula, its `loss` only binds the two. g groups, k images a group, n images.
+An objective is a frozen dataclass that extends `ForwardObjective` or `TrajectoryObjective`. Its fields are its
+hyperparameters with their published defaults, the pure functions beside it hold its formula, and its `loss` only binds
+the two. g groups, k images a group, n images.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-Advantage = Literal["group", "batch", "slas", "win_rate"]
-Reference = Literal["base", "round", "ema"]  # frozen base; the policy that began the round; the EMA of the weights
+from gdro.objectives.flow import velocity_error
+
+Need = Literal["rewards", "trajectories"]  # what of the groups an objective learns from
 Use = Literal["error", "velocity"] | None  # what an objective sees of its reference: the scalars d_ref alone, or more
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # per group or per image, with gradient; detached figures of the same shape
@@ -25,8 +27,8 @@ class Noised:
     rewards: Tensor  # (g, k) float64, descending
     advantages: Tensor  # (g, k); zeros for an objective without the field `advantage`
     t: Tensor  # (g, k) in (0, 1)
-    x_t: Tensor  # (g, k, tokens, channels): (1 - t) x0 + t eps
-    v: Tensor  # (g, k, tokens, channels): the target eps - x0
+    x_t: Tensor  # (g, k, tokens, channels): `interpolate` of image and noise
+    v: Tensor  # (g, k, tokens, channels): their `velocity_target`
     policy: Tensor  # (g, k, tokens, channels): v_theta, with gradient
     reference: Tensor | None = None  # (g, k, tokens, channels): velocity of the objective's `reference`
     base: Tensor | None = None  # (g, k, tokens, channels): velocity of the frozen base, only if `uses_base`
@@ -66,55 +68,56 @@ class Transition:
     old_mean: Tensor | None = None  # (n, tokens, channels) of the policy that sampled, only if `uses_old_mean`
 
 
-class ForwardObjective(Protocol):
-    """Learns from clean images, noised afresh, and their rewards."""
+@dataclass(frozen=True)
+class ForwardObjective:
+    """Learns from clean images, noised afresh, and their rewards.
+
+    One that has a reference (`uses_reference`) has the field `reference`; one that takes advantages has `advantage`,
+    and may have `advantage_exponent`.
+    """
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["forward"]]
-    uses_reference: ClassVar[Use]  # unless None it has the field `reference`
-    fixed_k: ClassVar[int | None]
+    needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
+    uses_reference: ClassVar[Use] = None
+    fixed_k: ClassVar[int | None] = None
 
     @property
-    def uses_base(self) -> bool: ...
+    def uses_base(self) -> bool:
+        """Whether `Noised.base` is wanted."""
+        return False
 
-    def loss(self, seen: Noised) -> Loss:
+    def loss(self, batch: Noised) -> Loss:
         """Loss (g,) and figures (g,); "loss_rank" is the main term."""
-        ...
+        raise NotImplementedError
 
     def start_loss(self, k: int) -> float | None:
         """The main term when policy = reference, if it depends on neither rewards nor images."""
-        ...
+        return None
 
 
-class TrajectoryObjective(Protocol):
+@dataclass(frozen=True)
+class TrajectoryObjective:
     """Learns from the stochastic steps by which the images were sampled."""
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["trajectory"]]
-    uses_old_mean: ClassVar[bool]
+    needs: ClassVar[frozenset[Need]] = frozenset({"rewards", "trajectories"})
+    uses_old_mean: ClassVar[bool] = False
 
     @property
-    def uses_base(self) -> bool: ...
+    def uses_base(self) -> bool:
+        """Whether `Transition.base_mean` is wanted."""
+        return False
 
-    def loss(self, seen: Transition) -> Loss:
+    def loss(self, batch: Transition) -> Loss:
         """Loss (n,) and figures (n,); "loss_policy" is the main term."""
-        ...
+        raise NotImplementedError
+
+    def start_loss(self, k: int) -> float | None:
+        """None: it always depends on the rewards."""
+        return None
 
 
 Objective = ForwardObjective | TrajectoryObjective
-
-
-def velocity_error(v: Tensor, v_pred: Tensor) -> Tensor:
-    """d = mean over latent elements of (v - v_pred)^2; (..., tokens, channels) twice -> (...), in v's precision.
-
-    The paper writes the squared norm; another reduction only multiplies beta and gamma by a constant.
-    """
-    return (v - v_pred.to(v.dtype)).square().mean((-2, -1))
-
-
-def implicit_reward(d: Tensor, d_ref: Tensor, beta: float) -> Tensor:
-    """s = -beta (d - d_ref): the log-likelihood ratio of policy and reference, up to a constant; any shape."""
-    return -beta * (d - d_ref)
 
 
 def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,10 +131,10 @@ def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -
     return torch.maximum(free, bound), ratio.detach(), (bound > free).to(ratio.dtype)
 
 
-def policy_loss(seen: Transition, clip_range: float) -> Loss:
+def policy_loss(batch: Transition, clip_range: float) -> Loss:
     """`clipped_surrogate` of a step's images (n,), and its figures: loss_policy, ratio, clipped."""
-    log_ratio = (seen.log_prob - seen.old_log_prob) * seen.ratio_scale
-    loss, ratio, clipped = clipped_surrogate(seen.advantage.to(log_ratio), log_ratio, clip_range)
+    log_ratio = (batch.log_prob - batch.old_log_prob) * batch.ratio_scale
+    loss, ratio, clipped = clipped_surrogate(batch.advantage.to(log_ratio), log_ratio, clip_range)
     return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
 
 

@@ -1,11 +1,17 @@
-"""Objectives by name."""
+"""Objectives by name, or of the user's own: `module:Class`."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from gdro.common.errors import UserError, did_you_mean
-from gdro.objectives.base import Objective
+from gdro.common.plugins import load_own
+from gdro.common.validation import expected, show
+from gdro.objectives.base import ForwardObjective, Objective, TrajectoryObjective
 from gdro.objectives.forward.awm import Awm
 from gdro.objectives.forward.dgpo import Dgpo
 from gdro.objectives.forward.dpo import Dpo
@@ -22,39 +28,89 @@ from gdro.objectives.trajectory.grpo_guard import GrpoGuard
 
 FORWARD = (Gdro, Rank, Top1, Dpo, Lair, Dgpo, Nft, Awm, Rwr, Sft, Tabgraa)
 TRAJECTORY = (FlowGrpo, GrpoGuard, DanceGrpo, Ddpo)
-
 OBJECTIVES: dict[str, type[Any]] = {kind.name: kind for kind in (*FORWARD, *TRAJECTORY)}
+FIELD = "train.objective"
+KINDS = (ForwardObjective, TrajectoryObjective)
 
 
-def own_hyperparameters(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of the objective `name`, each with its published default.
-
-    UserError for an unknown name, and for a given value (other than None) of a hyperparameter that it lacks.
-    """
-    if name not in OBJECTIVES:
-        raise UserError(f'train.objective: "{name}" is no objective{did_you_mean(name, OBJECTIVES)}')
-    own = {field.name: field.default for field in fields(OBJECTIVES[name])}
-    for field, value in given.items():
-        if value is not None and field not in own:
+def objective_class(name: str) -> type[Any]:
+    """The class that a name or a `module:Class` stands for; UserError if there is none, or it is no objective."""
+    if ":" not in name:
+        if name not in OBJECTIVES:
             raise UserError(
-                f'train.{field} is {value}, which objective "{name}" does not have; '
+                f'{FIELD}: "{name}" is no objective, nor module:Class of your own{did_you_mean(name, OBJECTIVES)}'
+            )
+        return OBJECTIVES[name]
+    found, _ = load_own(name, FIELD, "class")
+    if not (isinstance(found, type) and issubclass(found, KINDS) and is_dataclass(found)):
+        raise UserError(
+            f'{FIELD}: "{name}" is no objective; expected a frozen dataclass that extends ForwardObjective or '
+            "TrajectoryObjective of gdro.objectives.base"
+        )
+    return found
+
+
+def hyperparameters(kind: type[Any]) -> list[str]:
+    """The names of an objective's hyperparameters."""
+    return [field.name for field in fields(kind)]
+
+
+ALL_HYPERPARAMETERS = frozenset(name for kind in OBJECTIVES.values() for name in hyperparameters(kind))
+
+
+def make_objective(name: str, given: Mapping[str, Any]) -> Objective:
+    """The objective `name` with the hyperparameters `given`; one that is absent or None takes its published default.
+
+    UserError for an unknown name, a value out of range or of another type, one for a hyperparameter that the objective
+    lacks, or two that contradict each other.
+    """
+    kind = objective_class(name)
+    own = hyperparameters(kind)
+    values = {field: value for field, value in given.items() if value is not None}
+    for field, value in values.items():
+        if field not in own:
+            raise UserError(
+                f'train.{field} is {show(value)}, which objective "{name}" does not have; '
                 f"expected one of {', '.join(own) or 'none'}"
             )
-    return own
-
-
-def make_objective(name: str, hyperparameters: Mapping[str, Any]) -> Objective:
-    """The objective `name`; a hyperparameter that is None or absent takes its published default.
-
-    UserError for an unknown name, a value for a hyperparameter the objective lacks, or two that contradict each other.
-    Ranges are the configuration's to check.
-    """
-    own = own_hyperparameters(name, hyperparameters)
-    values = {field: value for field, value in hyperparameters.items() if value is not None}
-    objective: Any = OBJECTIVES[name](**values)
+    try:
+        checked = hyperparameter_model(kind).model_validate(values, strict=True)
+        objective: Any = kind(**{field: getattr(checked, field) for field in own})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        wanted = dict.fromkeys(expected(one) for one in error.errors(include_url=False) if one["loc"] == problem["loc"])
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(f"train.{where} is {show(problem['input'])}; expected {' or '.join(wanted)}") from None
     if "advantage_exponent" in own and (objective.advantage == "slas") != (objective.advantage_exponent > 0):
         raise UserError(
             f"train.advantage_exponent is {objective.advantage_exponent} and train.advantage {objective.advantage}; "
             "expected more than 0 with slas, and 0 with any other"
         )
     return objective
+
+
+def hyperparameter_model(kind: type[Any]) -> type[BaseModel]:
+    """The hyperparameters of an objective as pydantic fields, with their ranges, descriptions and defaults."""
+    hints = get_type_hints(kind, include_extras=True)
+    defaults = {field.name: ... if field.default is MISSING else field.default for field in fields(kind)}
+    own: dict[str, Any] = {name: (hints[name], default) for name, default in defaults.items()}
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **own)
+
+
+def name_of(objective: Objective) -> str:
+    """What `train.objective` calls it: its name or, for one of the user's own, module:Class."""
+    kind = type(objective)
+    return kind.name if OBJECTIVES.get(getattr(kind, "name", "")) is kind else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def spec_of(objective: Objective) -> dict[str, Any]:
+    """The objective as the configuration holds it: its name, and every hyperparameter."""
+    return {"name": name_of(objective), **asdict(objective)}
+
+
+def source_version(objective: Objective) -> str | None:
+    """A digest of the file of an objective of the user's own; None for gdro's."""
+    name = name_of(objective)
+    if ":" not in name:
+        return None
+    return hashlib.sha256(Path(load_own(name, FIELD, "class")[1]).read_bytes()).hexdigest()[:12]

@@ -1,22 +1,20 @@
 """Rewards and judges of the user's own: `module:function`, a plain Python function whose result is checked."""
 
 import hashlib
-import importlib
-import inspect
 import math
 import numbers
 import os
 import re
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from gdro.common.errors import UserError, did_you_mean
+from gdro.common.errors import UserError
+from gdro.common.plugins import load_own
 from gdro.common.prompts import Prompt
 from gdro.rewards.base import AXES, ImageFailure, Scores
 
@@ -26,7 +24,7 @@ class _UserFunction:
 
     def __init__(self, spec: str, field: str) -> None:
         self.spec, self.field = spec, field
-        self._function, self._source = _load(spec, field)
+        self._function, self._source = load_own(spec, field)
         self.name = re.sub(r"[^\w.-]", ".", spec)
         self.version = hashlib.sha256(Path(self._source).read_bytes()).hexdigest()[:12]
 
@@ -81,35 +79,6 @@ class UserJudge(_UserFunction):
             for i in np.flatnonzero((values < 1) | (values > 5)):
                 raise ImageFailure(int(i), f"{who}, {axis} returned {values[i]:g}; expected 1 to 5")
         return grades
-
-
-def _load(spec: str, field: str) -> tuple[Callable[..., Any], str]:
-    """(function, its source file). The current directory is searched too."""
-    module_name, _, function_name = spec.partition(":")
-    if not all(part.isidentifier() for part in module_name.split(".")) or not function_name.isidentifier():
-        raise UserError(f'{field}: "{spec}" is not module:function; expected e.g. my_rewards:brightness')
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(
-            f'{field}: cannot import "{module_name}" of "{spec}" ({type(error).__name__}: {reason})'
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        what = "nothing" if function is None else f"something of type {type(function).__name__}"
-        hint = did_you_mean(function_name, functions) if functions else "; expected a function"
-        raise UserError(f'{field}: "{module_name}" has {what} named "{function_name}"{hint}')
-    try:
-        source = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # an object that can be called: its class's file
-        source = inspect.getsourcefile(type(function)) if type(function).__module__ != "builtins" else None
-    if source is None:
-        raise UserError(f'{field}: "{spec}" has no Python source; expected a function written in Python')
-    return function, source
 
 
 def _floats(result: Any, count: int, who: str, *, missing: bool = False) -> np.ndarray:

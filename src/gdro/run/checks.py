@@ -185,7 +185,7 @@ def _check_files(job: RunState) -> None:
         store = GroupStore(job.groups)
         if "train" in job.stages:
             check_sampling(store, job.sampling)
-            if job.config.train.loss.kind == "trajectory" and not {"sample"} & set(job.stages):
+            if "trajectories" in job.config.train.objective.needs and not {"sample"} & set(job.stages):
                 store.trajectory(store.group_ids[0])  # refused if there is none
         if "train" in job.stages and "sample" not in job.stages and not job.is_sampled():
             raise UserError(

@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -15,6 +15,7 @@ from gdro.common.validation import MAX_SEED, expected, show
 from gdro.common.yaml import dump_yaml, parse_yaml, read_yaml
 from gdro.evaluation.measure import EvaluateConfig
 from gdro.models.quantization import Quantization
+from gdro.objectives.registry import ALL_HYPERPARAMETERS, name_of
 from gdro.samplers.settings import Generation
 from gdro.stages.score import ScoreConfig
 from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
@@ -41,6 +42,13 @@ MAY_CHANGE = TRAIN_MAY_CHANGE | {
 # Validation uses these, so training that validates fixes them too.
 VALIDATION = {
     f"evaluate.{name}" for name in ("images_per_prompt", "num_inference_steps", "judge", "reward", "corrected_axes")
+}
+# What fields were called, for who comes with an old file.
+RENAMED = {
+    "quantisation": "quantization",
+    "rounds.generator": "rounds.behavior_policy",
+    "train.max_evaluations": "train.max_nfe",
+    "train.regulariser": "train.regularizer",
 }
 # The top-level fields every stage uses are fixed once any stage has begun.
 STAGE_OF_SECTION = {"sample": "sample", "rounds": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
@@ -130,8 +138,8 @@ def check_unchanged(config: RunConfig, out: Path, begun: set[str]) -> None:
     saved = saved_config(out) if begun else None
     if saved is None:
         return
-    old = dict(_flat(saved.model_dump(mode="json")))
-    for name, value in _flat(config.model_dump(mode="json")):
+    old = dict(flat(saved.model_dump(mode="json")))
+    for name, value in flat(config.model_dump(mode="json")):
         section, dot, _ = name.partition(".")
         stages = {STAGE_OF_SECTION[section]} if dot else begun
         if name in VALIDATION and saved.train.validates:
@@ -146,7 +154,7 @@ def check_unchanged(config: RunConfig, out: Path, begun: set[str]) -> None:
 
 def field_names(kind: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Every field's dotted name, sections included."""
-    names = []
+    names = [prefix + name for name in sorted(ALL_HYPERPARAMETERS)] if kind is TrainConfig else []
     for name, field in kind.model_fields.items():
         names.append(prefix + name)
         if _is_model(field.annotation):
@@ -156,8 +164,8 @@ def field_names(kind: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
 
 def _check_across(config: RunConfig) -> None:
     """What one section must hold for another to make sense."""
-    train, rounds, objective = config.train, config.rounds, config.train.loss
-    name, images = f'objective "{train.objective}"', config.sample.images_per_prompt
+    train, rounds, objective = config.train, config.rounds, config.train.objective
+    name, images = f'objective "{name_of(objective)}"', config.sample.images_per_prompt
     refused = [
         (train.k > images, f"train.k is {train.k}; expected at most sample.images_per_prompt, which is {images}"),
         (
@@ -185,8 +193,8 @@ def _check_across(config: RunConfig) -> None:
     elif train.resume_from_checkpoint != "latest":
         what = f"train.resume_from_checkpoint is {show(train.resume_from_checkpoint)}"
         refused.append((True, f"{what}; expected latest in a run of several rounds"))
-    if objective.kind == "trajectory":
-        what = f"train.objective is {show(train.objective)}, which learns from stochastic steps"
+    if "trajectories" in objective.needs:
+        what = f"train.objective is {show(name_of(objective))}, which learns from stochastic steps"
         refused += [
             (
                 config.sample.sampler == "ode",
@@ -212,7 +220,7 @@ def _check_across(config: RunConfig) -> None:
                 what = f'train.{field} is {show(value)}, but train.timestep is "uniform"'
                 refused.append((value != default, f"{what}; expected logit_normal, or {show(default)}"))
         if train.reference_draws is not None:
-            what = f"train.reference_draws is {train.reference_draws}"
+            what, whose = f"train.reference_draws is {train.reference_draws}", getattr(objective, "reference", "base")
             refused += [
                 (
                     objective.uses_reference != "error",
@@ -220,8 +228,8 @@ def _check_across(config: RunConfig) -> None:
                     + ("has no reference" if objective.uses_reference is None else "sees its reference's velocities"),
                 ),
                 (
-                    train.reference not in (None, "base"),
-                    f'{what} and train.reference "{train.reference}", which moves; expected null, or "base"',
+                    whose != "base",
+                    f"{what} and train.reference {show(whose)}, which moves; expected null, or base",
                 ),
             ]
         refused += [
@@ -245,10 +253,14 @@ def _set(data: dict[str, Any], name: str, value: Any) -> None:
     data[field] = value
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field; an objective's hyperparameters are called as they are set, train.beta."""
     for name, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        if prefix + name == "train.objective" and isinstance(value, dict):
+            yield prefix + name, value["name"]
+            yield from flat({field: other for field, other in value.items() if field != "name"}, prefix)
+        elif isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -260,6 +272,8 @@ def _first_problem(error: ValidationError) -> str:
     section, name = _locate(problem["loc"])
     if problem["type"] == "extra_forbidden":
         unknown = str(problem["loc"][-1])
+        if name in RENAMED:
+            return f'unknown field "{name}"; it is now "{RENAMED[name]}"'
         return f'unknown field "{name}"{_nearest(name, unknown, section)}'
     wanted = []
     for other in problems:
@@ -293,7 +307,7 @@ def _is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
 
 def _nearest(name: str, unknown: str, section: type[BaseModel]) -> str:
     """The hint for an unknown field: a sibling of similar name, else a field so called in another section."""
-    siblings = list(section.model_fields)
+    siblings = [*section.model_fields, *(ALL_HYPERPARAMETERS if section is TrainConfig else ())]
     prefix = name.removesuffix(unknown)
     if not difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6):
         elsewhere = [full for full in field_names() if full.rpartition(".")[2] == unknown]

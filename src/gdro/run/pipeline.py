@@ -22,6 +22,7 @@ from gdro.groups.sampling import sample_groups
 from gdro.groups.scoring import ScoreFiles
 from gdro.groups.store import discard_trajectories
 from gdro.models import FlowModel, check_model
+from gdro.objectives.registry import name_of
 from gdro.run.checks import check, check_sizes, tell_cut
 from gdro.run.config import RunConfig, check_unchanged, save_config, savings
 from gdro.run.directory import alone
@@ -288,7 +289,7 @@ class Run(RunState):
             "nfe": self.nfe(),
             "steps": max(steps_saved(self.checkpoints), default=0),
             "rounds": self.round + 1,
-            "objective": self.config.train.objective,
+            "objective": name_of(self.config.train.objective),
             "model": self.config.model,
             "prompts": {split: len(self.prompts[split]) for split in ("train", "test")},
             "seed": self.config.seed,

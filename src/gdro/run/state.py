@@ -222,7 +222,7 @@ class RunState:
 
     def _lacks_trajectories(self) -> bool:
         """Whether the round's groups are to be learned from step by step, but only the images are left."""
-        wanted = self.config.train.loss.kind == "trajectory" and self.config.rounds.train_steps is not None
+        wanted = "trajectories" in self.config.train.objective.needs and self.config.rounds.train_steps is not None
         return wanted and any(self.groups.glob("*.parquet")) and not GroupStore(self.groups).has_trajectories
 
     def is_sampled(self) -> bool:

@@ -17,7 +17,6 @@ from gdro.groups.store import GroupStore
 from gdro.models.loading import family as family_of
 from gdro.models.lora import write_lora
 from gdro.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, steps_saved
-from gdro.training.config import HYPERPARAMETERS
 
 GALLERY = 4
 LICENSES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
@@ -32,7 +31,7 @@ def export(config: Mapping[str, Any], run_dir: Path, out: Path) -> Path:
     """
     checkpoint = chosen(run_dir / "checkpoints", config["train"]["export"])
     lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
-    about = {"model": config["model"], "objective": config["train"]["objective"], "step": checkpoint.step}
+    about = {"model": config["model"], "objective": config["train"]["objective"]["name"], "step": checkpoint.step}
     write_lora(out, checkpoint.ema, lora, about | {"weights": "ema"})
     write_lora(out / "raw", checkpoint.adapter, lora, about | {"weights": "raw"})
     card = model_card(
@@ -88,8 +87,10 @@ def model_card(
         "license": LICENSES.get(model, "other"),
         "tags": ["text-to-image", "diffusers", "lora", _tag(family), "gdro"],
     }
-    names = ("k", *HYPERPARAMETERS, "learning_rate", "rank")
-    settings = ", ".join(f"{name} {train[name]}" for name in names if train[name] is not None)
+    objective = dict(train["objective"])
+    name = objective.pop("name")
+    shown = {"k": train["k"], **objective, "learning_rate": train["learning_rate"], "rank": train["rank"]}
+    settings = ", ".join(f"{field} {value}" for field, value in shown.items() if value is not None)
     rounds = (
         "offline"
         if config["rounds"]["train_steps"] is None
@@ -98,7 +99,7 @@ def model_card(
     parts = [
         f"---\n{dump_yaml(head)}---",
         f"# LoRA for {_plain(model)}, post-trained with gdro",
-        f"Trained {rounds} on scored groups of its own images ({train['objective']}; {settings}), {step} steps. "
+        f"Trained {rounds} on scored groups of its own images ({name}; {settings}), {step} steps. "
         f"Reward: {_code(str(config['score']['reward']))}.",
     ]
     if model not in LICENSES:

@@ -24,7 +24,8 @@ from gdro.groups.sampling import STARTED
 from gdro.groups.scores import read_rewards
 from gdro.groups.store import GroupStore
 from gdro.models.base import FlowModel
-from gdro.training.batch import Batches, Joined, Visits
+from gdro.objectives.registry import source_version
+from gdro.training.batches import Batches
 from gdro.training.checkpoint import (
     Checkpoint,
     check_settings,
@@ -39,11 +40,14 @@ from gdro.training.checkpoint import (
     save_checkpoint,
 )
 from gdro.training.config import MAY_CHANGE, TrainConfig
-from gdro.training.ema import Ema, carrying
+from gdro.training.draws import GroupDraws
+from gdro.training.joined import Joined
+from gdro.training.learner import Data, Learner
 from gdro.training.log import LOG, DriftAlarm, MetricsLog, require_trackers
-from gdro.training.passes import choose_portion, given_portion
+from gdro.training.micro_batch import choose_micro_batch, configured_micro_batch
+from gdro.training.policies import Policies, carrying
 from gdro.training.reference import ReferenceErrors
-from gdro.training.step import Learner, check_reference, train_step
+from gdro.training.step import check_reference, train_step
 from gdro.training.transitions import Transitions
 
 Validate = Callable[[FlowModel, int], dict[str, float]]
@@ -94,14 +98,16 @@ def train(
         _restore(learner, checkpoint)
         start, memory = checkpoint.step, checkpoint.memory
     model.free()  # everything they would make is in the store
-    learner.portion = choose_portion(learner, memory.get("portion"))
+    learner.micro_batch = choose_micro_batch(learner, memory.get("micro_batch"))
     if place.done:
-        learner.behavior = behavior_weights(folder, place)
-        _check_sampler(model, learner.behavior, GroupStore(groups))
+        old = behavior_weights(folder, place)
+        _check_sampler(model, old, GroupStore(groups))
+        learner.policies.adapters["old"] = old
     alarm, best = DriftAlarm(config.alarm_drift, **memory["alarm"]), memory["best"]
     spent: int = memory["nfe"]
     validate = validate if config.validation_steps else None
     images, checked = config.groups_per_step * config.k, bool(place.number)
+    known = learner.data.reference_errors
     until = config.max_train_steps if place.last is None else place.last
     distributed.wait()  # all have read the checkpoint
     if distributed.is_first():
@@ -119,7 +125,7 @@ def train(
 
         def validated(step: int) -> dict[str, Any]:
             cost = {"nfe": {"sample": place.sampled, "train": spent}, "seconds": dict(place.seconds())}
-            with learner.ema.swapped_in(model):
+            with learner.policies.carrying("ema"):
                 found = validate(model, step) if validate else {}
             if validate:
                 model.free()
@@ -153,7 +159,7 @@ def train(
                     "best": best,
                     "alarm": {"window": list(alarm.window), "on": alarm.on},
                     "nfe": spent,
-                    "portion": asdict(learner.portion),
+                    "micro_batch": asdict(learner.micro_batch),
                     "rows": log.rows,
                 }
                 if distributed.is_first():
@@ -164,10 +170,10 @@ def train(
                 save_checkpoint(
                     folder,
                     step,
-                    adapter=learner.parameters,
-                    ema=learner.ema.weights,
-                    optimizer=optimizer_tensors(learner.optimizer, list(learner.parameters)),
-                    reference=None if learner.reference_errors is None else learner.reference_errors.state(),
+                    adapter=learner.policies.parameters,
+                    ema=learner.policies.adapters["ema"],
+                    optimizer=optimizer_tensors(learner.optimizer, list(learner.policies.parameters)),
+                    reference=None if known is None else known.state(),
                     settings=settings,
                     memory=remembered,
                 )
@@ -208,24 +214,24 @@ def prepare(
         stores.append(store)
         scores |= read_rewards(file, store)
     store = stores[-1]
-    objective = config.loss
-    if objective.kind == "trajectory":
+    objective: Any = config.objective
+    if "trajectories" in objective.needs:
         store.trajectory(store.group_ids[0])  # refused here if there is none
-    visits = Visits(
+    draws = GroupDraws(
         scores,
         k=config.k,
         subset=config.subset,
         groups_per_step=config.groups_per_step,
         seed=seed,
-        advantage=config.advantage,
-        advantage_exponent=config.advantage_exponent or 0.0,
+        advantage=getattr(objective, "advantage", None),
+        advantage_exponent=getattr(objective, "advantage_exponent", 0.0),
         min_spread=config.min_spread,
         max_mean=config.max_mean,
         done=place.done,
-        once=objective.kind == "trajectory",
+        once="trajectories" in objective.needs,
     )
-    if not visits.rewards and place.last is None:  # with rounds to come, this one merely teaches nothing
-        raise UserError(f"{rewards}: all {len(scores)} groups are left out ({_reasons(visits)}); expected some spread")
+    if not draws.rewards and place.last is None:  # with rounds to come, this one merely teaches nothing
+        raise UserError(f"{rewards}: all {len(scores)} groups are left out ({_reasons(draws)}); expected some spread")
     for (height, width), group in {store.image_size(group): group for group in store.group_ids}.items():
         expected, found = model.latent_shape(height, width), tuple(store.latents(group).shape[1:])
         if found != expected:
@@ -238,14 +244,9 @@ def prepare(
     parameters = model.adapter()
     model.checkpoint_activations(config.gradient_checkpointing)
     joined = Joined(stores)
-    geometry = {"guidance_scale": store.settings["guidance_scale"]}
-    learner = Learner(
-        config=config,
-        objective=objective,
-        model=model,
-        geometry=geometry,
-        parameters=parameters,
-        visits=visits,
+    data = Data(
+        groups=joined,
+        draws=draws,
         batches=Batches(
             joined,
             timestep=config.timestep,
@@ -256,26 +257,30 @@ def prepare(
             memory_bytes=config.memory_gigabytes * 1e9,
             device=model.device,
             seed=seed,
-            draws=config.reference_draws,
+            pool=config.reference_draws,
         ),
         transitions=Transitions(joined, fraction=config.timestep_fraction, device=model.device, seed=seed),
-        optimizer=torch.optim.AdamW(
-            parameters.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        ),
-        ema=Ema(parameters),
+        reference_errors=None if config.reference_draws is None else ReferenceErrors(stores, config.reference_draws),
         sampler=sampling.get("sampler", "ode"),
         noise_level=sampling.get("noise_level") or 0.0,
-        portion=given_portion(config),
-        reference_errors=None if config.reference_draws is None else ReferenceErrors(stores, config.reference_draws),
-        done=place.done,
     )
-    settings = {f"train.{name}": value for name, value in config.model_dump(mode="json").items()}
+    policies = Policies(
+        model,
+        conditioning={"guidance_scale": store.settings["guidance_scale"]},
+        adapters={"ema": {name: parameter.detach().clone() for name, parameter in parameters.items()}},
+    )
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    learner = Learner(config, data, policies, optimizer, configured_micro_batch(config))
+    settings = {f"train.{name}": value for name, value in config.flat().items()}
     settings |= {
         "seed": seed,
+        "objective": source_version(objective),
         "model": model.revision,
         "mixed_precision": "bf16" if next(model.transformer.parameters()).dtype == torch.bfloat16 else "no",
         "round": place.number,
@@ -283,7 +288,7 @@ def prepare(
         "rewards": fingerprint({group: values.tolist() for group, values in scores.items()}),
     }
     say(
-        f"{_label(place)}: {len(visits.rewards)} groups, {visits.excluded.total()} left out ({_reasons(visits)}); "
+        f"{_label(place)}: {len(draws.rewards)} groups, {draws.excluded.total()} left out ({_reasons(draws)}); "
         f"{config.groups_per_step} groups x {config.k} images a step, "
         f"{sum(p.numel() for p in parameters.values())} parameters"
     )
@@ -343,12 +348,13 @@ def _check_same(checkpoint: Checkpoint, settings: Mapping[str, Any], round: Roun
 
 
 def _restore(learner: Learner, checkpoint: Checkpoint) -> None:
-    learner.model.load_adapter_state(checkpoint.adapter)
-    for name, weight in learner.ema.weights.items():
+    policies, known = learner.policies, learner.data.reference_errors
+    policies.model.load_adapter_state(checkpoint.adapter)
+    for name, weight in policies.adapters["ema"].items():
         weight.copy_(checkpoint.ema[name])
-    load_optimizer(learner.optimizer, list(learner.parameters), checkpoint.optimizer)
-    if learner.reference_errors is not None:
-        learner.reference_errors.load(checkpoint.reference)
+    load_optimizer(learner.optimizer, list(policies.parameters), checkpoint.optimizer)
+    if known is not None:
+        known.load(checkpoint.reference)
 
 
 def over(config: TrainConfig, round: Round, step: int, spent: int) -> str:
@@ -368,8 +374,8 @@ def _quality(found: Mapping[str, float]) -> float:
     return found["corrected"] if "corrected" in found else found["reward"]
 
 
-def _reasons(visits: Visits) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in visits.excluded.most_common()) or "none"
+def _reasons(draws: GroupDraws) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in draws.excluded.most_common()) or "none"
 
 
 def _label(round: Round) -> str:

@@ -1,49 +1,37 @@
 """Sections `train` and `rounds` of the configuration."""
 
-from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
-from gdro.objectives.registry import OBJECTIVES, make_objective, own_hyperparameters
-
-Advantage = Literal["group", "batch", "slas", "win_rate"]
+from gdro.common.errors import UserError
+from gdro.common.validation import show
+from gdro.objectives.base import Objective
+from gdro.objectives.flow import TimestepDistribution
+from gdro.objectives.registry import (
+    ALL_HYPERPARAMETERS,
+    KINDS,
+    hyperparameters,
+    make_objective,
+    objective_class,
+    spec_of,
+)
 
 
 class TrainConfig(BaseModel):
     """Section `train`. The defaults are the paper's OCR run where it states a value, the likely ones elsewhere.
 
-    A hyperparameter of the objective that is null gets the objective's published value; one that the objective does not
-    have must stay null.
+    `objective` is made of its name and hyperparameters; one that is left out, or null, gets its published value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    objective: str = Field("gdro", description="The loss by name; gdro/objectives has one file for each.")
+    objective: Any = Field(
+        "gdro",
+        description="The loss: a name, module:Class of your own, or {name: ..., its hyperparameters}; they may stand "
+        "beside it.",
+    )
     k: int = Field(6, ge=2, le=10_000, description="Images of a group seen at each visit, of the K sampled.")
-    tau: float | None = Field(
-        None,
-        ge=1e-6,
-        le=1e6,
-        description="Temperature of soft targets, in units of reward; smaller is harder.",
-    )
-    beta: float | None = Field(
-        None, ge=1e-6, le=1e6, description="s = -beta (d - d_ref), d the mean squared velocity error."
-    )
-    gamma: float | None = Field(
-        None, ge=0, le=1e6, description="Weight of the velocity error of the group's best image."
-    )
-    kl_weight: float | None = Field(None, ge=0, le=1e6, description="Weight of the divergence from the frozen base.")
-    clip_range: float | None = Field(None, ge=1e-7, le=100, description="The policy ratio is clipped to 1 +- this.")
-    advantage: Advantage | None = Field(
-        None, description="Rewards centered in the group, over the group's or the batch's deviation; SLAS; win rates."
-    )
-    advantage_exponent: float | None = Field(
-        None, ge=0, le=10, description="SLAS: |r - mean| to the power of 1 + this."
-    )
-    reference: Literal["base", "round", "ema"] | None = Field(
-        None, description="Reference: the frozen base, the policy that sampled the round, or the moving average."
-    )
     reference_draws: int | None = Field(
         None,
         ge=1,
@@ -51,9 +39,6 @@ class TrainConfig(BaseModel):
         description="t and eps come from a fixed pool of so many draws a group, on which the frozen base is asked once "
         "and never again: a quarter less computation, with less variety of noise; null: new ones at each visit.",
     )
-    mix: float | None = Field(None, le=1, ge=1e-3, description="DiffusionNFT: b of v+- = (1 -+ b) v_old +- b v.")
-    regularizer: float | None = Field(None, ge=1e-6, le=1e6, description="LAIR: weight of mean s^2.")
-    low_weight: float | None = Field(None, ge=0, le=1e6, description="TabGRAA: weight of the low half.")
     learning_rate: float = Field(3e-4, ge=1e-8, le=1, description="AdamW's learning rate, constant.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2.")
@@ -96,7 +81,7 @@ class TrainConfig(BaseModel):
     )
     ema_decay: float = Field(0.5, ge=0, lt=1, description="The EMA's decay at step i is min(ema_warmup i, ema_decay).")
     ema_warmup: float = Field(0.001, ge=0, le=1, description="Growth of the EMA's decay a step.")
-    timestep: Literal["logit_normal", "uniform"] = Field(
+    timestep: TimestepDistribution = Field(
         "logit_normal", description="Distribution of t, in (0, 1): 0 is the image, 1 noise."
     )
     logit_mean: float = Field(
@@ -144,32 +129,32 @@ class TrainConfig(BaseModel):
     def validates(self) -> bool:
         return self.validation_prompts is not None and self.validation_steps > 0
 
-    @property
-    def loss(self) -> Any:
-        """The objective with its hyperparameters: a ForwardObjective or a TrajectoryObjective."""
-        names = {field.name for field in fields(OBJECTIVES[self.objective])}
-        return make_objective(self.objective, {name: getattr(self, name) for name in names})
-
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        """Give the objective's own hyperparameters their published values; refuse those it does not have."""
-        if not isinstance(data, dict) or not isinstance(data.get("objective", "gdro"), str):
+    def _make_objective(cls, data: Any) -> Any:
+        """Take the objective's hyperparameters, which may stand beside it, and make it of them."""
+        spec = data.get("objective", "gdro") if isinstance(data, dict) else None
+        if isinstance(spec, KINDS) or not isinstance(data, dict):
             return data
-        name = data.get("objective", "gdro")
-        own = own_hyperparameters(name, {field: data.get(field) for field in HYPERPARAMETERS})
-        return data | {field: default if data.get(field) is None else data[field] for field, default in own.items()}
+        name = spec.get("name") if isinstance(spec, dict) else spec
+        if not isinstance(name, str):
+            raise UserError(f"train.objective is {show(spec)}; expected a text, or a section with a name")
+        known = ALL_HYPERPARAMETERS.union(hyperparameters(objective_class(name))) - set(cls.model_fields)
+        beside = {field: value for field, value in data.items() if field in known}
+        inside = {field: value for field, value in spec.items() if field != "name"} if isinstance(spec, dict) else {}
+        rest = {field: value for field, value in data.items() if field not in known}
+        return rest | {"objective": make_objective(name, inside | beside)}
 
-    @field_validator("tau", mode="before")
-    @classmethod
-    def _tau(cls, tau: Any) -> Any:
-        if isinstance(tau, int | float) and tau < 1e-6:
-            raise ValueError("a number greater than or equal to 0.000001 (for the limit 0 set objective: rank)")
-        return tau
+    @field_serializer("objective")
+    def _spec(self, objective: Objective) -> dict[str, Any]:
+        return spec_of(objective)
 
+    def flat(self) -> dict[str, Any]:
+        """Every field by its dotted name below `train`, the objective's hyperparameters beside its name; for JSON."""
+        values = self.model_dump(mode="json")
+        spec = values.pop("objective")
+        return {"objective": spec.pop("name"), **spec, **values}
 
-# Hyperparameters of objectives, by the names the objectives share.
-HYPERPARAMETERS = sorted({field.name for kind in OBJECTIVES.values() for field in fields(kind)})
 
 # Fields that change how a run is recorded, how long it goes on, or by what computation of the same gradient.
 MAY_CHANGE = frozenset(

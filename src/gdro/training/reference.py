@@ -13,45 +13,45 @@ from torch import Tensor
 from gdro.common import distributed
 from gdro.common.files import fingerprint
 from gdro.groups.store import GroupStore
-from gdro.training.batch import Visit
+from gdro.training.draws import GroupDraw
 
 
 class ReferenceErrors:
-    """What is known of each of `stores`: float32, one row an image and one column a draw, NaN where nothing is.
+    """What is known of each of `stores`: float32, a row an image, a column a place of the pool, NaN where nothing is.
 
     Whatever else they depend on a run may not change. Every process knows the same at the end of a step.
     """
 
-    def __init__(self, stores: Sequence[GroupStore], draws: int) -> None:
+    def __init__(self, stores: Sequence[GroupStore], pool: int) -> None:
         self._values: dict[str, Tensor] = {}  # by a digest of the store's images
         self._rows: dict[str, Tensor] = {}  # a group's, views of its store's
         self._new: list[tuple[str, list[int], int, list[float]]] = []  # of this process in this step
         for store in stores:
             groups = store.group_ids
-            values = torch.full((sum(map(store.size, groups)), draws), torch.nan)
+            values = torch.full((sum(map(store.size, groups)), pool), torch.nan)
             self._values[fingerprint(store.contents)] = values
             self._rows |= zip(groups, values.split([store.size(group) for group in groups]), strict=True)
 
-    def of(self, visits: Sequence[Visit], draws: Sequence[int]) -> Tensor:
-        """(g, k) on the CPU: d_ref of the visits' images at each visit's draw; NaN where it is not known."""
-        return torch.stack([self._rows[v.group][v.images, draw] for v, draw in zip(visits, draws, strict=True)])
+    def of(self, draws: Sequence[GroupDraw], places: Sequence[int]) -> Tensor:
+        """(g, k) on the CPU: d_ref of the images, each draw at its place of the pool; NaN where it is not known."""
+        return torch.stack([self._rows[v.group][v.images, place] for v, place in zip(draws, places, strict=True)])
 
-    def missing(self, visits: Sequence[Visit], draws: Sequence[int]) -> int:
-        """How many different errors of these visits are not known."""
-        pairs = zip(visits, draws, self.of(visits, draws).isnan(), strict=True)
-        return len({(v.group, image, draw) for v, draw, new in pairs for image in v.images[new].tolist()})
+    def missing(self, draws: Sequence[GroupDraw], places: Sequence[int]) -> int:
+        """How many different errors of these draws are not known."""
+        pairs = zip(draws, places, self.of(draws, places).isnan(), strict=True)
+        return len({(v.group, image, place) for v, place, new in pairs for image in v.images[new].tolist()})
 
-    def keep(self, visits: Sequence[Visit], draws: Sequence[int], errors: Tensor) -> None:
+    def keep(self, draws: Sequence[GroupDraw], places: Sequence[int], errors: Tensor) -> None:
         """Take errors (g, k), on the CPU."""
-        for visit, draw, found in zip(visits, draws, errors, strict=True):
-            self._rows[visit.group][visit.images, draw] = found
-            self._new.append((visit.group, visit.images.tolist(), draw, found.tolist()))
+        for draw, place, found in zip(draws, places, errors, strict=True):
+            self._rows[draw.group][draw.images, place] = found
+            self._new.append((draw.group, draw.images.tolist(), place, found.tolist()))
 
     def share(self) -> None:
         """Tell the other processes what is new; of several that computed one error, all take the first one's."""
         for new in reversed(distributed.gather(self._new)):
-            for group, images, draw, found in new:
-                self._rows[group][images, draw] = torch.tensor(found)
+            for group, images, place, found in new:
+                self._rows[group][images, place] = torch.tensor(found)
         self._new = []
 
     def state(self) -> dict[str, Tensor]:

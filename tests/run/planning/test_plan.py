@@ -26,11 +26,11 @@ from gdro.run.config import RunConfig, load_config
 from gdro.run.pipeline import run
 from gdro.run.planning.gpus import gpu
 from gdro.run.planning.ledger import Operation, Work
-from gdro.run.planning.plan import memory_parts, plan, portion_of, refuse
+from gdro.run.planning.plan import memory_parts, micro_batch_of, plan, refuse
 from gdro.run.planning.report import plan_run, prompt_counts
 from gdro.run.planning.shapes import KNOWN, _configurations, shapes_of
 from gdro.tiny.prompts import tiny_prompts
-from gdro.training.passes import saved_bytes
+from gdro.training.micro_batch import saved_bytes
 
 CPU = torch.device("cpu")
 LENGTH, N, SCALE = 16, 3, 4.0
@@ -220,8 +220,8 @@ def test_training_goes_through_in_portions_that_fit(flux_folder: Path, tmp_path:
     config = config_of(tmp_path, flux_folder)
     shapes = shapes_of(config, cuda=True)
     there = shapes.transformer.bytes + 20 * shapes.trainable
-    assert portion_of(config, shapes, there + 100 * shapes.saved).images is None
-    one = portion_of(config, shapes, there + 2 * shapes.saved)
+    assert micro_batch_of(config, shapes, there + 100 * shapes.saved).images is None
+    one = micro_batch_of(config, shapes, there + 2 * shapes.saved)
     assert (one.groups, one.images) == (1, 1)
     parts = memory_parts(config, shapes, one)
     assert parts["training, 1 images at once"] < parts["a group of 3, one pass"] / 2

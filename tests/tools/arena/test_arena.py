@@ -42,17 +42,17 @@ def test_sides_are_balanced_and_drawn_for_each_rater() -> None:
     """1600 fair coins lie within 5 standard deviations (100) of 800, and two raters' coins agree in half."""
     pairs = many_pairs(1600)
     ann, bob = (deal(pairs, rater, seed=0, secret=SECRET) for rater in ("ann", "bob"))
-    for dealt in (ann, bob):
-        assert abs(sum(s.models[0] == "one" for s in dealt) - 800) < 100
-        assert sorted(s.number for s in dealt) == list(range(1600))
-    sides = [{s.number: s.models[0] for s in dealt} for dealt in (ann, bob)]
+    for split in (ann, bob):
+        assert abs(sum(s.models[0] == "one" for s in split) - 800) < 100
+        assert sorted(s.number for s in split) == list(range(1600))
+    sides = [{s.number: s.models[0] for s in split} for split in (ann, bob)]
     assert abs(sum(sides[0][n] == sides[1][n] for n in range(1600)) - 800) < 100
     assert [s.number for s in ann] != [s.number for s in bob]
 
 
 def test_sides_do_not_hang_together_with_the_order() -> None:
-    dealt = deal(many_pairs(1600), "ann", seed=0, secret=SECRET)
-    assert abs(sum(s.models[0] == "one" for s in dealt[:800]) - 400) < 71
+    split = deal(many_pairs(1600), "ann", seed=0, secret=SECRET)
+    assert abs(sum(s.models[0] == "one" for s in split[:800]) - 400) < 71
 
 
 def test_a_deal_is_a_function_of_seed_and_rater_and_keeps_when_pairs_are_added() -> None:
@@ -63,8 +63,8 @@ def test_a_deal_is_a_function_of_seed_and_rater_and_keeps_when_pairs_are_added()
 
 
 def test_tokens_are_distinct_and_depend_on_the_secret() -> None:
-    dealt = [s for rater in ("ann", "bob") for s in deal(many_pairs(50), rater, seed=0, secret=SECRET)]
-    tokens = [t for s in dealt for t in (s.token, *s.images)]
+    split = [s for rater in ("ann", "bob") for s in deal(many_pairs(50), rater, seed=0, secret=SECRET)]
+    tokens = [t for s in split for t in (s.token, *s.images)]
     assert len(set(tokens)) == len(tokens) == 300
     other = deal(many_pairs(50), "ann", seed=0, secret=b"other")
     assert not {t for s in other for t in (s.token, *s.images)} & set(tokens)

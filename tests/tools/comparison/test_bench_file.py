@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from gdro.common.errors import UserError
-from gdro.tools.comparison.bench import flat, load_bench, merged, nested
+from gdro.objectives.forward.gdro import Gdro, Rank
+from gdro.run.config import flat
+from gdro.tools.comparison.bench import load_bench, merged, nested
 
 
 def bench_data() -> dict[str, Any]:
@@ -68,9 +70,9 @@ def test_a_run_is_common_task_method_per_task_choice(tmp_path: Path) -> None:
         {"train.learning_rate": 1e-3, "train.gamma": 0.5},
     ]
     config = bench.run_config("ocr", "gdro", 1, bench.candidates("gdro")[0])
-    assert (config.seed, config.train.beta, config.train.learning_rate, config.train.gamma) == (1, 3.0, 1e-4, 0.5)
+    assert (config.seed, config.train.objective, config.train.learning_rate) == (1, Gdro(beta=3.0), 1e-4)
     assert (config.train.max_nfe, config.train.target_reward) == (1000, 0.6)
-    assert bench.run_config("other", "gdro", 1, {}).train.beta == 4.0
+    assert bench.run_config("other", "gdro", 1, {}).train.objective == Gdro(beta=4.0)
 
     tried = bench.search_config("ocr", "gdro", bench.candidates("gdro")[1])
     assert (tried.seed, tried.train.max_nfe, tried.train.target_reward) == (7, 500, None)
@@ -81,7 +83,7 @@ def test_a_continued_run_has_the_choice_and_more_budget(tmp_path: Path) -> None:
     bench = load_bench(write(tmp_path, bench_data()))
     values = bench.candidates("rank_over")[1]
     config = bench.run_config("ocr", "rank_over", 0, values)
-    assert (config.train.objective, config.train.learning_rate, config.train.export) == ("rank", 1e-2, "last")
+    assert (config.train.objective, config.train.learning_rate, config.train.export) == (Rank(), 1e-2, "last")
     assert (config.train.max_nfe, config.train.target_reward) == (2000, None)
 
 

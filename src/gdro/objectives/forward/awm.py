@@ -1,34 +1,39 @@
 """Advantage weighted matching (2509.25050): a policy gradient whose log-likelihood is the flow-matching loss."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use, clipped_surrogate
+from torch import Tensor
+
+from gdro.objectives.base import ForwardObjective, Loss, Noised, Use, clipped_surrogate
+from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, ClipRange, Reference
 
 
 @dataclass(frozen=True)
-class Awm:
-    """mean max(-A rho, -A clip(rho)), rho = exp(d_old - d); at policy = old its gradient is mean A grad d.
+class Awm(ForwardObjective):
+    """`awm_loss`.
 
     The authors' code differs: it divides the advantages, at most 5, by 5; takes 4 t d^(1/4) in place of d (their paper
     d, as here); adds divergences from base and average; draws noise for each image (`train.noise_scope: image`) and t
     from the sampler's own levels. Their clip_range 1 hardly binds.
     """
 
-    clip_range: float = 1.0
+    clip_range: ClipRange = 1.0
     advantage: Advantage = "batch"
-    advantage_exponent: float = 0.0
-    reference: Reference = "round"
+    advantage_exponent: AdvantageExponent = 0.0
+    reference: Reference = "old"
     name: ClassVar[str] = "awm"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "error"
-    uses_base: ClassVar[bool] = False
-    fixed_k: ClassVar[int | None] = None
 
-    def loss(self, seen: Noised) -> Loss:
-        loss, ratio, clipped = clipped_surrogate(seen.advantages.to(seen.d), seen.d_ref - seen.d, self.clip_range)
-        loss = loss.mean(-1)
-        return loss, {"loss_rank": loss.detach(), "ratio": ratio.mean(-1), "clipped": clipped.mean(-1)}
+    def loss(self, batch: Noised) -> Loss:
+        loss, ratio, clipped = awm_loss(batch.d, batch.d_ref, batch.advantages.to(batch.d), self.clip_range)
+        return loss, {"loss_rank": loss.detach(), "ratio": ratio, "clipped": clipped}
 
-    def start_loss(self, k: int) -> float | None:
-        return None
+
+def awm_loss(d: Tensor, d_old: Tensor, a: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    """mean max(-A rho, -A clip(rho, 1 +- c)), rho = exp(d_old - d); d, d_old, a (..., k) -> (loss, rho, clipped) (...).
+
+    At d = d_old its gradient is mean A grad d.
+    """
+    loss, ratio, clipped = clipped_surrogate(a, d_old - d, clip_range)
+    return loss.mean(-1), ratio.mean(-1), clipped.mean(-1)

@@ -2,28 +2,28 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gdro.objectives.base import Loss, Noised, Reference, Use, implicit_reward
+from gdro.objectives.base import ForwardObjective, Loss, Noised, Use
+from gdro.objectives.flow import implicit_reward
+from gdro.objectives.hyperparameters import Beta, Reference
 
 
 @dataclass(frozen=True)
-class Dpo:
-    """Default beta: the DPO of Flow-GRPO's authors, for rectified flow; reference "round" is their online variant."""
+class Dpo(ForwardObjective):
+    """Default beta: the DPO of Flow-GRPO's authors, for rectified flow; reference "old" is their online variant."""
 
-    beta: float = 100.0
+    beta: Beta = 100.0
     reference: Reference = "base"
     name: ClassVar[str] = "dpo"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "error"
-    uses_base: ClassVar[bool] = False
     fixed_k: ClassVar[int | None] = 2
 
-    def loss(self, seen: Noised) -> Loss:
-        s = implicit_reward(seen.d, seen.d_ref, self.beta)
+    def loss(self, batch: Noised) -> Loss:
+        s = implicit_reward(batch.d, batch.d_ref, self.beta)
         loss = dpo_loss(s)
         return loss, {"loss_rank": loss.detach(), "spread_s": s.detach().std(-1, correction=0)}
 

@@ -8,76 +8,73 @@ Rewards must come in descending order; `order_by_reward` gives it, ties broken a
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gdro.objectives.base import Loss, Noised, Reference, Use, implicit_reward
-
-NAMES = ("gdro", "rank", "top1")
+from gdro.objectives.base import ForwardObjective, Loss, Noised, Use
+from gdro.objectives.flow import implicit_reward
+from gdro.objectives.hyperparameters import Beta, Gamma, Reference, Tau
 
 
 @dataclass(frozen=True)
-class Gdro:
+class Gdro(ForwardObjective):
     """L_GDRO + gamma d_top-1; defaults: the paper's for OCR."""
 
-    beta: float = 12.0
-    tau: float = 0.05
-    gamma: float = 0.5
+    beta: Beta = 12.0
+    tau: Tau = 0.05
+    gamma: Gamma = 0.5
     reference: Reference = "base"
     name: ClassVar[str] = "gdro"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "error"
-    uses_base: ClassVar[bool] = False
-    fixed_k: ClassVar[int | None] = None
 
-    def loss(self, seen: Noised) -> Loss:
-        return _regularized(seen, soft_targets(seen.rewards, self.tau), self.beta, self.gamma)
+    def loss(self, batch: Noised) -> Loss:
+        s, top1 = implicit_reward(batch.d, batch.d_ref, self.beta), batch.d[:, 0]
+        ranking = gdro_loss(s, batch.rewards, self.tau)
+        return ranking + self.gamma * top1, _figures(ranking, top1, s, soft_targets(batch.rewards, self.tau))
 
     def start_loss(self, k: int) -> float | None:
-        return start_loss(self.name, k)
+        return math.lgamma(k + 1)
 
 
 @dataclass(frozen=True)
-class Rank:
+class Rank(ForwardObjective):
     """GDRO with hard targets: the Plackett-Luce likelihood of the order (Diffusion-LPO, 2510.01540) + gamma d_top-1."""
 
-    beta: float = 12.0
-    gamma: float = 0.5
+    beta: Beta = 12.0
+    gamma: Gamma = 0.5
     reference: Reference = "base"
     name: ClassVar[str] = "rank"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "error"
-    uses_base: ClassVar[bool] = False
-    fixed_k: ClassVar[int | None] = None
 
-    def loss(self, seen: Noised) -> Loss:
-        return _regularized(seen, rank_targets(seen.rewards), self.beta, self.gamma)
+    def loss(self, batch: Noised) -> Loss:
+        s, top1 = implicit_reward(batch.d, batch.d_ref, self.beta), batch.d[:, 0]
+        ranking = rank_loss(s)
+        return ranking + self.gamma * top1, _figures(ranking, top1, s, rank_targets(batch.rewards))
 
     def start_loss(self, k: int) -> float | None:
-        return start_loss(self.name, k)
+        return math.lgamma(k + 1)
 
 
 @dataclass(frozen=True)
-class Top1:
+class Top1(ForwardObjective):
     """The top-1 cross-entropy, GDRO's first row alone, + gamma d_top-1."""
 
-    beta: float = 12.0
-    tau: float = 0.05
-    gamma: float = 0.5
+    beta: Beta = 12.0
+    tau: Tau = 0.05
+    gamma: Gamma = 0.5
     reference: Reference = "base"
     name: ClassVar[str] = "top1"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "error"
-    uses_base: ClassVar[bool] = False
-    fixed_k: ClassVar[int | None] = None
 
-    def loss(self, seen: Noised) -> Loss:
-        return _regularized(seen, targets(self.name, seen.rewards, self.tau), self.beta, self.gamma)
+    def loss(self, batch: Noised) -> Loss:
+        s, top1 = implicit_reward(batch.d, batch.d_ref, self.beta), batch.d[:, 0]
+        ranking = top1_loss(s, batch.rewards, self.tau)
+        return ranking + self.gamma * top1, _figures(ranking, top1, s, top1_targets(batch.rewards, self.tau))
 
     def start_loss(self, k: int) -> float | None:
-        return start_loss(self.name, k)
+        return math.log(k)
 
 
 def order_by_reward(r: Tensor, generator: torch.Generator) -> Tensor:
@@ -103,21 +100,15 @@ def rank_targets(r: Tensor) -> Tensor:
     return torch.eye(k, dtype=torch.float64, device=r.device)[:-1].expand(*r.shape[:-1], k - 1, k)
 
 
-def targets(objective: str, r: Tensor, tau: float) -> Tensor:
-    """Targets q (..., rows, k) of an objective for descending rewards r (..., k); one row for top1, else k - 1."""
-    if objective == "gdro":
-        return soft_targets(r, tau)
-    if objective == "rank":
-        return rank_targets(r)
-    if objective == "top1":
-        return soft_targets(r, tau)[..., :1, :]
-    raise ValueError(f"objective: {objective!r}, expected one of {', '.join(NAMES)}")
+def top1_targets(r: Tensor, tau: float) -> Tensor:
+    """q_1 alone, softmax of r / tau over the whole group; descending r (..., k) -> (..., 1, k) float64."""
+    return soft_targets(r, tau)[..., :1, :]
 
 
 def listwise_loss(s: Tensor, q: Tensor) -> Tensor:
     """sum_i [log sum_{m>=i} e^{s_m} - sum_j q_i(j) s_j]; s (..., k), q (..., rows, k) -> (...)."""
     rows = q.shape[-2]
-    linear = (q.to(s.dtype) * s.unsqueeze(-2)).sum(-1)
+    linear = (q.to(s) * s.unsqueeze(-2)).sum(-1)
     return (_suffixes(s)[..., :rows, :].logsumexp(-1) - linear).sum(-1)
 
 
@@ -130,13 +121,19 @@ def gdro_loss(s: Tensor, r: Tensor, tau: float) -> Tensor:
 
 
 def rank_loss(s: Tensor) -> Tensor:
-    """Plackett-Luce negative log-likelihood of the reward order; s (..., k) -> (...). For k = 2 it is DPO."""
+    """Plackett-Luce negative log-likelihood of the reward order; s (..., k) -> (...). For k = 2 it is DPO.
+
+    At s = 0 it is ln k!.
+    """
     return listwise_loss(s, rank_targets(s))
 
 
 def top1_loss(s: Tensor, r: Tensor, tau: float) -> Tensor:
-    """Cross-entropy of softmax s against softmax r / tau over the whole group; s, r (..., k) -> (...)."""
-    return listwise_loss(s, targets("top1", r, tau))
+    """Cross-entropy of softmax s against softmax r / tau over the whole group; s, r (..., k) -> (...).
+
+    At s = 0 it is ln k.
+    """
+    return listwise_loss(s, top1_targets(r, tau))
 
 
 def loss_weights(s: Tensor, q: Tensor) -> Tensor:
@@ -154,18 +151,13 @@ def gdro_weights(s: Tensor, r: Tensor, tau: float) -> Tensor:
     return loss_weights(s, soft_targets(r, tau))
 
 
-def start_loss(objective: str, k: int) -> float:
-    """The loss of any group when policy = reference (s = 0): ln k! for gdro and rank, ln k for top1."""
-    return math.log(k) if objective == "top1" else math.lgamma(k + 1)
-
-
 def diagnostics(s: Tensor, q: Tensor) -> dict[str, Tensor]:
     """Per-group figures, in nats, detached; s (..., k), q (..., rows, k) -> each (...).
 
     entropy_p, entropy_q: summed over the rows i, so ln k! when uniform; kl: sum_i KL(q_i || p_i), the loss above
     its floor entropy_q; spread_s: standard deviation of s in the group.
     """
-    s, q = s.detach(), q.to(s.dtype)
+    s, q = s.detach(), q.to(s)
     p = _suffixes(s)[..., : q.shape[-2], :].softmax(-1)
     entropy_q = torch.special.entr(q).sum((-2, -1))
     return {
@@ -176,16 +168,8 @@ def diagnostics(s: Tensor, q: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _regularized(seen: Noised, q: Tensor, beta: float, gamma: float) -> Loss:
-    """listwise loss + gamma d_top-1 per group, and the figures of both."""
-    s = implicit_reward(seen.d, seen.d_ref, beta)
-    q = q.to(s)
-    ranking, top1 = listwise_loss(s, q), seen.d[:, 0]
-    return ranking + gamma * top1, {
-        "loss_rank": ranking.detach(),
-        "loss_top1": top1.detach(),
-        **diagnostics(s, q),
-    }
+def _figures(ranking: Tensor, top1: Tensor, s: Tensor, q: Tensor) -> dict[str, Tensor]:
+    return {"loss_rank": ranking.detach(), "loss_top1": top1.detach(), **diagnostics(s, q)}
 
 
 def _before(k: int, device: torch.device) -> Tensor:

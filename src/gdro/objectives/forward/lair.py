@@ -1,30 +1,29 @@
 """Diffusion LAIR (2605.26491): a linear reward of s and a quadratic bound, over whole groups."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from gdro.objectives.base import Loss, Noised, Reference, Use, implicit_reward
+from gdro.objectives.base import ForwardObjective, Loss, Noised, Use
+from gdro.objectives.flow import implicit_reward
+from gdro.objectives.hyperparameters import Beta, Reference, Regularizer, Tau
 
 
 @dataclass(frozen=True)
-class Lair:
+class Lair(ForwardObjective):
     """beta and tau as GDRO's, a regularizer that lets the best image reach s = k - 1: no published ones apply here."""
 
-    beta: float = 12.0
-    tau: float = 0.05
-    regularizer: float = 0.5
+    beta: Beta = 12.0
+    tau: Tau = 0.05
+    regularizer: Regularizer = 0.5
     reference: Reference = "base"
     name: ClassVar[str] = "lair"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "error"
-    uses_base: ClassVar[bool] = False
-    fixed_k: ClassVar[int | None] = None
 
-    def loss(self, seen: Noised) -> Loss:
-        s = implicit_reward(seen.d, seen.d_ref, self.beta)
-        loss = lair_loss(s, lair_weights(seen.rewards, self.tau).to(s), self.regularizer)
+    def loss(self, batch: Noised) -> Loss:
+        s = implicit_reward(batch.d, batch.d_ref, self.beta)
+        loss = lair_loss(s, lair_weights(batch.rewards, self.tau).to(s), self.regularizer)
         return loss, {"loss_rank": loss.detach(), "spread_s": s.detach().std(-1, correction=0)}
 
     def start_loss(self, k: int) -> float | None:

@@ -1,15 +1,17 @@
 """DiffusionNFT (2509.16117): a better image pulls the policy, a worse one pulls the policy's mirror image."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from gdro.objectives.base import Advantage, Loss, Noised, Reference, Use, given, velocity_error
+from gdro.objectives.base import ForwardObjective, Loss, Noised, Use, given
+from gdro.objectives.flow import velocity_error
+from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, KlWeight, Mix, Reference
 
 
 @dataclass(frozen=True)
-class Nft:
+class Nft(ForwardObjective):
     """The paper's loss; code of it has a factor 5 / b before the main term, which makes the KL weaker by as much.
 
     Defaults: the authors' for GenEval; for OCR they take mix 0.1 and a slower decay of the sampling weights (here
@@ -18,32 +20,27 @@ class Nft:
     told otherwise) and train on the sampler's own noise levels. `kl_weight` 0 spares the evaluation of the base.
     """
 
-    mix: float = 1.0
-    kl_weight: float = 1e-4
+    mix: Mix = 1.0
+    kl_weight: KlWeight = 1e-4
     advantage: Advantage = "batch"
-    advantage_exponent: float = 0.0
+    advantage_exponent: AdvantageExponent = 0.0
     reference: Reference = "ema"
     name: ClassVar[str] = "nft"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "velocity"
-    fixed_k: ClassVar[int | None] = None
 
     @property
     def uses_base(self) -> bool:
         return self.kl_weight > 0 and self.reference != "base"
 
-    def loss(self, seen: Noised) -> Loss:
-        r = optimality(seen.advantages.to(seen.v))
-        main = nft_loss(seen.policy, given(seen.reference), seen.v, seen.t.to(seen.v), r, self.mix).mean(-1)
+    def loss(self, batch: Noised) -> Loss:
+        r = optimality(batch.advantages.to(batch.v))
+        main = nft_loss(batch.policy, given(batch.reference), batch.v, batch.t.to(batch.v), r, self.mix).mean(-1)
         figures = {"loss_rank": main.detach()}
         if self.kl_weight == 0:
             return main, figures
-        base = given(seen.base if self.uses_base else seen.reference)
-        kl = velocity_error(base, seen.policy).mean(-1)
+        base = given(batch.base if self.uses_base else batch.reference)
+        kl = velocity_error(base, batch.policy).mean(-1)
         return main + self.kl_weight * kl, figures | {"kl": kl.detach()}
-
-    def start_loss(self, k: int) -> float | None:
-        return None
 
 
 def optimality(a: Tensor) -> Tensor:

@@ -1,29 +1,28 @@
 """TabGRAA (2604.18966), carried over from tabular language models: a group's high half against its low half."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gdro.objectives.base import Loss, Noised, Reference, Use, implicit_reward
+from gdro.objectives.base import ForwardObjective, Loss, Noised, Use
+from gdro.objectives.flow import implicit_reward
+from gdro.objectives.hyperparameters import Beta, LowWeight, Reference
 
 
 @dataclass(frozen=True)
-class Tabgraa:
+class Tabgraa(ForwardObjective):
     """beta as GDRO's and both halves alike: the published ones are for likelihoods of text."""
 
-    beta: float = 12.0
-    low_weight: float = 1.0
+    beta: Beta = 12.0
+    low_weight: LowWeight = 1.0
     reference: Reference = "base"
     name: ClassVar[str] = "tabgraa"
-    kind: ClassVar[Literal["forward"]] = "forward"
     uses_reference: ClassVar[Use] = "error"
-    uses_base: ClassVar[bool] = False
-    fixed_k: ClassVar[int | None] = None
 
-    def loss(self, seen: Noised) -> Loss:
-        s = implicit_reward(seen.d, seen.d_ref, self.beta)
+    def loss(self, batch: Noised) -> Loss:
+        s = implicit_reward(batch.d, batch.d_ref, self.beta)
         loss = tabgraa_loss(s, self.low_weight)
         return loss, {"loss_rank": loss.detach(), "spread_s": s.detach().std(-1, correction=0)}
 

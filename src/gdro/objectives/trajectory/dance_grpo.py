@@ -5,23 +5,21 @@ The rest of the method is in how images are sampled and steps drawn: sampler "da
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from gdro.objectives.base import Advantage, Loss, Transition, policy_loss
+from gdro.objectives.base import Loss, TrajectoryObjective, Transition, policy_loss
+from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, ClipRange
 
 
 @dataclass(frozen=True)
-class DanceGrpo:
+class DanceGrpo(TrajectoryObjective):
     """mean max(-A rho, -A clip(rho, 1 +- c)). Defaults: the authors', but for the deviation: theirs is the
     sample's (n - 1), ours the population's, so that our advantages are larger by sqrt(n / (n - 1))."""
 
-    clip_range: float = 1e-4
+    clip_range: ClipRange = 1e-4
     advantage: Advantage = "group"
-    advantage_exponent: float = 0.0
+    advantage_exponent: AdvantageExponent = 0.0
     name: ClassVar[str] = "dance_grpo"
-    kind: ClassVar[Literal["trajectory"]] = "trajectory"
-    uses_base: ClassVar[bool] = False
-    uses_old_mean: ClassVar[bool] = False
 
-    def loss(self, seen: Transition) -> Loss:
-        return policy_loss(seen, self.clip_range)
+    def loss(self, batch: Transition) -> Loss:
+        return policy_loss(batch, self.clip_range)

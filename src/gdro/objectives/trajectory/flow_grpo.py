@@ -5,38 +5,37 @@ with advantage "win_rate", SLAS (2605.10937) this with advantage "slas".
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from gdro.objectives.base import Advantage, Loss, Transition, given, policy_loss
+from gdro.objectives.base import Loss, TrajectoryObjective, Transition, given, policy_loss
+from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, ClipRange, KlWeight
 
 
 @dataclass(frozen=True)
-class FlowGrpo:
+class FlowGrpo(TrajectoryObjective):
     """Defaults: the authors' for OCR and GenEval on SD3.5 (`kl_weight` 0 spares the base).
 
     They differ with a window (clip 1e-5, no divergence) and on FLUX.1 with PickScore (advantage "group"). MixGRPO's
     code divides by the sample's deviation (n - 1), ours is the population's. `advantages` says what "batch" leaves out.
     """
 
-    clip_range: float = 1e-4
-    kl_weight: float = 0.04
+    clip_range: ClipRange = 1e-4
+    kl_weight: KlWeight = 0.04
     advantage: Advantage = "batch"
-    advantage_exponent: float = 0.0
+    advantage_exponent: AdvantageExponent = 0.0
     name: ClassVar[str] = "flow_grpo"
-    kind: ClassVar[Literal["trajectory"]] = "trajectory"
-    uses_old_mean: ClassVar[bool] = False
 
     @property
     def uses_base(self) -> bool:
         return self.kl_weight > 0
 
-    def loss(self, seen: Transition) -> Loss:
-        loss, figures = policy_loss(seen, self.clip_range)
+    def loss(self, batch: Transition) -> Loss:
+        loss, figures = policy_loss(batch, self.clip_range)
         if self.kl_weight == 0:
             return loss, figures
-        kl = step_kl(seen.mean, given(seen.base_mean), seen.std) * seen.kl_scale
+        kl = step_kl(batch.mean, given(batch.base_mean), batch.std) * batch.kl_scale
         return loss + self.kl_weight * kl, figures | {"kl": kl.detach()}
 
 

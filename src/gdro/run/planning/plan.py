@@ -13,8 +13,8 @@ from gdro.run.config import RunConfig
 from gdro.run.planning.gpus import Device
 from gdro.run.planning.shapes import Shapes, largest_size
 from gdro.samplers.settings import Generation
-from gdro.training.passes import MARGIN, largest_portion
-from gdro.training.step import Portion
+from gdro.training.learner import MicroBatch
+from gdro.training.micro_batch import MARGIN, largest_micro_batch
 
 LORA_BYTES = 5 * 4  # a trained parameter, its gradient, AdamW's two moments, its average: float32
 CHECKPOINT_BYTES = 4 * 4  # the parameter, its average, the moments
@@ -48,7 +48,7 @@ class Plan:
     memory: dict[str, float]  # bytes by part
     totals: dict[str, float]  # bytes by stage, at its peak
     disk: dict[str, float | None]  # bytes
-    portion: Portion  # how much of a training step goes through the model at once
+    micro_batch: MicroBatch  # how much of a training step goes through the model at once
     advice: list[str]  # what to change where it does not fit
 
     @property
@@ -65,15 +65,15 @@ def plan(
 
     `pace` replaces the device's rates by measured seconds.
     """
-    portion = portion_of(config, shapes, device.memory)
-    parts = memory_parts(config, shapes, portion)
+    micro_batch = micro_batch_of(config, shapes, device.memory)
+    parts = memory_parts(config, shapes, micro_batch)
     totals = memory_totals(parts, validates=config.train.validates)
     return Plan(
-        stages=_stages(config, shapes, portion, prompts, pace or _pace(shapes, device)),
+        stages=_stages(config, shapes, micro_batch, prompts, pace or _pace(shapes, device)),
         memory=parts,
         totals=totals,
         disk=_disk(config, shapes, prompts),
-        portion=portion,
+        micro_batch=micro_batch,
         advice=_advice(config, shapes, totals, device.memory),
     )
 
@@ -86,7 +86,7 @@ def _pace(shapes: Shapes, device: Device) -> Pace:
 
 
 def _stages(
-    config: RunConfig, shapes: Shapes, portion: Portion, prompts: Mapping[str, int | None], pace: Pace
+    config: RunConfig, shapes: Shapes, micro_batch: MicroBatch, prompts: Mapping[str, int | None], pace: Pace
 ) -> list[Stage]:
     rounds = config.rounds.count(config.train.max_train_steps)
     due = config.rounds.prompts or prompts["train"]
@@ -98,7 +98,7 @@ def _stages(
     stages = [
         _generating("sample", made, config.sample, shapes, pace),
         Stage("score", made, None, _ocr_seconds(config) if config.score.reward == "ocr" else None, None),
-        _training(config, shapes, portion, prompts["train"], pace),
+        _training(config, shapes, micro_batch, prompts["train"], pace),
     ]
     if config.train.validates:
         stages.append(_generating("validate", validated, measuring, shapes, pace))
@@ -117,13 +117,14 @@ def _generating(name: str, images: int | None, settings: Generation, shapes: Sha
     return Stage(name, images, flops, seconds, _times(images, calls * shapes.nfe))
 
 
-def _training(config: RunConfig, shapes: Shapes, portion: Portion, prompts: int | None, pace: Pace) -> Stage:
-    """Every image of every visit; of a trajectory objective, every step trained on is one."""
-    train, objective = config.train, config.train.loss
+def _training(config: RunConfig, shapes: Shapes, micro_batch: MicroBatch, prompts: int | None, pace: Pace) -> Stage:
+    """Every image of every draw; of a trajectory objective, every step trained on is one."""
+    train, objective = config.train, config.train.objective
     images = train.max_train_steps * train.groups_per_step * train.k * _transitions(config)
     others = _other_passes(config, prompts, images)
-    again = images if portion.images is not None and objective.kind == "forward" else 0  # two-pass: once more
-    batch = portion.images_of(train.k)
+    two_pass = micro_batch.images is not None and "trajectories" not in objective.needs
+    again = images if two_pass else 0
+    batch = micro_batch.images_of(train.k)
     unlearned = (others + again) / images
     return Stage(
         "train",
@@ -135,8 +136,8 @@ def _training(config: RunConfig, shapes: Shapes, portion: Portion, prompts: int 
 
 
 def _transitions(config: RunConfig) -> int:
-    """Stochastic steps trained on at each visit; 1 for an objective that noises afresh."""
-    if config.train.loss.kind == "forward":
+    """Stochastic steps trained on at each draw; 1 for an objective that noises afresh."""
+    if "trajectories" not in config.train.objective.needs:
         return 1
     window = config.sample.window_size or config.sample.num_inference_steps - 1
     return max(1, round(config.train.timestep_fraction * window))
@@ -144,18 +145,18 @@ def _transitions(config: RunConfig) -> int:
 
 def _other_passes(config: RunConfig, prompts: int | None, images: int) -> float:
     """Passes without gradient that the objective asks for, beside the policy's."""
-    train, objective = config.train, config.train.loss
+    train, objective = config.train, config.train.objective
     steps = train.max_train_steps
     fresh = config.rounds.count(steps) / steps  # share of the steps at which the policy is still the one that sampled
     base = images * objective.uses_base
-    if objective.kind == "trajectory":
+    if "trajectories" in objective.needs:
         return base + images * objective.uses_old_mean * (1 - fresh)
     if not objective.uses_reference:
         return base
     if train.reference_draws is not None and prompts is not None:
         pool = (config.rounds.prompts or prompts) * config.sample.images_per_prompt * train.reference_draws
         return base + pool * (1 - math.exp(-images / pool))  # each of the pool once, if it is met at all
-    return base + images * (1 - fresh if train.reference == "round" else 1)
+    return base + images * (1 - fresh if objective.reference == "old" else 1)
 
 
 def _validations(config: RunConfig) -> int:
@@ -171,19 +172,20 @@ def _times(count: int | None, factor: int) -> int | None:
 # ---- memory
 
 
-def portion_of(config: RunConfig, shapes: Shapes, memory: float) -> Portion:
+def micro_batch_of(config: RunConfig, shapes: Shapes, memory: float) -> MicroBatch:
     """How much of a step goes through the model at once on a device of so many bytes, as training itself chooses."""
     train = config.train
     groups = train.micro_batch_groups or train.groups_per_step
     if train.group_gradient != "auto":
-        return Portion(groups, train.images_per_pass or 1 if train.group_gradient == "two_pass" else None)
+        return MicroBatch(groups, train.images_per_pass or 1 if train.group_gradient == "two_pass" else None)
     free = memory - shapes.transformer.bytes - LORA_BYTES * shapes.trainable
     fit = int(MARGIN * free / shapes.saved)
-    return largest_portion(fit, groups=groups, k=train.k)
+    return largest_micro_batch(fit, groups=groups, k=train.k)
 
 
-def memory_parts(config: RunConfig, shapes: Shapes, portion: Portion) -> dict[str, float]:
+def memory_parts(config: RunConfig, shapes: Shapes, micro_batch: MicroBatch) -> dict[str, float]:
     """Bytes on the device by part."""
+    at_once = micro_batch.images_of(config.train.k)
     train, batch = config.train, max(config.sample.batch_size, config.evaluate.batch_size)
     return {
         "base weights": shapes.transformer.bytes,
@@ -194,7 +196,7 @@ def memory_parts(config: RunConfig, shapes: Shapes, portion: Portion) -> dict[st
         f"VAE decode, {batch} images at once": shapes.decode.memory(batch),
         f"a group of {train.k}, one pass": shapes.learning.memory(train.k),
         "a group, two passes, one image at once": shapes.learning.memory(1),
-        f"training, {portion.images_of(train.k)} images at once": shapes.learning.memory(portion.images_of(train.k)),
+        f"training, {at_once} images at once": shapes.learning.memory(at_once),
     }
 
 
@@ -251,7 +253,7 @@ def refuse(config: RunConfig, shapes: Shapes, memory: float, stages: Collection[
     if train.group_gradient == "auto":  # it goes down to one image at a time
         images, change = 1, "train.gradient_checkpointing: true, or smaller images"
     else:
-        images = portion_of(config, shapes, memory).images_of(train.k)
+        images = micro_batch_of(config, shapes, memory).images_of(train.k)
         change = "train.group_gradient: auto" if images > 1 else "train.gradient_checkpointing: true, or smaller images"
     learning = SURE * shapes.learning.memory(images)
     needs = [
@@ -320,6 +322,6 @@ def to_json(found: Plan) -> dict[str, Any]:
         "memory": found.memory,
         "memory_by_stage": found.totals,
         "disk": found.disk,
-        "images_at_once_in_training": found.portion.images,
+        "images_at_once_in_training": found.micro_batch.images,
         "advice": found.advice,
     }

@@ -19,7 +19,7 @@ from gdro.models import Quantization, load_model
 from gdro.run.config import RunConfig
 from gdro.run.planning.ledger import Work, counting
 
-KNOWN = resources.files("gdro") / "planning" / "known.json"  # the published configurations of models on the Hub
+KNOWN = resources.files("gdro.run.planning") / "known.json"  # the published configurations of models on the Hub
 BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}  # of a quantized weight; nf4 has a float32 for each 64
 
 

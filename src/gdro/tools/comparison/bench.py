@@ -4,7 +4,7 @@ Each run's configuration is common < task < method < method.per_task[task] < cho
 bench itself decides: the seed, the budget (`train.max_nfe`) and the target (`train.target_reward`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from gdro.common.errors import UserError, did_you_mean
 from gdro.common.validation import MAX_SEED
 from gdro.common.yaml import read_yaml
 from gdro.rewards.registry import IN_UNIT
-from gdro.run.config import MAY_CHANGE, RunConfig, validate
+from gdro.run.config import MAY_CHANGE, RunConfig, flat, validate
 
 Fields = dict[str, Any]
 # What the bench sets itself in every run, and where a bench file says it.
@@ -220,15 +220,6 @@ def nested(values: Mapping[str, Any]) -> Fields:
             value = {section: value}
         parts.append(value)
     return merged(*parts)
-
-
-def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The inverse of `nested`."""
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 S = TypeVar("S", bound=_Section)

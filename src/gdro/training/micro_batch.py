@@ -16,50 +16,50 @@ from torch.autograd.graph import saved_tensors_hooks
 from gdro.common import distributed
 from gdro.common.progress import say
 from gdro.training.config import TrainConfig
-from gdro.training.step import Learner, Portion
+from gdro.training.learner import Learner, MicroBatch
 
 MARGIN = 0.8  # of the free memory; the rest is for what lives inside a layer only, and for fragmentation
 
 
-def given_portion(config: TrainConfig) -> Portion:
+def configured_micro_batch(config: TrainConfig) -> MicroBatch:
     """What the configuration alone says."""
     two_pass = config.group_gradient == "two_pass"
     images = config.images_per_pass or 1 if two_pass else None
-    return Portion(config.micro_batch_groups or config.groups_per_step, images)
+    return MicroBatch(config.micro_batch_groups or config.groups_per_step, images)
 
 
-def choose_portion(learner: Learner, before: Mapping[str, Any] | None = None) -> Portion:
+def choose_micro_batch(learner: Learner, before: Mapping[str, Any] | None = None) -> MicroBatch:
     """What the configuration says, or for group_gradient "auto" what a measurement does; says what and why.
 
     `before`: the choice of the run that is gone on with, kept if it still fits, so that both end bit for bit the same.
     """
-    config, visits = learner.config, learner.visits.at(learner.done + 1)
-    if config.group_gradient != "auto" or not visits:
-        return given_portion(config)
-    size_of = learner.batches.groups.image_size
-    largest = max(learner.visits.rewards, key=lambda group: math.prod(size_of(group)))
-    batch = learner.batches.of([replace(visits[0], group=largest, images=torch.arange(config.k))])
-    learner = learner.at(largest)
+    config, data, draws = learner.config, learner.data, learner.data.draws.at(learner.data.draws.done + 1)
+    if config.group_gradient != "auto" or not draws:
+        return configured_micro_batch(config)
+    size_of = data.groups.image_size
+    largest = max(data.draws.rewards, key=lambda group: math.prod(size_of(group)))
+    batch = data.batches.of([replace(draws[0], group=largest, images=torch.arange(config.k))])
+    policies = learner.at(largest).policies
     text = {name: value[:1] for name, value in batch.text.items()}
-    parameters = learner.model.transformer.parameters()
+    parameters = policies.model.transformer.parameters()
     weights = {storage.data_ptr() for weight in parameters for storage in _storages(weight)}
-    each = saved_bytes(lambda: learner.velocity(batch.x0[0, :1], batch.t[0, :1, 0, 0], text), besides=weights)
-    trained = sum(4 * weight.numel() for weight in learner.parameters.values())
-    free = free_bytes(learner.model.device) - 3 * trained  # a gradient and AdamW's two moments
+    each = saved_bytes(lambda: policies.velocity(batch.x0[0, :1], batch.t[0, :1, 0, 0], text), besides=weights)
+    trained = sum(4 * weight.numel() for weight in policies.parameters.values())
+    free = free_bytes(policies.model.device) - 3 * trained  # a gradient and AdamW's two moments
     fit = min(distributed.gather(int(MARGIN * free / max(each, 1))))  # all processes take the same number of passes
-    portion = largest_portion(fit, groups=config.micro_batch_groups or config.groups_per_step, k=config.k)
-    if before is not None and Portion(**before).images_of(config.k) <= fit:
-        portion = Portion(**before)
-    how = "one_pass" if portion.images is None else "two_pass"
-    said = f"{how}, {portion.images_of(config.k)} images at a time"
+    micro_batch = largest_micro_batch(fit, groups=config.micro_batch_groups or config.groups_per_step, k=config.k)
+    if before is not None and MicroBatch(**before).images_of(config.k) <= fit:
+        micro_batch = MicroBatch(**before)
+    how = "one_pass" if micro_batch.images is None else "two_pass"
+    said = f"{how}, {micro_batch.images_of(config.k)} images at a time"
     said += f" ({each / 1e9:.3g} GB each, {free / 1e9:.3g} GB free)" + "; even one may not fit" * (fit < 1)
     say(f"train.group_gradient: {said}")
-    return portion
+    return micro_batch
 
 
-def largest_portion(fit: int, *, groups: int, k: int) -> Portion:
-    """The largest portion of a step of `groups` groups whose images are at most `fit`, but at least one image."""
-    return Portion(min(groups, fit // k), None) if fit >= k else Portion(1, max(1, fit))
+def largest_micro_batch(fit: int, *, groups: int, k: int) -> MicroBatch:
+    """The largest micro-batch of a step of `groups` groups whose images are at most `fit`, but at least one image."""
+    return MicroBatch(min(groups, fit // k), None) if fit >= k else MicroBatch(1, max(1, fit))
 
 
 def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:

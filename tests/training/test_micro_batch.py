@@ -18,10 +18,11 @@ from gdro.models import load_model
 from gdro.models.base import FlowModel
 from gdro.objectives.registry import FORWARD
 from gdro.stages.train import prepare, train
-from gdro.training import passes
+from gdro.training import micro_batch
 from gdro.training.config import TrainConfig
-from gdro.training.passes import choose_portion, largest_portion, saved_bytes
-from gdro.training.step import Learner, Portion, backward, check_reference, train_step
+from gdro.training.learner import Learner, MicroBatch
+from gdro.training.micro_batch import choose_micro_batch, largest_micro_batch, saved_bytes
+from gdro.training.step import backward, check_reference, train_step
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def learner(model: FlowModel, toy: tuple[Path, Path], **changes: Any) -> Learner
 
 def gradient(one: Learner, step: int) -> Tensor:
     one.optimizer.zero_grad()
-    visits = one.visits.at(step)
-    backward(one, visits, len(visits))
-    return torch.cat([weight.grad.flatten() for weight in one.parameters.values() if weight.grad is not None])
+    draws = one.data.draws.at(step)
+    backward(one, draws, len(draws))
+    return torch.cat([weight.grad.flatten() for weight in one.policies.parameters.values() if weight.grad is not None])
 
 
 class Doubled:
@@ -69,12 +70,12 @@ def test_two_passes_have_the_gradient_of_one(
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     changes = {"objective": objective, "k": 2 if objective == "dpo" else 4}
     one = learner(load(flux_folder, torch.float64), toy, **changes)
-    one.batches.groups = Doubled(one.batches.groups)  # type: ignore[assignment]
+    one.data.batches.groups = Doubled(one.data.batches.groups)  # type: ignore[assignment]
     train_step(one, 1)  # B = 0 before it, and A's gradient with it
     expected = gradient(one, 2)
     assert expected.dtype == torch.float64
     for images in (1, 3):
-        one.portion = Portion(2, images)
+        one.micro_batch = MicroBatch(2, images)
         assert (gradient(one, 2) - expected).norm() < 1e-10 * expected.norm()
 
 
@@ -83,9 +84,9 @@ def test_two_passes_have_the_gradient_of_one_in_bfloat16(flux_folder: Path, toy:
     one, exact = (learner(load(flux_folder, dtype), toy) for dtype in (torch.bfloat16, torch.float32))
     for either in (one, exact):
         train_step(either, 1)
-    exact.model.load_adapter_state({name: value.detach() for name, value in one.parameters.items()})
+    exact.policies.model.load_adapter_state({name: value.detach() for name, value in one.policies.parameters.items()})
     expected, rounded = gradient(exact, 2), gradient(one, 2)
-    one.portion = Portion(2, 1)
+    one.micro_batch = MicroBatch(2, 1)
     rounding = (rounded - expected).norm()
     assert 0 < rounding < 0.2 * expected.norm()
     assert (gradient(one, 2) - rounded).norm() < rounding
@@ -153,10 +154,11 @@ def test_a_step_counts_what_the_model_computes(flux: Any, toy: tuple[Path, Path]
 
 
 @pytest.mark.parametrize(
-    ("room", "portion"), [(99, Portion(8)), (20, Portion(3)), (6, Portion(1)), (5, Portion(1, 5)), (0, Portion(1, 1))]
+    ("room", "portion"),
+    [(99, MicroBatch(8)), (20, MicroBatch(3)), (6, MicroBatch(1)), (5, MicroBatch(1, 5)), (0, MicroBatch(1, 1))],
 )
-def test_groups_are_kept_whole_while_one_fits(room: int, portion: Portion) -> None:
-    assert largest_portion(room, groups=8, k=6) == portion
+def test_groups_are_kept_whole_while_one_fits(room: int, portion: MicroBatch) -> None:
+    assert largest_micro_batch(room, groups=8, k=6) == portion
 
 
 def test_what_autograd_keeps_is_counted_once_and_without_the_weights() -> None:
@@ -177,7 +179,7 @@ def test_rounds_need_no_more_memory_than_one(flux: Any, toy: tuple[Path, Path]) 
     """Whatever looks at a pass lets go of it: the measurement of `auto`, a step either way, the check after it."""
 
     def measured(one: Learner) -> None:
-        choose_portion(one)
+        choose_micro_batch(one)
 
     def stepped(one: Learner) -> None:
         check_reference(one, 1, train_step(one, 1))
@@ -203,10 +205,10 @@ def test_auto_takes_what_fits_and_a_resumed_run_what_it_took(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(passes, "saved_bytes", lambda forward, besides: 10**9)
+    monkeypatch.setattr(micro_batch, "saved_bytes", lambda forward, besides: 10**9)
 
     def run(out: str, room: float, **changes: Any) -> str:
-        monkeypatch.setattr(passes, "free_bytes", lambda device: int(room * 10**9 / passes.MARGIN))
+        monkeypatch.setattr(micro_batch, "free_bytes", lambda device: int(room * 10**9 / micro_batch.MARGIN))
         options = {"k": 4, "rank": 1, "groups_per_step": 2, "max_train_steps": 4, "checkpointing_steps": 2}
         config = TrainConfig(**(options | {"learning_rate": 2e-3, "target_modules": ["to_q"]} | changes))
         train(config, flux, *toy, tmp_path / out, seed=0, sampling=SAMPLING)

@@ -1,0 +1,41 @@
+"""The groups that training reads: of one round, or of several as one."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from gdro.groups.store import GroupStore
+from gdro.models.base import Text
+from gdro.samplers.trajectory import Trajectory
+
+
+class Groups(Protocol):
+    """The part of groups.store.GroupStore that training reads."""
+
+    def image_size(self, group_id: str) -> tuple[int, int]: ...
+
+    def latents(self, group_id: str) -> Tensor: ...
+
+    def text(self, group_id: str) -> Text: ...
+
+    def trajectory(self, group_id: str) -> Trajectory: ...
+
+
+class Joined:
+    """The stores of several rounds, read as one; their groups have different ids."""
+
+    def __init__(self, stores: Sequence[GroupStore]) -> None:
+        self._store = {group: store for store in stores for group in store.group_ids}
+
+    def image_size(self, group_id: str) -> tuple[int, int]:
+        return self._store[group_id].image_size(group_id)
+
+    def latents(self, group_id: str) -> Tensor:
+        return self._store[group_id].latents(group_id)
+
+    def text(self, group_id: str) -> Text:
+        return self._store[group_id].text(group_id)
+
+    def trajectory(self, group_id: str) -> Trajectory:
+        return self._store[group_id].trajectory(group_id)

@@ -1,0 +1,124 @@
+"""The step of an objective that learns from images noised afresh."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gdro.common import distributed
+from gdro.models.base import Text
+from gdro.objectives.base import Noised
+from gdro.objectives.flow import velocity_error
+from gdro.training.batches import Batch
+from gdro.training.draws import GroupDraw
+from gdro.training.learner import Learner
+from gdro.training.reference import ReferenceErrors
+
+
+def calls(learner: Learner, draws: Sequence[GroupDraw]) -> int:
+    """Velocities that a step of these draws costs, one with gradient as three."""
+    objective, known, once = learner.objective, learner.data.reference_errors, 0
+    images = len(draws) * learner.config.k
+    others = int(objective.uses_base)
+    if known is not None:
+        once = known.missing(draws, [learner.data.batches.pool_index(draw) for draw in draws])
+    elif objective.uses_reference is not None:
+        others += not (objective.reference == "old" and learner.data.fresh(draws[0].step))
+    return images * (3 + others) + once
+
+
+def backward(learner: Learner, draws: Sequence[GroupDraw], ranked: int) -> dict[str, Tensor]:
+    """Add the gradient of the sum over draws of loss / ranked; return the same sums of the figures."""
+    objective, known = learner.objective, learner.data.reference_errors
+    batch = learner.data.batches.of(draws)
+    reference: str | None = objective.reference if objective.uses_reference else None
+    if reference == "old" and learner.data.fresh(draws[0].step):
+        reference = "policy"
+    if known is not None:
+        seen = noised(learner, batch, base=objective.uses_base, reference=None)
+        seen = replace(seen, reference_error=_reference_error(learner, known, draws, batch))
+    else:
+        seen = noised(learner, batch, base=objective.uses_base, reference=reference)
+    loss, figures = objective.loss(seen)
+    share = batch.ranked / ranked
+    total = (loss * share).sum()
+    if learner.micro_batch.images is None:
+        total.backward()
+    else:
+        _second_pass(learner, batch, *torch.autograd.grad(total, seen.policy))
+    figures = {"loss": loss.detach(), **figures}
+    if objective.uses_reference:
+        drift = (seen.d - seen.d_ref).detach()
+        figures |= {"drift_best": drift[:, 0], "drift_worst": drift[:, -1], "error_best": seen.d[:, 0].detach()}
+    return {name: (value * share).sum() for name, value in figures.items()}
+
+
+def noised(learner: Learner, batch: Batch, *, base: bool, reference: str | None) -> Noised:
+    """The velocities of policy, reference and base on the same x_t; only the policy's with gradient.
+
+    reference: whose (`Policies.carrying`), "policy" for the policy's own velocities, None for none. If the images do
+    not go through the model at once, the policy's velocities are a leaf of the graph (`_second_pass`).
+    """
+    shape = batch.x0.shape
+    x_t, t, text = batch.noised()
+
+    def velocity(name: str) -> Tensor:
+        with learner.policies.carrying(name):
+            return _velocities(learner, x_t, t, text).view(shape)
+
+    with torch.no_grad():
+        other = None if reference in (None, "policy") else velocity(reference)
+        of_base = velocity("base") if base else None
+    if learner.micro_batch.images is None:
+        policy = velocity("policy")
+    else:
+        with torch.no_grad():
+            policy = velocity("policy")
+        policy.requires_grad_()
+    return Noised(
+        rewards=batch.rewards,
+        advantages=batch.advantages,
+        t=t.view(shape[:2]),
+        x_t=x_t.view(shape),
+        v=batch.v,
+        policy=policy,
+        reference=policy.detach() if reference == "policy" else other,
+        base=of_base,
+    )
+
+
+def _reference_error(learner: Learner, known: ReferenceErrors, draws: Sequence[GroupDraw], batch: Batch) -> Tensor:
+    """d_ref (g, k) of the pool's draws; those not known yet are computed, and kept."""
+    places = [learner.data.batches.pool_index(draw) for draw in draws]
+    errors = known.of(draws, places)
+    asked = errors.isnan()
+    if distributed.is_sharded(learner.policies.model.transformer):  # all its processes compute, or none
+        asked[:] = any(distributed.gather(bool(asked.any())))
+    if asked.any():
+        rows = asked.flatten().nonzero()[:, 0].to(learner.policies.model.device)
+        with torch.no_grad(), learner.policies.carrying("base"):
+            velocities = _velocities(learner, *_rows(*batch.noised(), rows))
+        errors[asked] = velocity_error(batch.v.flatten(0, 1)[rows], velocities).cpu()
+        known.keep(draws, places, errors)
+    return errors.to(learner.policies.model.device)
+
+
+def _velocities(learner: Learner, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+    """(n, tokens, channels), as many images at a time as the micro-batch says."""
+    return torch.cat([learner.policies.velocity(*_rows(x_t, t, text, part)) for part in learner.passes(len(t))])
+
+
+def _rows(x_t: Tensor, t: Tensor, text: Text, rows: slice | Tensor) -> tuple[Tensor, Tensor, Text]:
+    return x_t[rows], t[rows], {name: value[rows] for name, value in text.items()}
+
+
+def _second_pass(learner: Learner, batch: Batch, gradient: Tensor) -> None:
+    """Take the loss's gradient (g, k, tokens, channels) with respect to the policy's velocities on to its weights.
+
+    A group's loss joins its images through their velocities alone, so once its gradient with respect to those is known
+    each image can go back by itself: the gradient of one pass over all, in the memory of a few.
+    """
+    x_t, t, text, gradient = *batch.noised(), gradient.flatten(0, 1)
+    for part in learner.passes(len(t)):
+        learner.policies.velocity(*_rows(x_t, t, text, part)).backward(gradient[part])
