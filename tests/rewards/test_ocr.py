@@ -19,9 +19,9 @@ from gdro.common.errors import UserError
 from gdro.common.files import fingerprint
 from gdro.common.prompts import Prompt
 from gdro.rewards.base import ImageFailure
+from gdro.rewards.ocr import engines as ocr_engines
 from gdro.rewards.ocr.engines import RAPIDOCR, paddleocr, rapidocr
 from gdro.rewards.ocr.reward import OcrReward, ocr, ocr_score, ocr_strict, quoted_text, target_of
-from gdro.rewards.ocr.reward import engines as ocr_engines
 
 PADDLE = all(importlib.util.find_spec(package) for package in ("paddleocr", "paddle"))
 

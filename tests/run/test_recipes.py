@@ -11,7 +11,7 @@ import transformers
 import yaml
 from conftest import clip_config, clip_tokenizer
 from diffusers import DiffusionPipeline
-from rewards.fake_endpoint import Asked, FakeEndpoint, Said
+from fake_endpoint import Asked, FakeEndpoint, Said
 from small_pipelines import small_sd3, small_z_image
 from small_run import REWARDS, prompt_lines
 

@@ -114,7 +114,7 @@ def test_without_all_six_tags_there_is_no_overall(official: Path) -> None:
         ({"correct": 1}, 'has 1 in "correct"; expected true or false'),
         ({"metadata": None}, 'has None in "metadata"; expected an object'),
         ({"metadata": "{"}, 'in "metadata" is not JSON'),
-        ({"metadata": '{"tag": "colors", "include": []}'}, 'has no GenEval record: "tag"'),
+        ({"metadata": '{"tag": "coloring", "include": []}'}, 'has no GenEval record: "tag"'),
         ({"tag": "coloring"}, "has 'coloring' in \"tag\"; expected "),
         ({"details": "[]"}, 'has [] in "details"; expected an object'),
         ({"details": '{"cat": [[1, 2, 3, 4]]}'}, "has [1, 2, 3, 4] among the details of 'cat'; expected [left, top"),
