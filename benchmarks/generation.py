@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, source = Path(name), arguments.model
         if source is None:
-            from gdro.tiny.build import build_pipeline
+            from tiny.build import build_pipeline
 
             source = str(folder / "model")
             build_pipeline().save_pretrained(source)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tiny.build import clip_tokenizer, t5_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-from gdro.tiny.build import clip_tokenizer, t5_tokenizer
 
 
 def random_flux(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> FluxPipeline:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from tiny import pretrain
+from tiny.build import TEXT_LENGTH, build_pipeline
 
 from gdro.common.rng import numpy_rng, torch_rng
 from gdro.models.loading import TINY_FOLDER
 from gdro.rewards.registry import load_reward
-from gdro.tiny import pretrain, world
-from gdro.tiny.build import TEXT_LENGTH, build_pipeline
+from gdro.tiny import world
 from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
 

@@ -33,15 +33,6 @@ from gdro.models.schedulers import flow_scheduler, resolution_shift
 RECOMPILATIONS = 64
 
 
-def with_negative(text: Text) -> Text:
-    """2n rows for classifier-free guidance: the prompts' tensors, then those called `negative_...`."""
-    return {
-        name: torch.cat([value, text[f"negative_{name}"]])
-        for name, value in text.items()
-        if not name.startswith("negative_")
-    }
-
-
 class DiffusersModel(ABC):
     """FlowModel on diffusers' real classes. Base weights are frozen in `dtype`; the LoRA is float32.
 

@@ -14,7 +14,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, compute_emp
 from torch import Tensor
 
 from gdro.models.base import Text
-from gdro.models.diffusers_model import DiffusersModel, with_negative
+from gdro.models.diffusers_model import DiffusersModel
+from gdro.models.guidance import guided, with_negative
 
 _BLOCK = r"transformer_blocks\.\d+\."
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -139,7 +140,7 @@ class Flux2KleinModel(Flux2Model):
             return self._network(x_t, t, text, None, height, width)
         both = torch.cat([x_t, x_t]), torch.cat([t, t]), with_negative(text)
         velocity, nothing = self._network(*both, None, height, width).chunk(2)
-        return nothing + guidance_scale * (velocity - nothing)
+        return guided(velocity, nothing, guidance_scale)
 
     @classmethod
     def guides(cls, guidance_scale: float, *, distilled: bool) -> bool:

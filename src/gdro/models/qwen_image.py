@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gdro.models.base import Text
 from gdro.models.diffusers_model import DiffusersModel
+from gdro.models.guidance import guided
 
 BLANK = " "  # the negative prompt that Qwen-Image is meant to be guided with
 _BLOCK = r"transformer_blocks\.\d+\."
@@ -88,8 +89,8 @@ class QwenImageModel(DiffusersModel):
         if not self.guides(guidance_scale, distilled=self._distilled):
             return velocity
         blank = self._network(x_t, t, text["negative_prompt_embeds"], None, height, width)
-        guided = blank + guidance_scale * (velocity - blank)
-        return guided * (velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        found = guided(velocity, blank, guidance_scale)
+        return found * (velocity.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
 
     def _network(self, x: Tensor, t: Tensor, embeds: Tensor, mask: Tensor | None, height: int, width: int) -> Tensor:
         side = 2 * self._scale

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gdro.common.errors import UserError
 from gdro.models.base import Text
-from gdro.models.diffusers_model import DiffusersModel, with_negative
+from gdro.models.diffusers_model import DiffusersModel
+from gdro.models.guidance import guided, with_negative
 
 _BLOCK = r"transformer_blocks\.\d+\."
 _ATTENTION = r"attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -80,7 +81,7 @@ class StableDiffusion3Model(DiffusersModel):
         if not self.guides(guidance_scale, distilled=self._distilled):
             return self._pack(self._network(x, t, text))
         velocity, nothing = self._network(torch.cat([x, x]), torch.cat([t, t]), with_negative(text)).chunk(2)
-        return self._pack(nothing + guidance_scale * (velocity - nothing))
+        return self._pack(guided(velocity, nothing, guidance_scale))
 
     def _network(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
         return self.transformer(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gdro.models.base import Text
-from gdro.models.diffusers_model import DiffusersModel, with_negative
+from gdro.models.diffusers_model import DiffusersModel
+from gdro.models.guidance import guided, with_negative
 
 _BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+\."
 _ATTENTION = r"attention\.(to_q|to_k|to_v|to_out\.0)"
@@ -60,7 +61,7 @@ class ZImageModel(DiffusersModel):
         if not self.guides(guidance_scale, distilled=self._distilled):
             return self._pack(self._network(x, t, text))
         velocity, nothing = self._network(torch.cat([x, x]), torch.cat([t, t]), with_negative(text)).chunk(2)
-        return self._pack(velocity + guidance_scale * (velocity - nothing))
+        return self._pack(guided(velocity, nothing, guidance_scale, start=velocity))
 
     def _network(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
         """v = eps - x0 (n, channels, rows, columns), float32; the network itself predicts x0 - eps."""

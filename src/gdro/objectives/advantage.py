@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gdro.common.ranking import win_rate
+
 LIMIT = 5.0  # of |A|, as in Flow-GRPO's code
 FLOOR = 1e-4  # added to a standard deviation
 
@@ -19,7 +21,7 @@ def advantages(rewards: Sequence[Tensor], kind: str, exponent: float = 0.0) -> l
     win_rate: "group" of each image's win rate (Pref-GRPO, 2508.20751).
     """
     if kind == "win_rate":
-        return advantages([win_rate(r) for r in rewards], "group")
+        return advantages([torch.from_numpy(win_rate(r.numpy(force=True))) for r in rewards], "group")
     if kind not in ("group", "batch", "slas"):
         raise ValueError(f"advantage: {kind!r}, expected group, batch, slas or win_rate")
     above = [r - r.mean() for r in rewards]
@@ -30,10 +32,3 @@ def advantages(rewards: Sequence[Tensor], kind: str, exponent: float = 0.0) -> l
     if kind == "slas":
         above = [dr.sign() * dr.abs() ** (1 + exponent) for dr in above]
     return [(dr / (scale + FLOOR)).clamp(-LIMIT, LIMIT) for dr, scale in zip(above, scales, strict=True)]
-
-
-def win_rate(r: Tensor) -> Tensor:
-    """Share of the group's other images that each image beats, ties half; (K,), K >= 2 -> (K,) with mean 1/2."""
-    difference = r[:, None] - r[None, :]
-    wins = (difference.sign() + 1) / 2  # an image ties with itself: 1/2 too many
-    return (wins.sum(1) - 0.5) / (len(r) - 1)

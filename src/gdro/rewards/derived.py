@@ -13,6 +13,7 @@ import numpy as np
 from gdro.common.errors import UserError, did_you_mean
 from gdro.common.files import fingerprint
 from gdro.common.prompts import Prompt
+from gdro.common.ranking import win_rate
 from gdro.common.validation import show
 from gdro.rewards.base import Reward
 
@@ -37,16 +38,6 @@ def rank(scores: np.ndarray) -> np.ndarray:
     levels, place = np.unique(scores[present], return_inverse=True)
     out = np.full(scores.shape, np.nan)
     out[present] = place / (len(levels) - 1) if len(levels) > 1 else 0.5
-    return out
-
-
-def win_rate(scores: np.ndarray) -> np.ndarray:
-    """Of one group: the share of its other scores that each beats, ties half (Pref-GRPO); alone it is 1/2."""
-    present = np.isfinite(scores)
-    values = scores[present]
-    wins = (np.sign(values[:, None] - values[None, :]) + 1).sum(1) / 2 - 0.5  # it ties with itself
-    out = np.full(scores.shape, np.nan)
-    out[present] = wins / (len(values) - 1) if len(values) > 1 else 0.5
     return out
 
 

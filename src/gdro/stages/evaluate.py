@@ -12,7 +12,7 @@ from gdro.common.prompts import Prompt
 from gdro.common.sealed import write_record
 from gdro.evaluation.image_stats import compare_image_stats, verdict
 from gdro.evaluation.measure import EvaluateConfig, Measured, make_scored, measure
-from gdro.evaluation.statistics import Comparison, compare, pair_means, text_numbers
+from gdro.evaluation.statistics import Comparison, compare, corrected_score, pair_means, text_numbers
 from gdro.groups.sampling import Generation
 from gdro.groups.scoring import MAX_MISSING
 from gdro.models.base import FlowModel
@@ -244,8 +244,8 @@ def _of_means(measured: Measured) -> float | None:
     values = [measured.axes[axis] for axis in measured.corrected_axes]
     if not all(np.isfinite(v).any() for v in values):
         return None
-    quality = np.mean([np.nanmean(v) for v in values])
-    return float(np.nanmean(measured.reward) * (quality - 3) + 0.2)
+    means = {axis: np.nanmean(measured.axes[axis]) for axis in measured.corrected_axes}
+    return float(corrected_score(np.nanmean(measured.reward), means, measured.corrected_axes))
 
 
 def _json(values: np.ndarray) -> list[list[float | None]]:

@@ -1,4 +1,4 @@
-"""Pre-train the tiny model on its world: `python -m gdro.tiny.pretrain --out runs/pretrain`.
+"""Pre-train the tiny model on its world: `python -m tiny.pretrain --out ../runs/pretrain`, run in benchmarks/.
 
 Three stages, each resumable: text encoders (every token learns to tell its neighbors, the pooled vector its words),
 the VAE (refined once more on shapes, later), then the transformer by flow matching. On two cores about two hours; any
@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
 from safetensors.torch import load_file, save_file
+from tiny.build import TEXT_LENGTH, build_pipeline
 from torch import Tensor, nn
 
 from gdro.common.files import atomic_path, write_json
 from gdro.common.rng import numpy_rng, torch_rng
 from gdro.tiny import world
-from gdro.tiny.build import TEXT_LENGTH, build_pipeline
 
 NEIGHBORS = (-4, -3, -2, -1, 0, 1, 2)  # offsets a T5 token learns to tell; -4 places a letter in its word
 SATURATED = 0.9  # distance of a pixel's largest channel from its smallest, of 2, that only shapes reach

@@ -1,0 +1,23 @@
+"""Classifier-free guidance (2207.12598)."""
+
+import torch
+from torch import Tensor
+
+from gdro.models.base import Text
+
+
+def guided(velocity: Tensor, nothing: Tensor, scale: float, *, start: Tensor | None = None) -> Tensor:
+    """v = start + scale (velocity - nothing); start is `nothing`, so that a scale of 1 is no guidance, unless given.
+
+    Z-Image starts at `velocity`: there a scale of 0 is none.
+    """
+    return (nothing if start is None else start) + scale * (velocity - nothing)
+
+
+def with_negative(text: Text) -> Text:
+    """2n rows for classifier-free guidance: the prompts' tensors, then those called `negative_...`."""
+    return {
+        name: torch.cat([value, text[f"negative_{name}"]])
+        for name, value in text.items()
+        if not name.startswith("negative_")
+    }
