@@ -50,7 +50,7 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
     from gdro.evaluation.measure import make_scored, measure
     from gdro.models import load_model
     from gdro.rewards.registry import load_judge, load_reward
-    from gdro.run.config import load_config
+    from gdro.runner.config import load_config
     from gdro.stages.train import train
     from gdro.tiny.prompts import tiny_prompts
     from gdro.training.config import TrainConfig

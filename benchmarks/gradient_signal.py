@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from gdro.run.config import saved_config
-from gdro.run.pipeline import Run
+from gdro.runner.config import saved_config
+from gdro.runner.pipeline import Run
 from gdro.stages.train import prepare
 from gdro.training.step import backward
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from gdro.common.files import write_json
-from gdro.run.config import load_config
-from gdro.run.pipeline import run
-from gdro.run.planning.gpus import present
-from gdro.run.planning.plan import plan
-from gdro.run.planning.shapes import shapes_of
-from gdro.run.planning.timing import measured_pace
+from gdro.runner.config import load_config
+from gdro.runner.pipeline import run
+from gdro.runner.planning.gpus import present
+from gdro.runner.planning.plan import plan
+from gdro.runner.planning.shapes import shapes_of
+from gdro.runner.planning.timing import measured_pace
 
 PROMPTS = 32
 

@@ -40,7 +40,7 @@ from gdro.models import load_model
 from gdro.models.base import FlowModel
 from gdro.objectives.registry import OBJECTIVES
 from gdro.rewards.base import Scores
-from gdro.run.planning.gpus import present
+from gdro.runner.planning.gpus import present
 from gdro.samplers.trajectory import Trajectory
 from gdro.stages.train import prepare
 from gdro.training.config import TrainConfig

@@ -87,7 +87,7 @@ if __name__ == "__main__":
     from diffusers import FluxPipeline  # noqa: F401
 
     import gdro.models.flux
-    import gdro.run.pipeline
+    import gdro.runner.pipeline
     import gdro.stages.export  # noqa: F401
 
     print(json.dumps([_ended(*job) for job in json.load(sys.stdin)]))

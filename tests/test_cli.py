@@ -109,7 +109,7 @@ def test_no_path_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_heavy_is_imported_to_read_a_configuration() -> None:
     """A misspelled field is told of in a second or two: diffusers, transformers, peft and the OCR engine stay out."""
     script = (
-        "import sys; import gdro.run.pipeline; "
+        "import sys; import gdro.runner.pipeline; "
         "heavy = 'diffusers', 'transformers', 'peft', 'rapidocr', 'matplotlib', 'cv2', 'ray'; "
         "print([m for m in heavy if m in sys.modules])"
     )

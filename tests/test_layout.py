@@ -16,7 +16,7 @@ FLOORS = (
     ("groups",),
     ("training", "evaluation"),
     ("stages",),
-    ("run",),
+    ("runner",),
     ("tools",),
     ("cli",),
     ("__main__", "__init__"),

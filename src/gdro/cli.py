@@ -282,7 +282,7 @@ def _split(argv: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[
 
 
 def _checked(overrides: Sequence[Override], own: Iterable[str]) -> Sequence[Override]:
-    from gdro.run.config import field_names
+    from gdro.runner.config import field_names
 
     valid = field_names()
     for name, _ in overrides:
@@ -307,10 +307,10 @@ def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[s
     from gdro.common import distributed
 
     with distributed.started():
-        from gdro.run.config import load_config
+        from gdro.runner.config import load_config
 
         config = load_config(path, _checked(overrides, ["out"]))
-        from gdro.run.pipeline import run
+        from gdro.runner.pipeline import run
 
         lines = run(config, out, stages)
         if distributed.is_first():
@@ -318,20 +318,20 @@ def _go(path: Path, overrides: Sequence[Override], out: Path, stages: Sequence[s
 
 
 def _plan(args: argparse.Namespace, overrides: list[Override]) -> None:
-    from gdro.run.config import load_config
+    from gdro.runner.config import load_config
 
     config = load_config(args.config, _checked(overrides, ["gpu", "json"]))
-    from gdro.run.planning.report import plan_run
+    from gdro.runner.planning.report import plan_run
 
     put(plan_run(config, args.gpu, as_json=args.json))
 
 
 def _import(args: argparse.Namespace, overrides: list[Override]) -> None:
-    from gdro.run.config import load_config
+    from gdro.runner.config import load_config
 
     named = [*_checked(overrides, ["config", "out"]), ("sample.prompts", str(args.out / "prompts" / "train.jsonl"))]
     config = load_config(args.config, named)
-    from gdro.run.pipeline import import_groups
+    from gdro.runner.pipeline import import_groups
 
     put(import_groups(config, args.folder, args.out))
 
@@ -405,7 +405,7 @@ def _prompts(args: argparse.Namespace, overrides: list[Override]) -> None:
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out is {args.out}; expected a name that ends in .jsonl")
     from gdro.common.prompts import write_prompts
-    from gdro.run.prompt_sets import named_prompts
+    from gdro.runner.prompt_sets import named_prompts
 
     own = f"tiny:{args.task}:{args.split}:{args.count}:{args.seed}"
     prompts = named_prompts(own if args.spec is None else args.spec)

@@ -12,7 +12,7 @@ from gdro.cli import main
 from gdro.common.device import failure, telling
 from gdro.common.errors import UserError
 from gdro.models import load_model
-from gdro.run import pipeline
+from gdro.runner import pipeline
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee the manual.")
 ILLEGAL = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gdro.common.files import discard, remake, sweep
-from gdro.run.directory import alone
+from gdro.runner.directory import alone
 
 
 def test_a_folder_half_deleted_is_gone_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_a_run_directory_is_swept_when_it_is_taken(tmp_path: Path) -> None:
 def test_deleting_is_advised_only_where_gdro_left_its_mark(tmp_path: Path) -> None:
     from gdro.groups.importing import BEGUN
     from gdro.groups.sampling import STARTED
-    from gdro.run.config import KEPT
+    from gdro.runner.config import KEPT
 
     path = tmp_path / "rounds" / "0001" / "groups" / "groups-00000.parquet"
     path.parent.mkdir(parents=True)

@@ -20,8 +20,8 @@ from gdro.groups.scores import read_header
 from gdro.rewards.judges.unified_prompts import template_text
 from gdro.rewards.neural.clip import read_phrases
 from gdro.rewards.neural.published import tensor_names
-from gdro.run.config import load_config
-from gdro.run.directory import alone
+from gdro.runner.config import load_config
+from gdro.runner.directory import alone
 from gdro.tools.calibrate_ocr import pictures_of_folder
 from gdro.tools.geneval_results import read_official
 from gdro.tools.unigenbench.published import published_prompt

@@ -119,13 +119,13 @@ def test_ids_that_two_rounds_would_share(work: Workplace) -> None:
 
 
 def test_an_engine_that_is_not_installed(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gdro.run.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("gdro.runner.checks.find_spec", lambda name: None)
     line = work.refuses_at_once("--engine", "ray")
     assert line == 'gdro: engine is "ray", which is not installed; expected pip install "gdro[ray]", or local\n'
 
 
 def test_two_engines_at_once(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gdro.run.checks.find_spec", lambda name: name)
+    monkeypatch.setattr("gdro.runner.checks.find_spec", lambda name: name)
     monkeypatch.setattr("gdro.common.distributed.size", lambda: 2)
     line = work.refuses_at_once("--engine", "ray")
     assert line == 'gdro: engine is "ray", but there are 2 processes; expected one, or local\n'

@@ -17,7 +17,7 @@ from gdro.common.errors import UserError
 from gdro.common.validation import MAX_SEED, integer, number
 from gdro.models import load_model
 from gdro.objectives.registry import OBJECTIVES, hyperparameter_model
-from gdro.run.config import RunConfig, validate
+from gdro.runner.config import RunConfig, validate
 from gdro.stages.train import train
 from gdro.tools.comparison import bench
 from gdro.training.config import TrainConfig

@@ -10,7 +10,7 @@ from gdro.common.yaml import dump_yaml, parse_yaml
 from gdro.objectives.forward.dpo import Dpo
 from gdro.objectives.forward.gdro import Gdro, Rank
 from gdro.objectives.forward.sft import Sft
-from gdro.run.config import CONFIG, RENAMED, RunConfig, check_unchanged, load_config, save_config, savings, validate
+from gdro.runner.config import CONFIG, RENAMED, RunConfig, check_unchanged, load_config, save_config, savings, validate
 from gdro.tools.comparison.bench import load_bench
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from gdro.common.errors import UserError
-from gdro.run.directory import alone
+from gdro.runner.directory import alone
 
 # Windows has msvcrt in place of fcntl; here it locks as that does, so that all but the lock itself is the real thing
 WINDOWS = """
 import os, sys, types
 sys.modules["fcntl"] = None
-import gdro.run.planning.report, gdro.run.pipeline
+import gdro.runner.planning.report, gdro.runner.pipeline
 from gdro.cli import main
 from pathlib import Path
-from gdro.run.directory import alone
+from gdro.runner.directory import alone
 sys.modules["msvcrt"] = types.SimpleNamespace(
     LK_NBLCK=2, locking=lambda handle, mode, count: os.lockf(handle, {2: os.F_TLOCK}[mode], count)
 )

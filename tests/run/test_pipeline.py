@@ -200,7 +200,7 @@ def test_longer_training_goes_on_and_is_evaluated_anew(work: Path, tmp_path: Pat
     assert (weights != json.loads(evaluation)["fingerprint"]) == (best > 6)
 
 
-HOLDER = "from gdro.run.directory import *\nwith alone(Path('whole')): print(flush=True); input()"
+HOLDER = "from gdro.runner.directory import *\nwith alone(Path('whole')): print(flush=True); input()"
 
 
 def test_two_processes_cannot_share_a_run_directory(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from gdro.rewards.geneval.colors import COLORS
 from gdro.rewards.geneval.reward import GenevalReward
 from gdro.rewards.geneval.rules import TAGS
 from gdro.rewards.ocr.reward import OcrReward, target_of
-from gdro.run.prompt_sets import FOLDER, SPLITS, named_prompts
+from gdro.runner.prompt_sets import FOLDER, SPLITS, named_prompts
 
 SCRIPT: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "prompt_sets.py")))
 SIZES = {"train": 1000, "validation": 200, "test": 200}

@@ -17,15 +17,15 @@ from small_run import small_run
 
 from gdro.common.errors import UserError
 from gdro.models.replica import Replica
-from gdro.run import pipeline
-from gdro.run import state as run_state
-from gdro.run.config import load_config
+from gdro.runner import pipeline
+from gdro.runner import state as run_state
+from gdro.runner.config import load_config
 
 if find_spec("ray") is None:
     pytest.skip('needs pip install "gdro[ray]"', allow_module_level=True)
 import ray
 
-from gdro.run import ray_engine
+from gdro.runner import ray_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 

@@ -19,9 +19,9 @@ from gdro.cli import main
 from gdro.objectives.forward.gdro import Gdro
 from gdro.rewards.geneval import detectors
 from gdro.rewards.registry import load_judge, load_reward
-from gdro.run.config import load_config
-from gdro.run.planning.report import prompt_counts
-from gdro.run.state import resolve
+from gdro.runner.config import load_config
+from gdro.runner.planning.report import prompt_counts
+from gdro.runner.state import resolve
 
 RECIPES = Path(__file__).parents[2] / "configs"
 NAMES = ("flux_ocr", "flux_geneval", "sd3_ocr")

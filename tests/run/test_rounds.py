@@ -17,9 +17,9 @@ from small_run import small_run
 from gdro.common.errors import UserError
 from gdro.groups.store import GroupStore
 from gdro.objectives.registry import OBJECTIVES
-from gdro.run import pipeline
-from gdro.run.config import RunConfig, validate
-from gdro.run.pipeline import Run, run
+from gdro.runner import pipeline
+from gdro.runner.config import RunConfig, validate
+from gdro.runner.pipeline import Run, run
 from gdro.stages import train as stage
 from gdro.stages.train import Round, prepare
 from gdro.training.learner import MicroBatch

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gdro.common.errors import UserError
-from gdro.run.config import validate
+from gdro.runner.config import validate
 from gdro.samplers.settings import Generation
 
 WINDOWED = {"sampler": "flow_grpo", "num_inference_steps": 10}

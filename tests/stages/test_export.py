@@ -15,7 +15,7 @@ from gdro.common.prompts import Prompt
 from gdro.common.sealed import write_record
 from gdro.groups.sampling import Generation, sample_groups
 from gdro.models.flux import FluxModel
-from gdro.run.config import saved_config
+from gdro.runner.config import saved_config
 from gdro.samplers.ode import generate
 from gdro.stages.export import export, model_card
 from gdro.training.checkpoint import save_checkpoint

@@ -9,7 +9,7 @@ from gdro.common.prompts import Prompt
 from gdro.groups.sampling import sample_groups
 from gdro.groups.store import GroupStore
 from gdro.models.flux import FluxModel
-from gdro.run.config import SampleConfig
+from gdro.runner.config import SampleConfig
 
 
 def test_defaults_are_those_of_the_papers_setting():

@@ -13,8 +13,8 @@ from small_run import small_run
 from toy_groups import SAMPLING, write_toy
 
 from gdro.models.base import FlowModel
-from gdro.run import pipeline
-from gdro.run.config import load_config
+from gdro.runner import pipeline
+from gdro.runner.config import load_config
 from gdro.stages import train as stage
 from gdro.stages.train import prepare
 from gdro.training.config import TrainConfig

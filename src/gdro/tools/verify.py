@@ -18,8 +18,8 @@ from gdro.groups.sampling import STARTED
 from gdro.groups.shard import whole
 from gdro.groups.store import GroupStore, check_shard, groups_name
 from gdro.models.adapter_file import check_adapter
-from gdro.run.config import CONFIG, KEPT, RunConfig, saved_config
-from gdro.run.state import RunState
+from gdro.runner.config import CONFIG, KEPT, RunConfig, saved_config
+from gdro.runner.state import RunState
 from gdro.tools.arena.votes import FILE, Votes
 from gdro.training.checkpoint import checkpoint_path, load_checkpoint, steps_saved
 from gdro.training.log import LOG, read_metrics

@@ -22,13 +22,13 @@ from gdro.common.prompts import read_prompts
 from gdro.common.sealed import read_record
 from gdro.groups.sampling import sample_groups
 from gdro.models import load_model
-from gdro.run.config import RunConfig, load_config
-from gdro.run.pipeline import run
-from gdro.run.planning.gpus import gpu
-from gdro.run.planning.ledger import Operation, Work
-from gdro.run.planning.plan import memory_parts, micro_batch_of, plan, refuse
-from gdro.run.planning.report import plan_run, prompt_counts
-from gdro.run.planning.shapes import KNOWN, _configurations, shapes_of
+from gdro.runner.config import RunConfig, load_config
+from gdro.runner.pipeline import run
+from gdro.runner.planning.gpus import gpu
+from gdro.runner.planning.ledger import Operation, Work
+from gdro.runner.planning.plan import memory_parts, micro_batch_of, plan, refuse
+from gdro.runner.planning.report import plan_run, prompt_counts
+from gdro.runner.planning.shapes import KNOWN, _configurations, shapes_of
 from gdro.tiny.prompts import tiny_prompts
 from gdro.training.micro_batch import saved_bytes
 
@@ -248,7 +248,7 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
-    monkeypatch.setattr("gdro.run.state.load_model", None)
+    monkeypatch.setattr("gdro.runner.state.load_model", None)
     with pytest.raises(UserError, match=r"base weights need at least .* by the plan"):
         run(config, tmp_path / "out")
 

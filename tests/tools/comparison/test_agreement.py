@@ -8,7 +8,7 @@ from gdro.common.errors import UserError
 from gdro.common.sealed import write_record
 from gdro.models import model_revision
 from gdro.models.base import FlowModel
-from gdro.run.config import save_config, validate
+from gdro.runner.config import save_config, validate
 from gdro.tools.comparison.agreement import MADE_WITH, check_agreement, made_with, recorded
 
 

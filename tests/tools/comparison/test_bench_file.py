@@ -9,7 +9,7 @@ import yaml
 
 from gdro.common.errors import UserError
 from gdro.objectives.forward.gdro import Gdro, Rank
-from gdro.run.config import flat
+from gdro.runner.config import flat
 from gdro.tools.comparison.bench import load_bench, merged, nested
 
 

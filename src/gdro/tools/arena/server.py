@@ -22,7 +22,7 @@ from gdro.common.files import fingerprint
 from gdro.common.reading import parse_json
 from gdro.common.terminal import tell
 from gdro.evaluation.gallery import PIXEL_ART
-from gdro.run.directory import alone
+from gdro.runner.directory import alone
 from gdro.tools.arena.blind import MAX_NAME, Arena, Refused, rater_name
 from gdro.tools.arena.pairs import draw_pairs, open_models
 from gdro.tools.arena.table import results

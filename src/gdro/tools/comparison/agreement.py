@@ -7,7 +7,7 @@ from gdro.common.errors import UserError
 from gdro.common.sealed import find_record
 from gdro.models import model_revision
 from gdro.rewards.registry import Spec, load_judge, load_reward, title
-from gdro.run.config import RunConfig, saved_config
+from gdro.runner.config import RunConfig, saved_config
 
 MADE_WITH = "made_with.json"  # in a run directory: what it was begun with
 Versions = dict[str, str]

@@ -16,7 +16,7 @@ from gdro.common.errors import UserError, did_you_mean
 from gdro.common.validation import MAX_SEED
 from gdro.common.yaml import read_yaml
 from gdro.rewards.registry import IN_UNIT
-from gdro.run.config import MAY_CHANGE, RunConfig, flat, validate
+from gdro.runner.config import MAY_CHANGE, RunConfig, flat, validate
 
 Fields = dict[str, Any]
 # What the bench sets itself in every run, and where a bench file says it.

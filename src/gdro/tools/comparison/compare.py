@@ -19,8 +19,8 @@ from gdro.common.sealed import find_record, write_record
 from gdro.common.yaml import dump_yaml, read_yaml
 from gdro.evaluation.statistics import corrected_axes
 from gdro.rewards.registry import title
-from gdro.run.config import RunConfig, flat, saved_config, validate
-from gdro.run.directory import Clock, alone
+from gdro.runner.config import RunConfig, flat, saved_config, validate
+from gdro.runner.directory import Clock, alone
 from gdro.tools.comparison.agreement import MADE_WITH, Versions, check_agreement, made_with, measured_by, recorded
 from gdro.tools.comparison.bench import Bench, Job, load_bench, run_name
 from gdro.tools.comparison.choice import RULE, choose, figures, validations

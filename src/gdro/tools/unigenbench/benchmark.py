@@ -19,7 +19,7 @@ from gdro.common.progress import Progress
 from gdro.common.prompts import Prompt
 from gdro.common.rng import numpy_rng
 from gdro.rewards.judges.endpoint import Endpoint, Question
-from gdro.run.directory import alone
+from gdro.runner.directory import alone
 from gdro.samplers.settings import Generation
 from gdro.tools.unigenbench.criteria import ENGLISH
 from gdro.tools.unigenbench.images import Folder, Sampled, find_adapter

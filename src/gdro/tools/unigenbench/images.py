@@ -73,7 +73,7 @@ class Sampled:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a model, adapter or device that is not there."""
         from gdro.models import check_model
-        from gdro.run.checks import tell_cut
+        from gdro.runner.checks import tell_cut
 
         check_model(self.model)
         tell_cut(self.model, prompts, self.generation.max_sequence_length)

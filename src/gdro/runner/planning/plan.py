@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdro.common.errors import UserError
-from gdro.run.config import RunConfig
-from gdro.run.planning.gpus import Device
-from gdro.run.planning.shapes import Shapes, largest_size
+from gdro.runner.config import RunConfig
+from gdro.runner.planning.gpus import Device
+from gdro.runner.planning.shapes import Shapes, largest_size
 from gdro.samplers.settings import Generation
 from gdro.training.learner import MicroBatch
 from gdro.training.micro_batch import MARGIN, largest_micro_batch

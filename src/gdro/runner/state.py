@@ -22,9 +22,9 @@ from gdro.models.replica import Replica
 from gdro.rewards.base import Judge
 from gdro.rewards.derived import Scorer
 from gdro.rewards.registry import load_judge, load_reward
-from gdro.run.config import RunConfig
-from gdro.run.directory import Clock
-from gdro.run.prompt_sets import is_named, named_prompts
+from gdro.runner.config import RunConfig
+from gdro.runner.directory import Clock
+from gdro.runner.prompt_sets import is_named, named_prompts
 from gdro.stages.score import STANDARD
 from gdro.stages.train import Round, behavior_weights
 from gdro.training.checkpoint import steps_saved, stopped_at

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from gdro.common.errors import UserError
-from gdro.run.config import RunConfig
-from gdro.run.planning.gpus import Device, gpu, present
-from gdro.run.planning.plan import Plan, Stage, plan, to_json
-from gdro.run.planning.shapes import Shapes, largest_size, shapes_of
-from gdro.run.planning.timing import SMALL, measured_pace
-from gdro.run.prompt_sets import is_named
-from gdro.run.state import resolve
+from gdro.runner.config import RunConfig
+from gdro.runner.planning.gpus import Device, gpu, present
+from gdro.runner.planning.plan import Plan, Stage, plan, to_json
+from gdro.runner.planning.shapes import Shapes, largest_size, shapes_of
+from gdro.runner.planning.timing import SMALL, measured_pace
+from gdro.runner.prompt_sets import is_named
+from gdro.runner.state import resolve
 
 
 def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:

@@ -27,8 +27,8 @@ from gdro.rewards.derived import DerivedReward, base_rewards, is_relative
 from gdro.rewards.pointwise import Pointwise
 from gdro.rewards.user import UserJudge, UserReward
 from gdro.rewards.winrate import WinRate
-from gdro.run.config import RunConfig, check_unchanged, save_config, saved_config
-from gdro.run.state import RunState
+from gdro.runner.config import RunConfig, check_unchanged, save_config, saved_config
+from gdro.runner.state import RunState
 from gdro.stages.train import check_sampling
 from gdro.training.checkpoint import find_checkpoint, steps_saved
 from gdro.training.log import require_trackers
@@ -269,8 +269,8 @@ def _check_memory(job: RunState, todo: Sequence[str]) -> None:
     """What cannot fit on the GPU by the plan is said before minutes go into loading it."""
     if job.config.distributed == "fsdp":  # each of several GPUs then holds a part that is not planned
         return
-    from gdro.run.planning.plan import refuse
-    from gdro.run.planning.shapes import shapes_of
+    from gdro.runner.planning.plan import refuse
+    from gdro.runner.planning.shapes import shapes_of
 
     train = job.config.train
     own = train.model_copy(update={"groups_per_step": train.groups_per_step // distributed.size()})

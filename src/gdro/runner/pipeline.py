@@ -23,10 +23,10 @@ from gdro.groups.scoring import ScoreFiles
 from gdro.groups.store import discard_trajectories
 from gdro.models import FlowModel, check_model
 from gdro.objectives.registry import name_of
-from gdro.run.checks import check, check_sizes, tell_cut
-from gdro.run.config import RunConfig, check_unchanged, save_config, savings
-from gdro.run.directory import alone
-from gdro.run.state import ROUND, STAGES, RunState
+from gdro.runner.checks import check, check_sizes, tell_cut
+from gdro.runner.config import RunConfig, check_unchanged, save_config, savings
+from gdro.runner.directory import alone
+from gdro.runner.state import ROUND, STAGES, RunState
 from gdro.stages.evaluate import evaluate, summary_section
 from gdro.stages.score import score
 from gdro.stages.train import Round, behavior_weights, over, train
@@ -107,7 +107,7 @@ class Run(RunState):
             self._carry(self._place(number))  # groups that other weights left there are refused
         config, make = self.config, None
         if config.engine == "ray":
-            from gdro.run.ray_engine import make_shards
+            from gdro.runner.ray_engine import make_shards
 
             make = partial(make_shards, self._replica(number))
         sample_groups(
@@ -128,7 +128,7 @@ class Run(RunState):
             return
         elsewhere: ScoreFiles | None = None
         if self.config.engine == "ray":
-            from gdro.run.ray_engine import score_files
+            from gdro.runner.ray_engine import score_files
 
             elsewhere = score_files
         score(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdro.run.config import RunConfig
-from gdro.run.planning.plan import Pace
-from gdro.run.planning.shapes import largest_size, outline
+from gdro.runner.config import RunConfig
+from gdro.runner.planning.plan import Pace
+from gdro.runner.planning.shapes import largest_size, outline
 
 SMALL = 2e8  # parameters up to which a few passes are a matter of seconds on a CPU
 SECONDS = 0.5  # a pass is timed as often as fits in this, and once at least

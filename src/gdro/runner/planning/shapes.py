@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
 from gdro.models import Quantization, load_model
-from gdro.run.config import RunConfig
-from gdro.run.planning.ledger import Work, counting
+from gdro.runner.config import RunConfig
+from gdro.runner.planning.ledger import Work, counting
 
-KNOWN = resources.files("gdro.run.planning") / "known.json"  # the published configurations of models on the Hub
+KNOWN = resources.files("gdro.runner.planning") / "known.json"  # the published configurations of models on the Hub
 BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}  # of a quantized weight; nf4 has a float32 for each 64
 
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from gdro.common.errors import UserError, did_you_mean
-from gdro.run.planning.ledger import Work
+from gdro.runner.planning.ledger import Work
 
 MATMUL = 0.7  # of the bfloat16 or float32 peak, in large matrix products; less power-limited cards reach more
 MEMORY = 0.85  # of the memory's peak rate, in elementwise kernels
