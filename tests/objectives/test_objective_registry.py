@@ -64,7 +64,7 @@ def test_defaults_are_the_authors() -> None:
 def test_an_unknown_objective_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(
         UserError,
-        match=r'^train\.objective: "flow_gpro" is no objective, nor module:Class.*; did you mean "flow_grpo"\?$',
+        match=r'^train\.objective: "flow_gpro" is neither an objective nor a module:Class; did you mean "flow_grpo"\?$',
     ):
         make_objective("flow_gpro", {})
 

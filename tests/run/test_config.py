@@ -106,7 +106,7 @@ def test_an_objective_of_your_own(small: Path, tmp_path: Path, monkeypatch: pyte
     assert load_config(tmp_path / CONFIG) == found
     for name, said in (
         ("my_hinges:Hing", 'has nothing named "Hing"; did you mean "Hinge"'),
-        ("my_hinges:Plain", '"my_hinges:Plain" is no objective; expected a frozen dataclass'),
+        ("my_hinges:Plain", '"my_hinges:Plain" is not an objective; expected a frozen dataclass'),
     ):
         with pytest.raises(UserError, match=f"^train.objective: .*{said}"):
             load_config(small, [("train.objective", name)])
@@ -137,7 +137,7 @@ def test_an_old_name_is_refused_with_the_new_one(small: Path, name: str) -> None
         (
             "train.objective",
             "gdr",
-            'train.objective: "gdr" is no objective, nor module:Class of your own; did you mean "gdro"?',
+            'train.objective: "gdr" is neither an objective nor a module:Class; did you mean "gdro"?',
         ),
         ("train.objective", "3", "train.objective is 3; expected a text"),
         (

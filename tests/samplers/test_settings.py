@@ -57,7 +57,7 @@ def test_what_is_left_out_is_made_explicit_and_read_back(given: dict[str, Any], 
         ({**WINDOWED, "window": "fixed"}, "sample.window_size is null; expected an integer from 1 to 9"),
         (
             {**WINDOWED, "window": "random", "window_size": 10},
-            "sample.window_size is 10; expected an integer from 1 to 9: of 10 steps the last is never stochastic",
+            "sample.window_size is 10; expected an integer from 1 to 9: the last of 10 steps is never stochastic",
         ),
         (
             {**WINDOWED, "window": "fixed", "window_size": 4, "window_start": 6},

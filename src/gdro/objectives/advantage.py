@@ -1,4 +1,4 @@
-"""Advantages: how much better than its group an image is. Every transform is blind to a constant added to a group."""
+"""Advantages: how much better than its group an image is. Adding a constant to a group's rewards never changes them."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,19 @@ from torch import Tensor
 
 from gdro.common.ranking import win_rate
 
-LIMIT = 5.0  # of |A|, as in Flow-GRPO's code
-FLOOR = 1e-4  # added to a standard deviation
+LIMIT = 5.0  # bound on |A|, as in Flow-GRPO's code
+FLOOR = 1e-4  # added to every standard deviation
 
 
 def advantages(rewards: Sequence[Tensor], kind: str, exponent: float = 0.0) -> list[Tensor]:
-    """Advantages of whole groups; rewards (K,) each, K may differ -> (K,) each, at most 5 in size.
+    """Advantages of whole groups: rewards (K,) each, K may differ -> (K,) each, clipped to [-5, 5].
 
-    group: (r - mean) / (std + 1e-4) of the group (Flow-GRPO, 2505.05470). batch: the std of all rewards given, which
-    are those of a step's groups; one whose rewards are all equal is never among them, while the authors' code counts it
-    (their std is smaller, their advantages larger, the more such groups there are).
+    group: (r - mean) / (std + 1e-4) of the group (Flow-GRPO, 2505.05470). batch: the same over the std of all rewards
+    given, those of a step's groups. Groups whose rewards are all equal are never among them; the authors' code counts
+    them (the more there are, the smaller its std and the larger its advantages).
     slas: sign(dr) |dr|^(1 + exponent), dr = r - mean, over the std of all rewards given (2605.10937).
-    win_rate: "group" of each image's win rate (Pref-GRPO, 2508.20751).
+    win_rate: "group" applied to each image's win rate (Pref-GRPO, 2508.20751).
+    Raises ValueError for any other kind.
     """
     if kind == "win_rate":
         return advantages([torch.from_numpy(win_rate(r.numpy(force=True))) for r in rewards], "group")

@@ -1,8 +1,8 @@
-"""What an objective declares, what it is given and what it returns.
+"""What an objective declares, receives and returns.
 
 An objective is a frozen dataclass that extends `ForwardObjective` or `TrajectoryObjective`. Its fields are its
-hyperparameters with their published defaults, the pure functions beside it hold its formula, and its `loss` only binds
-the two. g groups, k images a group, n images.
+hyperparameters with their published defaults, the pure functions beside it hold its formula, and its `loss` connects
+the two. Shapes: g groups, k images per group, n images.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from torch import Tensor
 
 from gdro.objectives.flow import velocity_error
 
-Need = Literal["rewards", "trajectories"]  # what of the groups an objective learns from
-Use = Literal["error", "velocity"] | None  # what an objective sees of its reference: the scalars d_ref alone, or more
+Need = Literal["rewards", "trajectories"]  # the parts of a group an objective learns from
+Use = Literal["error", "velocity"] | None  # what an objective needs of its reference: only the scalars d_ref, or v_ref
 
-Loss = tuple[Tensor, dict[str, Tensor]]  # per group or per image, with gradient; detached figures of the same shape
+Loss = tuple[Tensor, dict[str, Tensor]]  # per group or image, with gradient; detached metrics of the same shape
 
 
 @dataclass(frozen=True, eq=False)
 class Noised:
-    """g groups of k noised images, best first, and what the models predict for them."""
+    """g groups of k noised images, best first, and the velocities predicted for them."""
 
     rewards: Tensor  # (g, k) float64, descending
     advantages: Tensor  # (g, k); zeros for an objective without the field `advantage`
     t: Tensor  # (g, k) in (0, 1)
-    x_t: Tensor  # (g, k, tokens, channels): `interpolate` of image and noise
-    v: Tensor  # (g, k, tokens, channels): their `velocity_target`
+    x_t: Tensor  # (g, k, tokens, channels): image and noise, mixed by `interpolate`
+    v: Tensor  # (g, k, tokens, channels): the `velocity_target` of the two
     policy: Tensor  # (g, k, tokens, channels): v_theta, with gradient
     reference: Tensor | None = None  # (g, k, tokens, channels): velocity of the objective's `reference`
     base: Tensor | None = None  # (g, k, tokens, channels): velocity of the frozen base, only if `uses_base`
-    reference_error: Tensor | None = None  # (g, k): d_ref in place of `reference`, where it was computed before
+    reference_error: Tensor | None = None  # (g, k): d_ref instead of `reference`, if it was computed earlier
 
     @cached_property
     def d(self) -> Tensor:
@@ -54,26 +54,26 @@ class Noised:
 
 @dataclass(frozen=True, eq=False)
 class Transition:
-    """One stochastic sampling step x' = mean + std eps of n images, seen again by the policy."""
+    """One stochastic sampling step x' = mean + std eps of n images, re-evaluated under the current policy."""
 
     log_prob: Tensor  # (n,) of x' under the policy, mean over elements, with gradient
-    old_log_prob: Tensor  # (n,) the same under the policy that sampled
+    old_log_prob: Tensor  # (n,) the same under the sampling policy
     advantage: Tensor  # (n,)
     mean: Tensor  # (n, tokens, channels) of the policy, with gradient
     std: Tensor  # of the step's Gaussian: the sampler's noise level times sqrt(-dt); broadcasts to mean
     dt: float | Tensor  # t_next - t < 0; a number or (n,)
-    ratio_scale: float | Tensor  # of a log-ratio, and of a divergence from the base: as the sampler's authors weigh
-    kl_scale: float | Tensor  # them (samplers/sde.py); numbers or (n,)
+    ratio_scale: float | Tensor  # factors on a log-ratio and on a divergence from the base, as the sampler's authors
+    kl_scale: float | Tensor  # weight them (samplers/sde.py); numbers or (n,)
     base_mean: Tensor | None = None  # (n, tokens, channels) of the frozen base, only if `uses_base`
-    old_mean: Tensor | None = None  # (n, tokens, channels) of the policy that sampled, only if `uses_old_mean`
+    old_mean: Tensor | None = None  # (n, tokens, channels) of the sampling policy, only if `uses_old_mean`
 
 
 @dataclass(frozen=True)
 class ForwardObjective:
-    """Learns from clean images, noised afresh, and their rewards.
+    """Learns from clean images, noised anew at each visit, and their rewards.
 
-    One that has a reference (`uses_reference`) has the field `reference`; one that takes advantages has `advantage`,
-    and may have `advantage_exponent`.
+    Subclasses with a reference (`uses_reference`) have the field `reference`; those that use advantages have
+    `advantage` and optionally `advantage_exponent`.
     """
 
     name: ClassVar[str]
@@ -83,21 +83,21 @@ class ForwardObjective:
 
     @property
     def uses_base(self) -> bool:
-        """Whether `Noised.base` is wanted."""
+        """Whether the loss needs `Noised.base`."""
         return False
 
     def loss(self, batch: Noised) -> Loss:
-        """Loss (g,) and figures (g,); "loss_rank" is the main term."""
+        """Loss (g,) and metrics (g,); "loss_rank" is the main term."""
         raise NotImplementedError
 
     def start_loss(self, k: int) -> float | None:
-        """The main term when policy = reference, if it depends on neither rewards nor images."""
+        """The main term when policy = reference; None if it depends on rewards or images."""
         return None
 
 
 @dataclass(frozen=True)
 class TrajectoryObjective:
-    """Learns from the stochastic steps by which the images were sampled."""
+    """Learns from the stochastic steps that sampled the images."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards", "trajectories"})
@@ -105,11 +105,11 @@ class TrajectoryObjective:
 
     @property
     def uses_base(self) -> bool:
-        """Whether `Transition.base_mean` is wanted."""
+        """Whether the loss needs `Transition.base_mean`."""
         return False
 
     def loss(self, batch: Transition) -> Loss:
-        """Loss (n,) and figures (n,); "loss_policy" is the main term."""
+        """Loss (n,) and metrics (n,); "loss_policy" is the main term."""
         raise NotImplementedError
 
     def start_loss(self, k: int) -> float | None:
@@ -123,7 +123,7 @@ Objective = ForwardObjective | TrajectoryObjective
 def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """PPO: max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = e^log_ratio; any shape -> (loss, rho, clipped 0/1).
 
-    An image is clipped where the clip takes its gradient away (2505.05470, eq. 5; 1707.06347).
+    An image counts as clipped if clipping zeroes its gradient (2505.05470, eq. 5; 1707.06347).
     """
     ratio = log_ratio.exp()
     free = -advantage * ratio
@@ -132,14 +132,14 @@ def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -
 
 
 def policy_loss(batch: Transition, clip_range: float) -> Loss:
-    """`clipped_surrogate` of a step's images (n,), and its figures: loss_policy, ratio, clipped."""
+    """`clipped_surrogate` of a step's images (n,) and its metrics: loss_policy, ratio, clipped."""
     log_ratio = (batch.log_prob - batch.old_log_prob) * batch.ratio_scale
     loss, ratio, clipped = clipped_surrogate(batch.advantage.to(log_ratio), log_ratio, clip_range)
     return loss, {"loss_policy": loss.detach(), "ratio": ratio, "clipped": clipped}
 
 
 def given(tensor: Tensor | None) -> Tensor:
-    """A tensor the objective said it uses; ValueError if the caller left it out."""
+    """A tensor that the objective declared it uses; ValueError if the caller left it out."""
     if tensor is None:
         raise ValueError("the objective uses a reference or base that was not given")
     return tensor

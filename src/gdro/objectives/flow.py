@@ -1,4 +1,4 @@
-"""Rectified flow: the path from image to noise, its velocity, and the times at which a model is trained on it."""
+"""Rectified flow: the path from image to noise, its velocity, and the distribution of training times."""
 
 from typing import Literal
 
@@ -14,14 +14,14 @@ def interpolate(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(x0: Tensor, eps: Tensor) -> Tensor:
-    """v = dx_t/dt = eps - x0, what the model is to predict; broadcastable shapes."""
+    """v = dx_t/dt = eps - x0, the model's target; broadcastable shapes."""
     return eps - x0
 
 
 def velocity_error(v: Tensor, v_pred: Tensor) -> Tensor:
-    """d = mean over latent elements of (v - v_pred)^2; (..., tokens, channels) twice -> (...), in v's precision.
+    """d = mean over latent elements of (v - v_pred)^2; both (..., tokens, channels) -> (...), in v's precision.
 
-    The paper writes the squared norm; another reduction only multiplies beta and gamma by a constant.
+    The paper writes the squared norm; using the mean only rescales beta and gamma by a constant.
     """
     return (v - v_pred.to(v.dtype)).square().mean((-2, -1))
 

@@ -1,4 +1,4 @@
-"""Objectives by name, or of the user's own: `module:Class`."""
+"""Objectives by name; a user's own by `module:Class`."""
 
 import hashlib
 from collections.abc import Mapping
@@ -34,18 +34,18 @@ KINDS = (ForwardObjective, TrajectoryObjective)
 
 
 def objective_class(name: str) -> type[Any]:
-    """The class that a name or a `module:Class` stands for; UserError if there is none, or it is no objective."""
+    """The class named by `name` or `module:Class`; UserError if there is none or it is not an objective."""
     if ":" not in name:
         if name not in OBJECTIVES:
             raise UserError(
-                f'{FIELD}: "{name}" is no objective, nor module:Class of your own{did_you_mean(name, OBJECTIVES)}'
+                f'{FIELD}: "{name}" is neither an objective nor a module:Class{did_you_mean(name, OBJECTIVES)}'
             )
         return OBJECTIVES[name]
     found, _ = load_own(name, FIELD, "class")
     if not (isinstance(found, type) and issubclass(found, KINDS) and is_dataclass(found)):
         raise UserError(
-            f'{FIELD}: "{name}" is no objective; expected a frozen dataclass that extends ForwardObjective or '
-            "TrajectoryObjective of gdro.objectives.base"
+            f'{FIELD}: "{name}" is not an objective; expected a frozen dataclass that extends ForwardObjective or '
+            "TrajectoryObjective from gdro.objectives.base"
         )
     return found
 
@@ -59,10 +59,10 @@ ALL_HYPERPARAMETERS = frozenset(name for kind in OBJECTIVES.values() for name in
 
 
 def make_objective(name: str, given: Mapping[str, Any]) -> Objective:
-    """The objective `name` with the hyperparameters `given`; one that is absent or None takes its published default.
+    """The objective `name` with the hyperparameters `given`; any that is absent or None gets its published default.
 
-    UserError for an unknown name, a value out of range or of another type, one for a hyperparameter that the objective
-    lacks, or two that contradict each other.
+    Raises UserError for an unknown name, a value out of range or of the wrong type, a hyperparameter the objective
+    lacks, or values that contradict each other.
     """
     kind = objective_class(name)
     own = hyperparameters(kind)
@@ -98,18 +98,18 @@ def hyperparameter_model(kind: type[Any]) -> type[BaseModel]:
 
 
 def name_of(objective: Objective) -> str:
-    """What `train.objective` calls it: its name or, for one of the user's own, module:Class."""
+    """Its name in `train.objective`: a built-in name or, for a user's own, module:Class."""
     kind = type(objective)
     return kind.name if OBJECTIVES.get(getattr(kind, "name", "")) is kind else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def spec_of(objective: Objective) -> dict[str, Any]:
-    """The objective as the configuration holds it: its name, and every hyperparameter."""
+    """The objective as the configuration stores it: its name and every hyperparameter."""
     return {"name": name_of(objective), **asdict(objective)}
 
 
 def source_version(objective: Objective) -> str | None:
-    """A digest of the file of an objective of the user's own; None for gdro's."""
+    """A digest of the source file of a user's own objective; None for gdro's."""
     name = name_of(objective)
     if ":" not in name:
         return None

@@ -22,8 +22,9 @@ def generate(
 ) -> Tensor:
     """Integrate `noise` (n, tokens, channels) with `scheduler`'s own steps; latents of the same shape, float32.
 
-    `scheduler` is fresh from `model.scheduler(...)`: it holds the state of one integration. A second-order solver
-    lists an inner point as one more timestep, so one evaluation a timestep serves every solver. Raises NotFinite.
+    `scheduler` must come fresh from `model.scheduler(...)`: it holds the state of one integration. A second-order
+    solver lists its inner points as extra timesteps, so every solver needs one evaluation per timestep. Raises
+    NotFinite if a velocity or the result holds NaN or infinity.
     """
     horizon = scheduler.config.num_train_timesteps
     x, watch = noise.to(model.device, torch.float32), Watch()

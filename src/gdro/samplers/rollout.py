@@ -1,4 +1,4 @@
-"""The sampling that policy gradients learn from: the ODE with a window of stochastic steps, whose states are kept."""
+"""Sampling for policy gradients: the ODE with a window of stochastic steps whose states are kept."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -28,10 +28,11 @@ def rollout(
     height: int,
     width: int,
 ) -> tuple[Tensor, Trajectory]:
-    """Integrate `noise` (n, tokens, channels); (latents of that shape, trajectory of the n images), float32.
+    """Integrate `noise` (n, tokens, channels) -> (latents of that shape, trajectory of the n images), float32.
 
-    The times are the sigmas of `scheduler`, diffusers' Euler. Step i of `window` is STEPS[sampler] with the standard
-    normal `step_noise(i)` (n, tokens, channels); the others are Euler's. Raises NotFinite.
+    The times are the sigmas of `scheduler`, diffusers' Euler. Step i in `window` is STEPS[sampler] with the standard
+    normal `step_noise(i)` (n, tokens, channels); all others are Euler steps. Raises NotFinite if a velocity or the
+    result holds NaN or infinity.
     """
     step = STEPS[sampler]
     times = scheduler.sigmas.to(model.device, torch.float32)

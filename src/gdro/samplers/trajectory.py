@@ -1,4 +1,4 @@
-"""What a rollout keeps of its stochastic steps, for policy gradients to learn from."""
+"""What a rollout records of its stochastic steps, for policy gradients."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,9 @@ from torch import Tensor
 class Trajectory:
     """The w consecutive stochastic steps of a group's K images, on the CPU in float32.
 
-    `states` (K, w + 1, tokens, channels): x before each step and after the last; `log_probs` (K, w): mean over elements
-    of each step's Gaussian log-density under the policy that sampled; `times` (w + 1,): t of each state, falling.
+    `states` (K, w + 1, tokens, channels): x before each step and after the last; `log_probs` (K, w): each step's
+    Gaussian log-density under the sampling policy, averaged over elements; `times` (w + 1,): t of each state,
+    decreasing.
     """
 
     states: Tensor

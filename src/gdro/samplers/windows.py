@@ -1,4 +1,4 @@
-"""Which steps of a round's sampling are stochastic (Flow-GRPO-Fast; MixGRPO, 2507.21802); the others follow the ODE."""
+"""Which sampling steps of a round are stochastic (Flow-GRPO-Fast; MixGRPO, 2507.21802); the others follow the ODE."""
 
 from typing import Literal, get_args
 
@@ -17,12 +17,12 @@ def window_steps(
     round: int,
     seed: int,
 ) -> range:
-    """The consecutive stochastic steps, of 0 .. num_steps - 1, in round `round`.
+    """The consecutive stochastic steps, out of 0 .. num_steps - 1, in round `round`.
 
-    The last step, to t = 0, is never one: it is not trained on, and its noise would only stay in the image.
-    all: every other step; fixed: `size` from `start`; random: `size` from a place drawn for the round; sliding: `size`
-    from a place that moves on by one every `interval` rounds, and begins again at the end. Fields that a window does
-    not use are None. Raises ValueError for a window outside the steps.
+    The last step, to t = 0, is never stochastic: it is not trained on, and its noise would only stay in the image.
+    all: all steps but the last; fixed: `size` from `start`; random: `size` from a start drawn for the round; sliding:
+    `size` from a start that advances by one every `interval` rounds and wraps around. Fields that a window does not use
+    are None. Raises ValueError for a window outside the steps.
     """
     trainable = num_steps - 1
     if window == "all":

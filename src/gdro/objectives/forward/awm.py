@@ -11,11 +11,11 @@ from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, ClipRa
 
 @dataclass(frozen=True)
 class Awm(ForwardObjective):
-    """`awm_loss`.
+    """The loss is `awm_loss`.
 
-    The authors' code differs: it divides the advantages, at most 5, by 5; takes 4 t d^(1/4) in place of d (their paper
-    d, as here); adds divergences from base and average; draws noise for each image (`train.noise_scope: image`) and t
-    from the sampler's own levels. Their clip_range 1 hardly binds.
+    The authors' code differs: it divides the advantages, at most 5, by 5; replaces d by 4 t d^(1/4) (their paper uses
+    d, as here); adds divergences from the base and the average; draws noise per image (`train.noise_scope: image`) and
+    t from the sampler's own levels. Their clip_range of 1 rarely binds.
     """
 
     clip_range: ClipRange = 1.0

@@ -12,8 +12,8 @@ from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, Beta, 
 
 @dataclass(frozen=True)
 class Dgpo(ForwardObjective):
-    """Defaults: the authors' for OCR with a frozen reference (beta 10 to 100); with reference "ema" they take 2000 to
-    5000, for GenEval advantage "group". Without their clipping of the errors and their choice of noise levels."""
+    """Defaults: the authors' for OCR with a frozen reference (beta 10 to 100); with reference "ema" they use 2000 to
+    5000, and for GenEval advantage "group". Their clipping of errors and choice of noise levels are left out."""
 
     beta: Beta = 100.0
     advantage: Advantage = "batch"

@@ -14,7 +14,7 @@ from gdro.objectives.hyperparameters import Beta, Reference
 
 @dataclass(frozen=True)
 class Dpo(ForwardObjective):
-    """Default beta: the DPO of Flow-GRPO's authors, for rectified flow; reference "old" is their online variant."""
+    """Default beta: from the rectified-flow DPO of Flow-GRPO's authors; reference "old" is their online variant."""
 
     beta: Beta = 100.0
     reference: Reference = "base"
@@ -34,6 +34,6 @@ class Dpo(ForwardObjective):
 def dpo_loss(s: Tensor) -> Tensor:
     """-log sigmoid((s_w - s_l) / 2) (eq. 14); s (..., 2), winner first -> (...).
 
-    The paper's 1/2 is kept, so this is `rank` on pairs at half its beta.
+    The paper's 1/2 is kept, so this equals `rank` on pairs at half its beta.
     """
     return -logsigmoid((s[..., 0] - s[..., 1]) / 2)

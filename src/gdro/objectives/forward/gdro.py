@@ -1,9 +1,9 @@
-"""Group-wise Direct Reward Optimization: pure functions on (..., k) tensors, one row a group, best image first.
+"""Group-wise Direct Reward Optimization: pure functions on (..., k) tensors, one row per group, best image first.
 
 All three objectives are cross-entropies of the policy's Plackett-Luce factors
 p_i(j) = e^{s_j} / sum_{m>=i} e^{s_m}, j >= i, against targets q_i (docs/design.md; the GDRO paper):
-soft targets give GDRO, one-hot targets the rank-only loss, the first row alone the top-1 cross-entropy.
-Rewards must come in descending order; `order_by_reward` gives it, ties broken at random.
+soft targets give GDRO, one-hot targets the rank-only loss, and the first row alone the top-1 cross-entropy.
+Rewards must be in descending order; `order_by_reward` sorts them and breaks ties at random.
 """
 
 import math
@@ -20,7 +20,7 @@ from gdro.objectives.hyperparameters import Beta, Gamma, Reference, Tau
 
 @dataclass(frozen=True)
 class Gdro(ForwardObjective):
-    """L_GDRO + gamma d_top-1; defaults: the paper's for OCR."""
+    """L_GDRO + gamma d_top-1. Defaults: the paper's for OCR."""
 
     beta: Beta = 12.0
     tau: Tau = 0.05
@@ -78,7 +78,7 @@ class Top1(ForwardObjective):
 
 
 def order_by_reward(r: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices (..., k) that put rewards r (..., k) in descending order, equal rewards in random order."""
+    """Indices (..., k) that sort rewards r (..., k) in descending order, equal rewards in random order."""
     shuffle = torch.rand(r.shape, generator=generator).argsort(-1).to(r.device)
     order = r.gather(-1, shuffle).argsort(dim=-1, descending=True, stable=True)
     return shuffle.gather(-1, order)
@@ -87,7 +87,7 @@ def order_by_reward(r: Tensor, generator: torch.Generator) -> Tensor:
 def soft_targets(r: Tensor, tau: float) -> Tensor:
     """q_i(j) = softmax of r / tau over {i..k}, 0 for j < i; descending r (..., k) -> (..., k - 1, k) float64.
 
-    Subtracting r_i, the largest of its row, keeps every exponent <= 0 however small tau > 0 is.
+    Subtracting r_i, the largest in its row, keeps every exponent <= 0 no matter how small tau > 0 is.
     """
     r = r.double()
     gap = (r.unsqueeze(-2) - r[..., :-1, None]) / tau
@@ -152,10 +152,10 @@ def gdro_weights(s: Tensor, r: Tensor, tau: float) -> Tensor:
 
 
 def diagnostics(s: Tensor, q: Tensor) -> dict[str, Tensor]:
-    """Per-group figures, in nats, detached; s (..., k), q (..., rows, k) -> each (...).
+    """Per-group metrics, in nats, detached; s (..., k), q (..., rows, k) -> each (...).
 
-    entropy_p, entropy_q: summed over the rows i, so ln k! when uniform; kl: sum_i KL(q_i || p_i), the loss above
-    its floor entropy_q; spread_s: standard deviation of s in the group.
+    entropy_p, entropy_q: summed over the rows i, so ln k! when uniform; kl: sum_i KL(q_i || p_i), the loss minus
+    its floor entropy_q; spread_s: standard deviation of s within the group.
     """
     s, q = s.detach(), q.to(s)
     p = _suffixes(s)[..., : q.shape[-2], :].softmax(-1)
@@ -178,6 +178,6 @@ def _before(k: int, device: torch.device) -> Tensor:
 
 
 def _suffixes(s: Tensor) -> Tensor:
-    """Row i holds s over {i..k} and -inf before; (..., k) -> (..., k - 1, k). k is small, so k^2 costs nothing."""
+    """Row i holds s over {i..k} and -inf before it; (..., k) -> (..., k - 1, k). k is small, so k^2 is cheap."""
     k = s.shape[-1]
     return s.unsqueeze(-2).expand(*s.shape[:-1], k - 1, k).masked_fill(_before(k, s.device), -math.inf)

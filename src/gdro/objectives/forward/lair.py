@@ -12,7 +12,8 @@ from gdro.objectives.hyperparameters import Beta, Reference, Regularizer, Tau
 
 @dataclass(frozen=True)
 class Lair(ForwardObjective):
-    """beta and tau as GDRO's, a regularizer that lets the best image reach s = k - 1: no published ones apply here."""
+    """Defaults: GDRO's beta and tau, and a regularizer that lets the best image reach s = k - 1; no published values
+    apply here."""
 
     beta: Beta = 12.0
     tau: Tau = 0.05

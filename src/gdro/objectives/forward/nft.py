@@ -1,4 +1,4 @@
-"""DiffusionNFT (2509.16117): a better image pulls the policy, a worse one pulls the policy's mirror image."""
+"""DiffusionNFT (2509.16117): better images pull the policy, worse ones pull its mirror image."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,12 +12,12 @@ from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, KlWeig
 
 @dataclass(frozen=True)
 class Nft(ForwardObjective):
-    """The paper's loss; code of it has a factor 5 / b before the main term, which makes the KL weaker by as much.
+    """The paper's loss; the authors' code multiplies the main term by 5 / b, which weakens the KL by the same factor.
 
-    Defaults: the authors' for GenEval; for OCR they take mix 0.1 and a slower decay of the sampling weights (here
-    `train.ema_decay`, `ema_warmup`: 0 for 75 steps, then 0.0075 a step up to 0.999, where theirs otherwise grows by
-    0.001 a step up to 0.5). They draw noise for each image (`train.noise_scope: image`; here a group shares it unless
-    told otherwise) and train on the sampler's own noise levels. `kl_weight` 0 spares the evaluation of the base.
+    Defaults: the authors' for GenEval, where the decay of the sampling weights (here `train.ema_decay`, `ema_warmup`)
+    grows by 0.001 per step up to 0.5. For OCR they use mix 0.1 and a decay of 0 for 75 steps, growing by 0.0075 per
+    step up to 0.999. They draw noise per image (`train.noise_scope: image`; the default here is per group) and train on
+    the sampler's own noise levels. `kl_weight` 0 skips evaluating the base.
     """
 
     mix: Mix = 1.0
@@ -44,15 +44,15 @@ class Nft(ForwardObjective):
 
 
 def optimality(a: Tensor) -> Tensor:
-    """r = clip(A / 5, -1, 1) / 2 + 1/2, the probability in [0, 1] that the image is a good one; any shape."""
+    """r = clip(A / 5, -1, 1) / 2 + 1/2, the probability in [0, 1] that the image is good; any shape."""
     return (a / 5).clamp(-1, 1) / 2 + 0.5
 
 
 def nft_loss(v_theta: Tensor, v_old: Tensor, v: Tensor, t: Tensor, r: Tensor, mix: float) -> Tensor:
-    """r |x0+ - x0|^2 / mean|x0+ - x0| + (1 - r) |x0- - x0|^2 / mean|x0- - x0|, |.|^2 a mean, the divisors detached.
+    """r |x0+ - x0|^2 / mean|x0+ - x0| + (1 - r) |x0- - x0|^2 / mean|x0- - x0|; |.|^2 is a mean, divisors are detached.
 
     x0+- = x_t - t v+-, v+ = (1 - b) v_old + b v_theta, v- = (1 + b) v_old - b v_theta, b = `mix`.
-    Velocities (..., tokens, channels), t and r (...) -> (...). x0 = x_t - t v, so x_t itself cancels.
+    Velocities (..., tokens, channels), t and r (...) -> (...). x0 = x_t - t v, so x_t cancels.
     """
     v_theta, v_old = v_theta.to(v.dtype), v_old.to(v.dtype)
     positive = (1 - mix) * v_old + mix * v_theta

@@ -11,10 +11,10 @@ from gdro.objectives.hyperparameters import Tau
 
 @dataclass(frozen=True)
 class Rwr(ForwardObjective):
-    """Default tau: GDRO's; as tau falls to 0 this becomes `sft`.
+    """Default tau: GDRO's; as tau goes to 0 this becomes `sft`.
 
-    Weights are a softmax inside the group, as in the paper's exponential; Flow-GRPO's code of this name takes the
-    rewards themselves.
+    Weights are a softmax within the group, matching the paper's exponential; Flow-GRPO's code of this name weights by
+    the rewards themselves.
     """
 
     tau: Tau = 0.05

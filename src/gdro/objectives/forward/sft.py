@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the best image of each group, the other images unseen by the loss."""
+"""Supervised fine-tuning on the best image of each group; the loss ignores the others."""
 
 from dataclasses import dataclass
 from typing import ClassVar

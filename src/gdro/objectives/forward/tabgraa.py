@@ -1,4 +1,4 @@
-"""TabGRAA (2604.18966), carried over from tabular language models: a group's high half against its low half."""
+"""TabGRAA (2604.18966), adapted from tabular language models: a group's high half against its low half."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from gdro.objectives.hyperparameters import Beta, LowWeight, Reference
 
 @dataclass(frozen=True)
 class Tabgraa(ForwardObjective):
-    """beta as GDRO's and both halves alike: the published ones are for likelihoods of text."""
+    """Defaults: GDRO's beta and equal weights for both halves; the published values are for likelihoods of text."""
 
     beta: Beta = 12.0
     low_weight: LowWeight = 1.0
@@ -33,7 +33,7 @@ class Tabgraa(ForwardObjective):
 def tabgraa_loss(s: Tensor, low_weight: float) -> Tensor:
     """1 - sigmoid(mean_high s - beta' mean_low s); s (..., k), best first -> (...).
 
-    The halves are the best and the worst floor(k / 2) images; of an odd group the middle one belongs to neither.
+    The halves are the best and the worst floor(k / 2) images; if k is odd, the middle image belongs to neither.
     """
     half = s.shape[-1] // 2
     return torch.sigmoid(low_weight * s[..., -half:].mean(-1) - s[..., :half].mean(-1))

@@ -1,6 +1,6 @@
 """DanceGRPO (2505.07818): the clipped surrogate on each stochastic step, without a divergence from the base.
 
-The rest of the method is in how images are sampled and steps drawn: sampler "dance_grpo", `sample.shared_noise`,
+The rest of the method is in how images are sampled and steps chosen: sampler "dance_grpo", `sample.shared_noise`,
 `train.timestep_fraction` 0.6.
 """
 
@@ -13,8 +13,8 @@ from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, ClipRa
 
 @dataclass(frozen=True)
 class DanceGrpo(TrajectoryObjective):
-    """mean max(-A rho, -A clip(rho, 1 +- c)). Defaults: the authors', but for the deviation: theirs is the
-    sample's (n - 1), ours the population's, so that our advantages are larger by sqrt(n / (n - 1))."""
+    """mean max(-A rho, -A clip(rho, 1 +- c)). Defaults: the authors', except that their standard deviation is the
+    sample's (n - 1) and ours the population's, so our advantages are larger by sqrt(n / (n - 1))."""
 
     clip_range: ClipRange = 1e-4
     advantage: Advantage = "group"

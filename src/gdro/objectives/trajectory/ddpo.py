@@ -1,4 +1,4 @@
-"""DDPO (2305.13301), its importance-sampled form: PPO on the denoising chain, each step an action."""
+"""DDPO (2305.13301) in its importance-sampled form: PPO on the denoising chain, each step an action."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,9 +9,9 @@ from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, ClipRa
 
 @dataclass(frozen=True)
 class Ddpo(TrajectoryObjective):
-    """mean max(-A rho, -A clip(rho, 1 +- c)), A from the statistics of the prompt. Defaults: the authors'.
+    """mean max(-A rho, -A clip(rho, 1 +- c)), A from per-prompt statistics. Defaults: the authors'.
 
-    Where DanceGRPO came to the same loss, DDPO samples with fresh noise and trains on every step.
+    DanceGRPO has the same loss; DDPO samples each image from its own noise and trains on every step.
     """
 
     clip_range: ClipRange = 1e-4

@@ -1,7 +1,7 @@
-"""Flow-GRPO (2505.05470): PPO's clipped surrogate on each stochastic step, and a divergence from the base.
+"""Flow-GRPO (2505.05470): PPO's clipped surrogate on each stochastic step, plus a divergence from the base.
 
 Flow-GRPO-Fast and MixGRPO (2507.21802) are this on a window of steps (`sample.window`), Pref-GRPO (2508.20751) this
-with advantage "win_rate", SLAS (2605.10937) this with advantage "slas".
+with advantage "win_rate", and SLAS (2605.10937) this with advantage "slas".
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from gdro.objectives.hyperparameters import Advantage, AdvantageExponent, ClipRa
 
 @dataclass(frozen=True)
 class FlowGrpo(TrajectoryObjective):
-    """Defaults: the authors' for OCR and GenEval on SD3.5 (`kl_weight` 0 spares the base).
+    """Defaults: the authors' for OCR and GenEval on SD3.5 (`kl_weight` 0 skips the base).
 
-    They differ with a window (clip 1e-5, no divergence) and on FLUX.1 with PickScore (advantage "group"). MixGRPO's
-    code divides by the sample's deviation (n - 1), ours is the population's. `advantages` says what "batch" leaves out.
+    With a window they use other values (clip 1e-5, no divergence), and on FLUX.1 with PickScore advantage "group".
+    MixGRPO's code divides by the sample deviation (n - 1); ours is the population's. See `advantages` on "batch".
     """
 
     clip_range: ClipRange = 1e-4
@@ -40,8 +40,8 @@ class FlowGrpo(TrajectoryObjective):
 
 
 def step_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
-    """KL of two Gaussians of equal std, mean over elements: mean (mean - base_mean)^2 / (2 std^2).
+    """KL of two Gaussians of equal std, averaged over elements: mean (mean - base_mean)^2 / (2 std^2).
 
-    Means (n, tokens, channels), std broadcastable, sqrt(-dt) included -> (n,).
+    Means (n, tokens, channels), std broadcastable and including sqrt(-dt) -> (n,).
     """
     return ((mean - base_mean).square() / (2 * std.square())).flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""GRPO-Guard (2510.22319): Flow-GRPO with ratios centered on 1 and gradients of one size at every step."""
+"""GRPO-Guard (2510.22319): Flow-GRPO with ratios centered on 1 and gradients of equal size at every step."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from gdro.objectives.trajectory.flow_grpo import step_kl
 @dataclass(frozen=True)
 class GrpoGuard(TrajectoryObjective):
     """Defaults: the authors': a clip range that is small because the log-ratio is scaled by the step's std, no
-    divergence, else Flow-GRPO's. Published for the sampler flow_grpo; with any other the same formula of densities."""
+    divergence, otherwise Flow-GRPO's. Published for the sampler flow_grpo; any other uses the same density formula."""
 
     clip_range: ClipRange = 2e-6
     kl_weight: KlWeight = 0.0
@@ -42,16 +42,16 @@ def grpo_guard_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A rho, -A clip(rho, 1 +- c)) / |dt|, rho = e^log_ratio; (n,) -> (loss, rho, clipped) (n,).
 
-    A step moves the mean in proportion to dt; the division weighs all steps alike.
+    A step moves the mean in proportion to dt; the division gives all steps equal weight.
     """
     loss, ratio, clipped = clipped_surrogate(advantage, log_ratio, clip_range)
     return loss / -dt, ratio, clipped
 
 
 def guarded_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
-    """std [log p - log p_old + mean (mean - old_mean)^2 / (2 std^2)] (eq. 8), std the step's whole one -> (n,).
+    """std [log p - log p_old + mean (mean - old_mean)^2 / (2 std^2)] (eq. 8), std including sqrt(-dt) -> (n,).
 
-    For x' = old_mean + std eps it is the mean of eps (mean - old_mean): zero on average, where the plain log-ratio is
-    negative, and of one scale at every noise level.
+    For x' = old_mean + std eps it is the mean of eps (mean - old_mean): zero on average, whereas the plain log-ratio is
+    negative, and on the same scale at every noise level.
     """
     return (log_prob - old_log_prob + step_kl(mean, old_mean, std)) * std.reshape(-1)
