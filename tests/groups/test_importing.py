@@ -83,7 +83,7 @@ def test_every_bad_row_is_named(tmp_path: Path, flux: Any, monkeypatch: pytest.M
         (good | {"reward": "0.5"}, 'has "reward" "0.5"; expected a finite number'),
         (good | {"reward": True}, 'has "reward" true'),
         (json.dumps(good | {"reward": float("nan")}), 'has "reward" NaN'),
-        (good | {"prompt": " "}, 'has "prompt" " "; expected a text'),
+        (good | {"prompt": " "}, 'has "prompt" " "; expected text'),
         (good | {"group": None}, 'has "group" null'),
         (good | {"file_name": "none.png"}, "none.png not found"),
         (good | {"file_name": "text.png"}, "text.png is no image"),

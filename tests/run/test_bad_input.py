@@ -72,7 +72,7 @@ def work(
         (["--train.tau", "-0.05"], "train.tau is -0.05; expected a number greater than or equal to 0.000001"),
         (["--train.validation_prompts", ""], "--train.validation_prompts is empty; expected --train.validation_pro"),
         (["--train.resume_from_checkpoint= "], "--train.resume_from_checkpoint is empty; expected"),
-        (["--train.resume_from_checkpoint", "."], "train.resume_from_checkpoint: . is no checkpoint of gdro"),
+        (["--train.resume_from_checkpoint", "."], "train.resume_from_checkpoint: . is not a gdro checkpoint"),
         (["--model", "no_such_folder"], "model: no_such_folder not found; expected"),
         (["--model", "."], "model: . has no model_index.json; expected"),
         (["--sample.prompts", "none.jsonl"], "sample.prompts: none.jsonl not found; expected"),
@@ -359,7 +359,7 @@ def test_training_settings_may_change_until_there_is_a_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", diverge)
         line = work.run("train")[1]
-    assert "Try a smaller rate with another --out" in line
+    assert "Copy groups/ and rewards/ to another --out" in line
     discard(work.out / "checkpoints")
     assert (work.out / "validation" / "step-000000").exists()
     changed = ("--evaluate.images_per_prompt", "3", "--train.max_train_steps", "1", "--train.beta", "6")

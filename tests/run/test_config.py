@@ -139,13 +139,13 @@ def test_an_old_name_is_refused_with_the_new_one(small: Path, name: str) -> None
             "gdr",
             'train.objective: "gdr" is neither an objective nor a module:Class; did you mean "gdro"?',
         ),
-        ("train.objective", "3", "train.objective is 3; expected a text"),
+        ("train.objective", "3", "train.objective is 3; expected a string"),
         (
             "train.advantage",
             "group",
             'train.advantage is "group", which objective "gdro" does not have; expected one of beta',
         ),
-        ("train.target_modules", "3", "train.target_modules is 3; expected a text or a list"),
+        ("train.target_modules", "3", "train.target_modules is 3; expected a string or a list"),
         (
             "train.images_per_pass",
             "2",
@@ -163,7 +163,7 @@ def test_an_old_name_is_refused_with_the_new_one(small: Path, name: str) -> None
         ("quantization", "int4", 'quantization is "int4"; expected'),
         ("compile", "1", "compile is 1; expected"),
         ("seed", "-1", "seed is -1; expected a number greater than or equal to 0"),
-        ("evaluate.judge", "3", "evaluate.judge is 3; expected a text"),
+        ("evaluate.judge", "3", "evaluate.judge is 3; expected a string"),
     ],
 )
 def test_a_mistake_is_named_with_its_value_and_what_was_expected(

@@ -80,7 +80,7 @@ def test_what_gdro_did_not_make_is_never_to_be_deleted(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_bytes(b"weights")
         with pytest.raises(
-            UserError, match=rf"resume_from_checkpoint: .*{name} is no checkpoint of gdro; expected"
+            UserError, match=rf"resume_from_checkpoint: .*{name} is not a gdro checkpoint; expected"
         ) as e:
             find_checkpoint(tmp_path / "checkpoints", str(tmp_path / name), 100)
         assert "delete" not in str(e.value)
@@ -90,7 +90,7 @@ def test_what_gdro_did_not_make_is_never_to_be_deleted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ema.safetensors is damaged .*; expected a whole checkpoint$"):
         load_checkpoint(path)
     (tmp_path / "run" / ".config.yaml").write_text("")
-    with pytest.raises(UserError, match=rf"expected a whole checkpoint: delete {path} and go on from an earlier one$"):
+    with pytest.raises(UserError, match=rf"expected a whole checkpoint: delete {path} and resume from an earlier one$"):
         load_checkpoint(path)
 
 

@@ -40,7 +40,7 @@ def test_a_damaged_row_is_named(tmp_path: Path) -> None:
         (f"{first}rubbish\n{third}", r":2 is damaged"),
         (first + second.replace("0.5", "0.6") + third, r":2 is damaged; expected a row as gdro wrote it"),
         (first + third, r":2 is of step 3, the row before of 1; expected the next"),
-        (first + second, r"holds 2 rows until step 3, there were 3"),
+        (first + second, r"holds 2 rows up to step 3, not 3"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=rf"metrics\.jsonl{message}| is damaged or missing: it {message}"):

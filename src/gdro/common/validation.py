@@ -13,7 +13,7 @@ _WORDS = {
     "int_type": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
-    "string_type": "a text",
+    "string_type": "a string",
     "list_type": "a list",
     "dict_type": "a section of fields",
     "none_required": "null",

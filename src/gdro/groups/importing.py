@@ -174,11 +174,11 @@ def _parse(line: str, where: str, folder: Path) -> Row:
     name, prompt, reward, group = (row.pop(key) for key in ("file_name", "prompt", "reward", "group"))
     for key, value in (("file_name", name), ("prompt", prompt)):
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f'{where} has "{key}" {show(value)}; expected a text')
+            raise UserError(f'{where} has "{key}" {show(value)}; expected text')
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
         raise UserError(f'{where} has "reward" {show(reward)}; expected a finite number')
     if isinstance(group, bool) or not isinstance(group, str | int) or str(group) == "":
-        raise UserError(f'{where} has "group" {show(group)}; expected a text or an integer')
+        raise UserError(f'{where} has "group" {show(group)}; expected a string or an integer')
     if "id" in row:
         raise UserError(f'{where} has "id" {show(row["id"])}; expected the group\'s id in "group" only')
     path = path_inside(folder, name)

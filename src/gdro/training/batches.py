@@ -1,4 +1,4 @@
-"""Draws as tensors: clean images, the noise and times they are seen at, and their text."""
+"""Draws as tensors: clean images, their noise and times, and their text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from gdro.training.joined import Groups
 
 @dataclass(frozen=True)
 class Batch:
-    """GroupDraws as tensors on the device: g groups of k images, one image one row of text and t."""
+    """GroupDraws as tensors on the device: g groups of k images; each image has its own row of text and t."""
 
     x0: Tensor  # (g, k, tokens, channels) float32
     eps: Tensor  # (g, k, tokens, channels), or (g, 1, ...) if the group shares it
@@ -27,7 +27,7 @@ class Batch:
 
     @property
     def v(self) -> Tensor:
-        """The target (g, k, tokens, channels) of the velocities."""
+        """The target velocities (g, k, tokens, channels)."""
         return velocity_target(self.x0, self.eps)
 
     def noised(self) -> tuple[Tensor, Tensor, Text]:
@@ -36,13 +36,13 @@ class Batch:
 
 
 class Batches:
-    """Turns draws into batches; keeps groups in memory up to `memory_bytes`, reads the others at each draw.
+    """Turns draws into batches; keeps groups in memory up to `memory_bytes` and rereads the others at each draw.
 
     timestep: "logit_normal" is sigmoid(N(logit_mean, logit_std^2)), "uniform" is U(0, 1). Scope "group" shares one
-    draw among the k images of a draw, "image" draws for each.
+    value among the k images of a draw, "image" draws one for each.
 
-    pool: None for new t and eps at each draw; else each group (or image, by scope) has a pool of so many, and a draw
-    takes one of them.
+    pool: None for new t and eps at each draw; otherwise each group (or image, by scope) has a pool of this many, and
+    each draw takes one of them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batches:
         self._left = memory_bytes
 
     def of(self, draws: Sequence[GroupDraw]) -> Batch:
-        """The batch of draws to groups of one size."""
+        """The batch for draws from groups of one image size."""
         k = len(draws[0].images)
         data = [self._read(draw.group) for draw in draws]
         x0 = torch.stack([latents[draw.images] for draw, (latents, _) in zip(draws, data, strict=True)])
@@ -86,7 +86,7 @@ class Batches:
         )
 
     def pool_index(self, draw: GroupDraw) -> int:
-        """Which of its pool's draws a draw takes."""
+        """Which entry of its pool a draw takes."""
         generator = torch_rng(self.seed, "train/draw", draw.step, draw.slot)
         return int(torch.randint(self.pool or 1, (), generator=generator))
 
@@ -99,7 +99,7 @@ class Batches:
             return t, torch.randn(k if self.noise_scope == "image" else 1, *shape, generator=generator)
 
         def pooled(purpose: str, scope: str, values: Callable[[torch.Generator], Tensor]) -> Tensor:
-            """By group or by image, so that an image's draw does not depend on which others it is seen with."""
+            """By group or by image, so an image's value does not depend on which others it is drawn with."""
             places = [(image,) for image in draw.images.tolist()] if scope == "image" else [()]
             name = draw.group, self.pool_index(draw)
             return torch.cat([values(torch_rng(self.seed, purpose, *name, *place)) for place in places])

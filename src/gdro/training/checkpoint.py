@@ -1,9 +1,9 @@
-"""Checkpoints: one folder a checkpoint, safetensors and JSON, complete or absent.
+"""Checkpoints: one folder each, safetensors and JSON, either complete or absent.
 
 `step-NNNNNN/` holds `adapter`, `ema` and `optimizer` safetensors, with `train.reference_draws` also `reference`, and
 `state.json`: the step, digests of the other files, the settings of the run, and what the loop must remember. There is
-no RNG state: draws are counter-based. Of n
-processes each writes its share of the tensors, `adapter-00001-of-0000n` and so on; any number of them reads all.
+no RNG state: draws are counter-based. Each of n processes writes its share of the tensors, `adapter-00001-of-0000n` and
+so on; any number of processes can read them all.
 """
 
 import hashlib
@@ -34,6 +34,8 @@ OPTIONAL = {"reference"}
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A verified checkpoint, as read from disk; tensors by name, on the CPU."""
+
     path: Path
     step: int
     settings: dict[str, Any]
@@ -41,7 +43,7 @@ class Checkpoint:
     adapter: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    reference: dict[str, Tensor]  # the reference errors known so far; empty where none are kept
+    reference: dict[str, Tensor]  # the reference errors known so far; empty if none are kept
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -51,6 +53,7 @@ def steps_saved(folder: Path) -> list[int]:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint at `step`, whether or not it exists."""
     return folder / f"{PREFIX}{step:06d}"
 
 
@@ -65,9 +68,9 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     memory: Mapping[str, Any],
 ) -> Path:
-    """Write everything to a hidden folder, sync it, rename it to its name; called by all processes.
+    """Write everything to a hidden folder, sync it and rename it; all processes must call this. Returns its path.
 
-    Raises UserError if the system refuses (full disk); the checkpoints that were there stay.
+    Raises UserError if writing fails (full disk); existing checkpoints stay.
     """
     path = checkpoint_path(folder, step)
     tmp = folder / f".{path.name}.tmp"
@@ -81,7 +84,7 @@ def save_checkpoint(
         for name, tensors in zip(TENSORS, (adapter, ema, optimizer, reference), strict=True):
             if tensors is None:
                 continue
-            shared = distributed.mine(sorted(tensors))  # in an order that all processes have
+            shared = distributed.mine(sorted(tensors))  # all processes need the same order
             own = {key: tensors[key].detach().cpu().contiguous() for key in shared}
             file, data = name + place * (distributed.size() > 1), safetensors.save(own)
             digests[file] = hashlib.sha256(data).hexdigest()
@@ -102,13 +105,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint. Raises UserError naming the file that is missing or damaged."""
+    """Read and verify a checkpoint. Raises UserError naming any file that is missing or damaged."""
     if not os.path.isdir(path):
         raise UserError(f"{FIELD}: {path} not found; expected a checkpoint folder")
     held = {file.name.partition(".")[0].partition("-")[0] for file in path.iterdir()}
     if not re.fullmatch(rf"{PREFIX}\d{{6,}}", path.absolute().name) or not held & {"state", "ema", "optimizer"}:
-        raise UserError(f"{FIELD}: {path} is no checkpoint of gdro; expected a folder {PREFIX}NNNNNN of a run")
-    data = read_bytes(path / "state.json", "the state of a checkpoint", f"{FIELD}: {path / 'state.json'}")
+        raise UserError(f"{FIELD}: {path} is not a gdro checkpoint; expected a run's folder {PREFIX}NNNNNN")
+    data = read_bytes(path / "state.json", "a checkpoint's state", f"{FIELD}: {path / 'state.json'}")
     try:
         state = parse_record(data)
         digests = {path / f"{file}.safetensors": digest for file, digest in state["sha256"].items()}
@@ -121,7 +124,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(_damaged(path / "state.json", error)) from None
     for file, digest in digests.items():
         try:
-            data = read_bytes(file, "what state.json names")
+            data = read_bytes(file, "a file that state.json lists")
         except UserError as error:
             raise UserError(_damaged(file, error)) from None
         if hashlib.sha256(data).hexdigest() != digest:
@@ -131,7 +134,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(folder: Path, resume: str | None, max_train_steps: int) -> Checkpoint | None:
-    """The checkpoint to go on from: "latest" of `folder` if there is one, the folder `resume`, or none (None)."""
+    """The checkpoint to resume from: the latest in `folder` ("latest"), the folder `resume`, or None.
+
+    Raises UserError if it is missing or damaged, is past `max_train_steps`, or if `resume` is None but `folder` holds
+    checkpoints.
+    """
     saved = steps_saved(folder)
     if resume is None:
         if saved:
@@ -146,20 +153,20 @@ def find_checkpoint(folder: Path, resume: str | None, max_train_steps: int) -> C
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], free: frozenset[str]) -> None:
-    """Raise UserError naming the first field that is not as in the checkpoint; fields in `free` may change."""
+    """Raise UserError naming the first field that differs from the checkpoint; fields in `free` may change."""
     for field in sorted((checkpoint.settings.keys() | settings.keys()) - free):
         old, new = checkpoint.settings.get(field), settings.get(field)
         if old != new:
             raise UserError(
                 f"{field}: {new!r}, but {checkpoint.path} was made with {old!r}; "
-                "to resume keep it, for another value take a new output folder"
+                "to resume, keep it; for another value, use a new output folder"
             )
 
 
 def mark_best(folder: Path, best: Mapping[str, Any] | None) -> None:
-    """Name the best checkpoint ("step") and its validation in best.json, or remove that file if none is.
+    """Record the best checkpoint ("step") and its validation in best.json; with None, remove that file.
 
-    Called before the checkpoint itself is written, so that a finished run never lacks it.
+    Called before the checkpoint itself is written, so a finished run never lacks it.
     """
     if best is None:
         (folder / "best.json").unlink(missing_ok=True)
@@ -168,15 +175,15 @@ def mark_best(folder: Path, best: Mapping[str, Any] | None) -> None:
 
 
 def mark_stopped(folder: Path, step: int, reason: str, config: TrainConfig) -> None:
-    """Note in stopped.json that training is over: its step, the reason, and the limits it was under.
+    """Record in stopped.json that training is over: at which step, why, and under which limits.
 
-    Called before the checkpoint itself is written, so that a run never has its last step without knowing it.
+    Called before the checkpoint itself is written, so a run that has its last step always knows it.
     """
     write_record(folder / "stopped.json", {"step": step, "reason": reason, **_limits(config)})
 
 
 def stopped_at(folder: Path, config: TrainConfig) -> int | None:
-    """The step at which training ended under the limits of `config`; None if it has not, or they have changed."""
+    """The step at which training ended under the limits of `config`; None if it has not ended or they changed."""
     stopped = find_record(folder / "stopped.json")
     if stopped is None:
         return None
@@ -189,7 +196,7 @@ def _limits(config: TrainConfig) -> dict[str, Any]:
 
 
 def prune_checkpoints(folder: Path, *, limit: int | None, needed: Collection[int | None]) -> None:
-    """Delete the oldest checkpoints until `limit` are left, but none of the `needed` steps."""
+    """Delete the oldest checkpoints until `limit` are left, but keep the `needed` steps; None deletes nothing."""
     steps = steps_saved(folder)
     spare = [step for step in steps if step not in needed]
     for step in spare[: max(0, len(steps) - limit)] if limit else []:
@@ -198,21 +205,21 @@ def prune_checkpoints(folder: Path, *, limit: int | None, needed: Collection[int
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's state as `<parameter>/<exp_avg|exp_avg_sq|step>`; `names` in the order the optimizer holds them."""
+    """AdamW's state as `<parameter>/<exp_avg|exp_avg_sq|step>`; `names` in the optimizer's order."""
     state = optimizer.state_dict()["state"]
     return {f"{names[index]}/{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back; the optimizer keeps its own hyperparameters."""
+    """Restore the tensors from `optimizer_tensors`; the optimizer keeps its own hyperparameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
-        # AdamW keeps what it is given, and a view of the file's buffer must not become its state.
+        # AdamW keeps the tensors it is given, and its state must not be a view of the file's buffer.
         state.setdefault(names.index(name), {})[entry] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _damaged(path: Path, cause: object) -> str:
-    earlier = remake(path.parent, "go on from an earlier one")
+    earlier = remake(path.parent, "resume from an earlier one")
     return f"{FIELD}: {path} is damaged ({cause}); expected a whole checkpoint{earlier}"

@@ -19,31 +19,31 @@ from gdro.objectives.registry import (
 
 
 class TrainConfig(BaseModel):
-    """Section `train`. The defaults are the paper's OCR run where it states a value, the likely ones elsewhere.
+    """Section `train`. Defaults follow the paper's OCR run where it states a value, and best guesses elsewhere.
 
-    `objective` is made of its name and hyperparameters; one that is left out, or null, gets its published value.
+    `objective` is built from its name and hyperparameters; any left out, or null, get their published values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     objective: Any = Field(
         "gdro",
-        description="The loss: a name, module:Class of your own, or {name: ..., its hyperparameters}; they may stand "
-        "beside it.",
+        description="The loss: a name, your own module:Class, or {name: ..., hyperparameters}; hyperparameters may "
+        "also stand beside it.",
     )
-    k: int = Field(6, ge=2, le=10_000, description="Images of a group seen at each visit, of the K sampled.")
+    k: int = Field(6, ge=2, le=10_000, description="Images per group and visit, out of the K sampled.")
     reference_draws: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="t and eps come from a fixed pool of so many draws a group, on which the frozen base is asked once "
-        "and never again: a quarter less computation, with less variety of noise; null: new ones at each visit.",
+        description="t and eps come from a fixed pool of this many draws per group, and the frozen base is evaluated "
+        "once per draw: a quarter less computation, less variety of noise; null: new t and eps at each visit.",
     )
     learning_rate: float = Field(3e-4, ge=1e-8, le=1, description="AdamW's learning rate, constant.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2.")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(1.0, ge=1e-4, le=1e6, description="The gradient's norm is clipped to this.")
+    max_grad_norm: float = Field(1.0, ge=1e-4, le=1e6, description="The gradient norm is clipped to this value.")
     max_train_steps: int = Field(300, ge=1, le=10**7, description="Optimizer steps of the whole run.")
     max_nfe: int | None = Field(
         None, ge=1, le=10**15, description="Stop once sampling and training have cost this many model evaluations."
@@ -51,28 +51,28 @@ class TrainConfig(BaseModel):
     target_reward: float | None = Field(
         None, ge=-1e6, le=1e6, description="Stop at the first validation whose reward reaches this."
     )
-    groups_per_step: int = Field(16, ge=1, le=10_000, description="Groups an optimizer step; times k: images a step.")
+    groups_per_step: int = Field(16, ge=1, le=10_000, description="Groups per optimizer step; images: times k.")
     micro_batch_groups: int | None = Field(
         None,
         ge=1,
         le=10_000,
-        description="Groups a forward pass; null: all. Fewer need less memory for the same gradient but for rounding.",
+        description="Groups per forward pass; null: all. Fewer need less memory; the gradient is equal up to rounding.",
     )
     group_gradient: Literal["auto", "one_pass", "two_pass"] = Field(
         "auto",
-        description="two_pass: the same gradient but for rounding, a few images at a time, in memory that does not "
-        "grow with k, for one forward pass an image more; auto: where a forward pass's groups do not fit in memory.",
+        description="two_pass: the same gradient up to rounding, a few images at a time, in memory that does not grow "
+        "with k, for one more forward pass per image; auto: used if a forward pass's groups do not fit in memory.",
     )
-    images_per_pass: int | None = Field(None, ge=1, le=10**6, description="Images at a time in two_pass; null: one.")
+    images_per_pass: int | None = Field(None, ge=1, le=10**6, description="Images at a time with two_pass; null: one.")
     gradient_checkpointing: bool = Field(
         False,
-        description="Keep little of a forward pass and compute it again in the backward: slower, smaller, same bits.",
+        description="Keep little of a forward pass and recompute it in the backward: slower, less memory, same bits.",
     )
     timestep_fraction: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Share of the stochastic steps trained on, drawn each visit (trajectories).",
+        description="Share of the stochastic steps trained on, drawn at each visit (trajectories).",
     )
     rank: int = Field(32, ge=1, le=2048, description="Rank of the LoRA.")
     lora_alpha: int = Field(64, ge=1, le=16_384, description="The LoRA is scaled by lora_alpha / rank.")
@@ -80,50 +80,50 @@ class TrainConfig(BaseModel):
         "attention+ff", description="Layers that get a LoRA: attention, attention+ff, all-linear, or name endings."
     )
     ema_decay: float = Field(0.5, ge=0, lt=1, description="The EMA's decay at step i is min(ema_warmup i, ema_decay).")
-    ema_warmup: float = Field(0.001, ge=0, le=1, description="Growth of the EMA's decay a step.")
+    ema_warmup: float = Field(0.001, ge=0, le=1, description="Growth of the EMA's decay per step.")
     timestep: TimestepDistribution = Field(
-        "logit_normal", description="Distribution of t, in (0, 1): 0 is the image, 1 noise."
+        "logit_normal", description="Distribution of t in (0, 1); 0 is the image, 1 is noise."
     )
     logit_mean: float = Field(
-        0.0, ge=-10, le=10, description="Mean of logit t: above 0, t nearer to the noise, where content is set."
+        0.0, ge=-10, le=10, description="Mean of logit t; above 0, t is closer to the noise, where content is decided."
     )
     logit_std: float = Field(1.0, ge=1e-3, le=5, description="Standard deviation of logit t.")
-    timestep_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of t.")
-    noise_scope: Literal["group", "image"] = Field("group", description="Who shares a draw of eps.")
+    timestep_scope: Literal["group", "image"] = Field("group", description="Draw one t per group or per image.")
+    noise_scope: Literal["group", "image"] = Field("group", description="Draw one eps per group or per image.")
     subset: Literal["spread", "random", "extremes"] = Field(
-        "spread", description="The k of K: one from each of k slices of the reward ranking; any k; the best and worst."
+        "spread", description="The k of K: one from each of k slices of the reward ranking, any k, or best and worst."
     )
     min_spread: float = Field(
-        0.0, ge=0, le=1e6, description="Groups whose rewards' standard deviation is below: left out."
+        0.0, ge=0, le=1e6, description="Groups whose rewards have a smaller standard deviation are left out."
     )
     max_mean: float | None = Field(
         None,
         ge=-1e6,
         le=1e6,
-        description="Groups whose mean reward is above are left out, as already solved; null: none.",
+        description="Groups whose mean reward is higher are left out as already solved; null: none.",
     )
     memory_gigabytes: float = Field(
-        4.0, ge=0, le=1e6, description="Latents and text embeddings kept in memory; the rest is read at each visit."
+        4.0, ge=0, le=1e6, description="Latents and text embeddings kept in memory; others are read at each visit."
     )
     checkpointing_steps: int = Field(
         50, ge=1, le=10**7, description="Steps between checkpoints; a round's last step always has one."
     )
     checkpoints_total_limit: int | None = Field(
-        3, ge=1, le=10**7, description="Older checkpoints are deleted, never one that is needed; null: keep all."
+        3, ge=1, le=10**7, description="Older checkpoints are deleted unless still needed; null: keep all."
     )
     resume_from_checkpoint: str | None = Field(
-        "latest", description="latest (from the start if there is none), a checkpoint's folder, or null: start anew."
+        "latest", description="latest (from scratch if there is none), a checkpoint folder, or null: start over."
     )
     validation_steps: int = Field(50, ge=0, le=10**7, description="Steps between validations; 0: none.")
-    validation_prompts: str | None = Field(None, description="As sample.prompts; null: no validation.")
-    export: Literal["best", "last"] = Field("best", description="The checkpoint handed on: the best or last.")
+    validation_prompts: str | None = Field(None, description="Like sample.prompts; null: no validation.")
+    export: Literal["best", "last"] = Field("best", description="The checkpoint to export: best or last.")
     alarm_drift: float = Field(
         0.02,
         ge=1e-6,
         le=1e6,
-        description="Alarm when the best images' error exceeds the reference's by this share for 20 steps.",
+        description="Alarm if the best images' error exceeds the reference's by this share over 20 steps.",
     )
-    report_to: list[Literal["tensorboard"]] = Field([], description="Trackers beside metrics.jsonl.")
+    report_to: list[Literal["tensorboard"]] = Field([], description="Trackers in addition to metrics.jsonl.")
 
     @property
     def validates(self) -> bool:
@@ -132,13 +132,13 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _make_objective(cls, data: Any) -> Any:
-        """Take the objective's hyperparameters, which may stand beside it, and make it of them."""
+        """Collect the objective's hyperparameters, which may stand beside it, and build it."""
         spec = data.get("objective", "gdro") if isinstance(data, dict) else None
         if isinstance(spec, KINDS) or not isinstance(data, dict):
             return data
         name = spec.get("name") if isinstance(spec, dict) else spec
         if not isinstance(name, str):
-            raise UserError(f"train.objective is {show(spec)}; expected a text, or a section with a name")
+            raise UserError(f"train.objective is {show(spec)}; expected a string or a section with a name")
         known = ALL_HYPERPARAMETERS.union(hyperparameters(objective_class(name))) - set(cls.model_fields)
         beside = {field: value for field, value in data.items() if field in known}
         inside = {field: value for field, value in spec.items() if field != "name"} if isinstance(spec, dict) else {}
@@ -150,13 +150,13 @@ class TrainConfig(BaseModel):
         return spec_of(objective)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted name below `train`, the objective's hyperparameters beside its name; for JSON."""
+        """Every field by its dotted name below `train`, including the objective's hyperparameters; JSON-able."""
         values = self.model_dump(mode="json")
         spec = values.pop("objective")
         return {"objective": spec.pop("name"), **spec, **values}
 
 
-# Fields that change how a run is recorded, how long it goes on, or by what computation of the same gradient.
+# Fields that only change how a run is recorded, how long it is, or how it computes the same gradient.
 MAY_CHANGE = frozenset(
     f"train.{name}"
     for name in (
@@ -177,7 +177,7 @@ MAY_CHANGE = frozenset(
 
 
 class RoundsConfig(BaseModel):
-    """Section `rounds`: how often new groups are sampled, by the policy as it then is.
+    """Section `rounds`: how often the current policy samples new groups.
 
     One round is offline training; several refresh the groups; many short ones, with k = all images, are online RL.
     """
@@ -185,16 +185,14 @@ class RoundsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train_steps: int | None = Field(
-        None, ge=1, le=10**7, description="Optimizer steps of each round; null: one round of all train.max_train_steps."
+        None, ge=1, le=10**7, description="Optimizer steps per round; null: one round of train.max_train_steps."
     )
-    prompts: int | None = Field(
-        None, ge=1, le=10**7, description="Prompts sampled in each round, by epochs; null: all."
-    )
+    prompts: int | None = Field(None, ge=1, le=10**7, description="Prompts sampled per round, in epochs; null: all.")
     keep: int = Field(
-        1, ge=1, le=10**6, description="The latest rounds whose groups are trained on; older ones stay on disk."
+        1, ge=1, le=10**6, description="Train on the groups of this many latest rounds; older ones stay on disk."
     )
     behavior_policy: Literal["policy", "ema"] = Field(
-        "policy", description="The weights that sample the rounds after the first: as trained, or averaged."
+        "policy", description="The weights that sample the rounds after the first: the policy or its average."
     )
 
     def of_step(self, step: int) -> int:
@@ -202,7 +200,7 @@ class RoundsConfig(BaseModel):
         return (step - 1) // self.train_steps if self.train_steps else 0
 
     def count(self, max_train_steps: int) -> int:
-        """Rounds of a run of so many optimizer steps."""
+        """Rounds in a run of `max_train_steps` optimizer steps."""
         return self.of_step(max_train_steps) + 1
 
     def steps(self, round: int, max_train_steps: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which groups and images each step learns from, a function of (seed, step, slot): nothing is carried along."""
+"""Which groups and images each step learns from: a function of (seed, step, slot), without any state."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,18 +24,18 @@ class GroupDraw:
     slot: int
     images: Tensor  # (k,) indices into the group
     rewards: Tensor  # (k,) float64, descending
-    advantages: Tensor  # (k,) float64, from the rewards of the whole group; zeros if no advantage is asked for
+    advantages: Tensor  # (k,) float64, from the rewards of the whole group; zeros if none are used
 
     @property
     def ranked(self) -> bool:
-        """False if all k rewards are equal: such a draw says nothing, and has no best image either."""
+        """False if all k rewards are equal: such a draw teaches nothing and has no best image."""
         return bool(self.rewards[0] > self.rewards[-1])
 
 
 def split(draws: Sequence[GroupDraw], process: int, processes: int) -> list[GroupDraw]:
-    """A process's share of a step's draws: whole groups, and as many for each process.
+    """A process's share of a step's draws: whole groups, the same number for each process.
 
-    Where the draws run short a process gets one that counts for nothing, so that all make the same passes.
+    If there are too few draws, a process gets one with zero weight, so all make the same passes.
     """
     own = list(draws[process::processes])
     blank = replace(draws[0], rewards=torch.zeros_like(draws[0].rewards))
@@ -45,17 +45,17 @@ def split(draws: Sequence[GroupDraw], process: int, processes: int) -> list[Grou
 class GroupDraws:
     """The order of the groups and the images drawn from each.
 
-    Groups go by in epochs, each a new permutation. Images without a score (NaN) are never drawn. Groups that teach
-    nothing are left out, and counted in `excluded` by reason: fewer than k images with a score, all scores equal, a
-    standard deviation below `min_spread`, a mean above `max_mean` (already solved).
+    Groups come in epochs, each a new permutation. Images without a score (NaN) are never drawn. Groups that teach
+    nothing are left out and counted in `excluded` by reason: fewer than k images with a score, all scores equal, a
+    standard deviation below `min_spread`, or a mean above `max_mean` (already solved).
 
     subset: "spread" cuts the group's reward ranking into k equal slices and takes one image at random from each,
-    drawn again until the k rewards are not all equal; "random" takes any k; "extremes" the best k - k // 2 and
+    redrawn until the k rewards are not all equal; "random" takes any k; "extremes" the best k - k // 2 and
     the worst k // 2.
 
     advantage: a kind of `objectives.advantage.advantages`, or None. `done`: steps before the round; its epochs start
-    after them. `once`: no group twice in a step, however few there are; without it a small round is visited again,
-    with new noise.
+    after them. `once`: no group appears twice in a step, however few there are; otherwise the groups of a small round
+    are repeated, with new noise. Raises UserError if a group has fewer than k images.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class GroupDraws:
     ) -> None:
         self.k, self.subset, self.seed = k, subset, seed
         self.advantage, self.advantage_exponent, self.done = advantage, advantage_exponent, done
-        self.rewards: dict[str, Tensor] = {}  # of the images that have one
-        self._images: dict[str, Tensor] = {}  # their places in the group
+        self.rewards: dict[str, Tensor] = {}  # without missing ones
+        self._images: dict[str, Tensor] = {}  # indices of those images in the group
         self.excluded: Counter[str] = Counter()
         for group, r in rewards.items():
             if len(r) < k:
@@ -93,7 +93,7 @@ class GroupDraws:
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def at(self, step: int) -> list[GroupDraw]:
-        """The draws of a step, counted from 1; none if no group carries a ranking."""
+        """The draws of a step, counted from 1; empty if no group has a ranking."""
         if not self._groups:
             return []
         first = (step - 1 - self.done) * self._per_step
@@ -128,7 +128,7 @@ class GroupDraws:
             worst = self.k // 2
             return torch.cat([order[: self.k - worst], order[len(r) - worst :]])
         edges = torch.arange(self.k + 1) * len(r) // self.k
-        while True:  # each try holds the best and the worst image with probability >= (k / K)^2 / 4
+        while True:  # each try includes the best and the worst image with probability >= (k / K)^2 / 4
             slices = edges[:-1] + (torch.rand(self.k, generator=generator) * edges.diff()).long()
             images = order[slices]
             if bool((r[images] != r[images[0]]).any()):
@@ -136,7 +136,7 @@ class GroupDraws:
 
 
 def _useless(scores: Tensor, k: int, min_spread: float, max_mean: float | None) -> str:
-    """Why a group with these scores (K,) teaches nothing; or nothing."""
+    """Why a group with these scores (K,) teaches nothing; empty if it does teach something."""
     if len(scores) < k:
         return "too few scores"
     if bool((scores == scores[0]).all()):
@@ -149,7 +149,7 @@ def _useless(scores: Tensor, k: int, min_spread: float, max_mean: float | None) 
 
 
 def of_one_size(draws: Sequence[GroupDraw], groups: Groups, most: int) -> Iterator[Sequence[GroupDraw]]:
-    """All of `draws`, at most `most` at a time and none together whose images have another size."""
+    """All of `draws` in batches of at most `most`, each of one image size."""
     by_size: dict[tuple[int, int], list[GroupDraw]] = {}
     for draw in draws:
         by_size.setdefault(groups.image_size(draw.group), []).append(draw)

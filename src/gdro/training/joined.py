@@ -1,4 +1,4 @@
-"""The groups that training reads: of one round, or of several as one."""
+"""The groups that training reads, from one or several rounds."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,7 +11,7 @@ from gdro.samplers.trajectory import Trajectory
 
 
 class Groups(Protocol):
-    """The part of groups.store.GroupStore that training reads."""
+    """The part of groups.store.GroupStore that training uses."""
 
     def image_size(self, group_id: str) -> tuple[int, int]: ...
 

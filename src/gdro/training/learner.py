@@ -16,10 +16,10 @@ from gdro.training.transitions import Transitions
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """How much of a step goes through the model at once. It decides on memory and speed, not on the gradient."""
+    """How much of a step goes through the model at once. It affects memory and speed, not the gradient."""
 
     groups: int
-    images: int | None = None  # of these groups at once, each going back in a second pass; None: all, in one pass
+    images: int | None = None  # of these groups at once, with a second, backward pass; None: all, in one pass
 
     def images_of(self, k: int) -> int:
         return self.images or self.groups * k
@@ -27,18 +27,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Data:
-    """The groups of a round, and how its steps look at them."""
+    """The groups of a round and how its steps draw from them."""
 
     groups: Groups
     draws: GroupDraws
     batches: Batches
     transitions: Transitions
-    reference_errors: ReferenceErrors | None  # None: the reference is asked at each draw
+    reference_errors: ReferenceErrors | None  # None: the reference is evaluated at each draw
     sampler: str  # how the groups were sampled; a trajectory objective repeats its steps
     noise_level: float
 
     def fresh(self, step: int) -> bool:
-        """Whether nothing was learned since the round was sampled: the policy is still the one that sampled."""
+        """Whether the policy is still the one that sampled the round: nothing was learned since."""
         return step == self.draws.done + 1
 
 
@@ -61,6 +61,6 @@ class Learner:
         return replace(self, policies=self.policies.at(*self.data.groups.image_size(group)))
 
     def passes(self, images: int) -> list[slice]:
-        """Which of so many images go through the model together."""
+        """Slices of `images` images that go through the model together."""
         size = self.micro_batch.images or images
         return [slice(first, first + size) for first in range(0, images, size)]

@@ -1,4 +1,4 @@
-"""What a run says about itself: `metrics.jsonl`, tensorboard if asked for, and the alarm."""
+"""A run's records: `metrics.jsonl`, optionally tensorboard, and the alarm."""
 
 import errno
 import json
@@ -32,11 +32,11 @@ LOG = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `path`, after cutting off what a resumed run will write again.
+    """Appends one JSON object per line to `path`, after cutting off what a resumed run will write again.
 
-    Rows of steps after `resumed` are dropped (all if it is None), and so is a last line cut short by a kill; `rows`
-    counts what is there. Raises UserError for any other line that is not as it was written, and if the rows kept are
-    not as many as `rows`, where that is given. Of several processes only the first writes.
+    Rows of steps after `resumed` are dropped (all if it is None), and so is a last line cut short by a kill; the
+    attribute `rows` counts what is there. Raises UserError for any other line that was altered, and if the number of
+    rows kept is not the argument `rows`, if given. Only the first of several processes writes.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Force the rows to disk; called before a checkpoint, so that none holds a step the log lacks."""
+        """Force the rows to disk; called before a checkpoint, so no checkpoint has a step the log lacks."""
         os.fsync(self._file.fileno())
 
 
@@ -93,18 +93,18 @@ def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without a last one that a kill cut short; none without the file.
+    """The rows of a log, without a last one cut short by a kill; empty if there is no file.
 
-    Raises UserError for a row that is not as it was written, and where one is missing.
+    Raises UserError for a row that was altered or is missing.
     """
     return [row for row, _ in _rows(path)] if path.exists() else []
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Every row and its line."""
-    lines = read_text(path, "the log of a training").split("\n")
+    lines = read_text(path, "a training log").split("\n")
     step: int | None = None
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is a row cut short
+    for number, line in enumerate(lines[:-1], 1):  # anything after the last newline is a row cut short
         row = parse_json(line, f"{path}:{number} is damaged: it")
         if not isinstance(row, dict) or row.pop(DIGEST, None) != row_digest(row):
             raise UserError(f"{path}:{number} is damaged; expected a row as gdro wrote it")
@@ -121,17 +121,17 @@ def _rows_until(path: Path, step: int, rows: int | None) -> list[str]:
     kept = [line for row, line in _rows(path) if row["step"] <= step] if path.exists() else []
     if rows not in (None, len(kept)):
         raise UserError(
-            f"{path} is damaged or missing: it holds {len(kept)} rows until step {step}, there were {rows}; "
-            "expected it whole, or train.resume_from_checkpoint with another --out"
+            f"{path} is damaged or missing: it holds {len(kept)} rows up to step {step}, not {rows}; "
+            "expected the whole file, or train.resume_from_checkpoint with another --out"
         )
     return kept
 
 
 class DriftAlarm:
-    """Watches for the likelihood of the best images falling, the sign that ranking is bought with quality.
+    """Watches whether the best images become less likely, the sign that ranking improves at the cost of quality.
 
-    On when, over the last WINDOW steps, their mean velocity error exceeds the reference's by more than the share
-    `threshold`. Says so once on stderr when it goes on, and once when it goes off.
+    On if, over the last WINDOW steps, their mean velocity error exceeds the reference's by more than the share
+    `threshold`. Reports on stderr when it turns on and when it turns off.
     """
 
     WINDOW = 20
@@ -142,23 +142,23 @@ class DriftAlarm:
 
     @classmethod
     def state(cls, memory: Mapping[str, Any], step: int) -> dict[str, Any] | None:
-        """What the verdict is told of the alarm as a checkpoint remembers it: `step`, whether it is `on`, and `excess`,
-        the share by which the error exceeds the reference's; None of objectives that have no best image."""
+        """The alarm in a checkpoint's memory, for the verdict: `step`, whether it is `on`, and `excess`, the share by
+        which the error exceeds the reference's; None for objectives without a best image."""
         if not memory["window"]:
             return None
         drift, reference = (sum(values) for values in zip(*memory["window"], strict=True))
         return {"step": step, "on": memory["on"], "excess": drift / reference}
 
     def update(self, step: int, drift_best: float, error_best: float) -> bool:
-        """Take a step's mean d - d_ref and d of the best images; True while the alarm is on."""
+        """Record a step's mean d - d_ref and mean d of the best images; True while the alarm is on."""
         self.window.append((drift_best, error_best - drift_best))
         drift, reference = (sum(values) for values in zip(*self.window, strict=True))
         was, self.on = self.on, len(self.window) == self.WINDOW and drift > self.threshold * reference
         if self.on and not was:
             say(
                 f"ALARM step {step}: over {self.WINDOW} steps the velocity error of the best images is "
-                f"{100 * drift / reference:.1f} % above the reference's, so their likelihood falls; "
-                "if the verdict finds the pictures worse, raise train.gamma or train.beta"
+                f"{100 * drift / reference:.1f} % above the reference's, so they are becoming less likely; "
+                "if the verdict finds the images worse, raise train.gamma or train.beta"
             )
         elif was and not self.on:
             say(f"alarm off at step {step}: the best images' likelihood has recovered")

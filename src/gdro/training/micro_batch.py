@@ -1,6 +1,6 @@
 """How much goes through the model at once: a whole step if it fits in memory, else fewer groups, else fewer images.
 
-What autograd keeps of a forward pass outweighs all else: gigabytes an image on a large model.
+Memory is dominated by what autograd keeps of a forward pass: gigabytes per image on a large model.
 """
 
 import math
@@ -18,20 +18,20 @@ from gdro.common.progress import say
 from gdro.training.config import TrainConfig
 from gdro.training.learner import Learner, MicroBatch
 
-MARGIN = 0.8  # of the free memory; the rest is for what lives inside a layer only, and for fragmentation
+MARGIN = 0.8  # of the free memory; the rest is for temporaries within a layer and for fragmentation
 
 
 def configured_micro_batch(config: TrainConfig) -> MicroBatch:
-    """What the configuration alone says."""
+    """The micro-batch that the configuration sets, without any measurement."""
     two_pass = config.group_gradient == "two_pass"
     images = config.images_per_pass or 1 if two_pass else None
     return MicroBatch(config.micro_batch_groups or config.groups_per_step, images)
 
 
 def choose_micro_batch(learner: Learner, before: Mapping[str, Any] | None = None) -> MicroBatch:
-    """What the configuration says, or for group_gradient "auto" what a measurement does; says what and why.
+    """The configured micro-batch or, for group_gradient "auto", a measured one; prints the choice and the reason.
 
-    `before`: the choice of the run that is gone on with, kept if it still fits, so that both end bit for bit the same.
+    `before`: the choice of the run being resumed, kept if it still fits, so both end bit for bit the same.
     """
     config, data, draws = learner.config, learner.data, learner.data.draws.at(learner.data.draws.done + 1)
     if config.group_gradient != "auto" or not draws:
@@ -58,14 +58,14 @@ def choose_micro_batch(learner: Learner, before: Mapping[str, Any] | None = None
 
 
 def largest_micro_batch(fit: int, *, groups: int, k: int) -> MicroBatch:
-    """The largest micro-batch of a step of `groups` groups whose images are at most `fit`, but at least one image."""
+    """The largest micro-batch for a step of `groups` groups of k with at most `fit` images, but at least one."""
     return MicroBatch(min(groups, fit // k), None) if fit >= k else MicroBatch(1, max(1, fit))
 
 
 def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:
-    """Bytes that autograd keeps of `forward()` for a backward pass, each storage once.
+    """Bytes that autograd keeps from `forward()` for a backward pass, counting each storage once.
 
-    `besides`: addresses of storages that are there anyway, the weights.
+    `besides`: addresses of storages not to count, because they exist anyway (the weights).
     """
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -73,17 +73,17 @@ def saved_bytes(forward: Callable[[], Any], *, besides: set[int]) -> int:
         for storage in _storages(tensor):
             if storage.data_ptr() not in besides:
                 found[storage.data_ptr()] = storage
-        return tensor.detach()  # a node that held its own output would be a cycle no collector sees: the graph stays
+        return tensor.detach()  # a node holding its own output would be a cycle that no collector frees
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()  # held until counted, or another tensor could take a freed one's address
-    size = sum(storage.nbytes() for storage in found.values())  # 0 for a sharded weight, given back meanwhile
+    size = sum(storage.nbytes() for storage in found.values())  # 0 for a sharded weight, freed by now
     del kept
     return size
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """A quantized weight is made of several tensors, a sharded one of the process's share and no tensor besides."""
+    """The tensor's storages: several for a quantized weight, the process's share for a sharded one."""
     if hasattr(tensor, "__tensor_flatten__"):
         for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
             if isinstance(part, Tensor):
@@ -93,7 +93,7 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can still have on the device; of a CPU, its share of what there is without swapping."""
+    """Bytes this process can still allocate on the device; on a CPU, its share of what is free without swapping."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,4 +1,4 @@
-"""The weights that a step asks for a velocity, by name: one model, and the adapters it can carry."""
+"""The weights that a step evaluates, by name: one model and the adapters it can carry."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,18 +13,18 @@ from gdro.models.base import FlowModel, Text
 
 @dataclass
 class Policies:
-    """ "policy" is the model with the adapter that is trained, "base" the frozen model without one.
+    """ "policy" is the model with the adapter being trained, "base" the frozen model without one.
 
     `adapters` holds the others: "ema", the moving average, and "old", which sampled the round (absent: the base did).
     """
 
     model: FlowModel
-    conditioning: dict[str, Any]  # guidance_scale as the groups were made with; height and width once `at` a size
+    conditioning: dict[str, Any]  # the groups' guidance_scale; height and width after `at`
     adapters: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained."""
+        """The trained parameters, by name."""
         return self.model.adapter()
 
     def at(self, height: int, width: int) -> "Policies":
@@ -32,12 +32,12 @@ class Policies:
         return replace(self, conditioning=self.conditioning | {"height": height, "width": width})
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-        """v_theta of the weights that the model carries: x_t (n, tokens, channels), t (n,) -> x_t's shape."""
+        """v_theta of the weights the model carries now: x_t (n, tokens, channels), t (n,) -> x_t's shape."""
         return self.model.velocity(x_t, t, text, **self.conditioning)
 
     @contextmanager
     def carrying(self, name: str) -> Iterator[None]:
-        """Inside it the model is the policy called `name`."""
+        """Within it, the model is the policy called `name`."""
         if name == "policy":
             yield
         elif name == "base" or (name == "old" and name not in self.adapters):
@@ -50,7 +50,7 @@ class Policies:
 
 @contextmanager
 def carrying(model: FlowModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside it the model's adapter is `weights`; its own come back bit for bit, after an exception too."""
+    """Within it, the model's adapter is `weights`; its own are restored bit for bit, even after an exception."""
     own = {name: parameter.detach().clone() for name, parameter in model.adapter().items()}
     model.load_adapter_state(weights)
     try:

@@ -1,4 +1,4 @@
-"""One optimizer step: its gradient under any objective, its update, its figures."""
+"""One optimizer step: its gradient under any objective, its update, its metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,14 @@ from gdro.training.policies import carrying, ema_decay, ema_update
 from gdro.training.steps import step_of
 from gdro.training.steps.forward import noised
 
-VISIBLE = 1e-2  # a weight of an adapter that shows in any precision
+VISIBLE = 1e-2  # an adapter weight large enough to show in any precision
 
 
 def train_step(learner: Learner, step: int) -> dict[str, float]:
-    """One update of the adapter and its EMA; the step's figures, means over the groups that carry a ranking.
+    """Update the adapter and its EMA once; returns the step's metrics, averaged over the groups with a ranking.
 
-    Several processes share the groups and make the same update.
-    A step without any such group costs nothing and changes nothing but the EMA. Raises UserError, before anything is
-    changed, if the loss or gradient is not finite.
+    Several processes share the groups and make the same update. A step without any such group costs nothing and
+    changes only the EMA. Raises UserError, before changing anything, if the loss or gradient is not finite.
     """
     config, data, parameters = learner.config, learner.data, learner.policies.parameters
     draws = data.draws.at(step)
@@ -42,12 +41,12 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
         *sums, grad_norm = torch.stack([*totals.values(), norm]).tolist()
         means = distributed.summed(dict(zip(totals, sums, strict=True)))
         means |= {"nfe": spent, "grad_norm": grad_norm}
-    for name in {"loss", "grad_norm"} & set(means):  # read above at once: the only synchronization with a GPU
+    for name in {"loss", "grad_norm"} & set(means):  # all read above in one go, the only synchronization with a GPU
         if not math.isfinite(means[name]):
             raise UserError(
                 f"train.learning_rate: {config.learning_rate}: the {name.replace('grad_norm', 'gradient norm')} is "
-                f"{means[name]} at step {step}; expected a finite number. Try a smaller rate with another --out; "
-                "copy groups/ and rewards/ there"
+                f"{means[name]} at step {step}; expected a finite number. Copy groups/ and rewards/ to another --out "
+                "and try a smaller rate there"
             )
     if ranked:
         learner.optimizer.step()
@@ -58,10 +57,10 @@ def train_step(learner: Learner, step: int) -> dict[str, float]:
 
 
 def nfe(learner: Learner, draws: Sequence[GroupDraw]) -> int:
-    """What a step of these draws costs (`FlowModel.nfe`), by what they draw: one process, one pass.
+    """What a step of these draws costs (`FlowModel.nfe`), counted as if by one process in one pass.
 
-    Which budget a run has spent, and so where it ends, must not depend on how memory divides a step (a second pass is
-    not counted, as recomputed activations are not), on the number of processes, or on what a killed one computed.
+    The budget a run has spent, and thus where it ends, must not depend on how memory divides a step (second passes and
+    recomputed activations are not counted), on the number of processes, or on what a killed one computed.
     """
     policies = learner.policies
     calls: int = step_of(learner.objective).calls(learner, draws)
@@ -69,25 +68,25 @@ def nfe(learner: Learner, draws: Sequence[GroupDraw]) -> int:
 
 
 def backward(learner: Learner, draws: Sequence[GroupDraw], ranked: int) -> dict[str, Tensor]:
-    """Add the gradient of sum over `draws`, of one size, of loss / ranked; return the same sums of the figures.
+    """Add the gradient of the sum of loss / ranked over `draws` (of one size); return the same sums of the metrics.
 
-    A draw whose k rewards are all equal counts for nothing: it has no ranking and no best image.
+    A draw whose k rewards are all equal has zero weight: it has no ranking and no best image.
     """
     found: dict[str, Tensor] = step_of(learner.objective).backward(learner.at(draws[0].group), draws, ranked)
     return found
 
 
 def _groups_at_once(learner: Learner, draws: Sequence[GroupDraw]) -> int:
-    """As the micro-batch says; one where processes that only compute together may have other sizes of images each."""
+    """The micro-batch's; one if processes that must compute together may each have images of another size."""
     sizes = {learner.data.groups.image_size(draw.group) for draw in draws}
     sharded = distributed.is_sharded(learner.policies.model.transformer)
     return 1 if len(sizes) > 1 and sharded else learner.micro_batch.groups
 
 
 def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -> None:
-    """Raise RuntimeError unless the update of `step` left policy and base two models, the base unmoved.
+    """Raise RuntimeError unless the update of `step` made the policy differ from the base and left the base unchanged.
 
-    `step` must have had a draw with a ranking, or there was no update. A model compiled or patched wrongly can return
+    `step` must have had a draw with a ranking, or there was no update. A wrongly compiled or patched model can return
     adapted outputs while its adapter is disabled. At step 1 the ranking loss must have been that of policy = reference.
     """
     expected = learner.objective.start_loss(learner.config.k)
@@ -95,13 +94,13 @@ def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -
         raise RuntimeError(
             f"the loss at step 1 is {figures['loss_rank']}, not {expected}: policy and reference differ at the start"
         )
-    # the same shape as the step had: another would be compiled anew, and pass or fail for itself
+    # the shape that the step had: another would be compiled anew, and tell nothing about the step's
     data, model = learner.data, learner.policies.model
     draws = next(of_one_size(data.draws.at(step), data.groups, learner.micro_batch.groups))
     learner = learner.at(draws[0].group)
     own = {name: value.detach() for name, value in learner.policies.parameters.items()}
     largest = max(float(value.abs().max()) for name, value in own.items() if "lora_B" in name)
-    scale = max(2.0, VISIBLE / largest) if largest else 2.0  # a small learning rate's update shows in bfloat16 as well
+    scale = max(2.0, VISIBLE / largest) if largest else 2.0  # so a small learning rate's update shows in bfloat16 too
     with torch.no_grad():
         batch = data.batches.of(draws)
         before = noised(learner, batch, base=True, reference=None)

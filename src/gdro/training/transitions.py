@@ -1,4 +1,4 @@
-"""Stored trajectories as batches: for each draw, the stochastic steps it is trained on, one after another."""
+"""Stored trajectories as batches: the stochastic steps that each draw is trained on, one after another."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ class TransitionBatch:
     x_next: Tensor  # (n, tokens, channels), after it
     t: Tensor  # (n,)
     t_next: Tensor  # (n,)
-    log_prob: Tensor  # (n,) under the policy that sampled
+    log_prob: Tensor  # (n,) under the sampling policy
     advantages: Tensor  # (n,) float32
     ranked: Tensor  # (n,) 1.0, or 0.0 where all rewards of the draw are equal
     text: Text  # first axis n
@@ -31,13 +31,13 @@ class TransitionBatch:
 
 
 class Transitions:
-    """Reads the trajectories of draws and chooses `fraction` of each window's steps, at random for each draw."""
+    """Reads the trajectories of draws and picks a random `fraction` of each window's steps per draw."""
 
     def __init__(self, groups: Groups, *, fraction: float, device: torch.device, seed: int) -> None:
         self.groups, self.fraction, self.device, self.seed = groups, fraction, device, seed
 
     def of(self, draws: Sequence[GroupDraw]) -> tuple[int, Iterator[TransitionBatch]]:
-        """(number of batches, the batches): in the i-th each draw is at the i-th of its chosen steps."""
+        """(number of batches, the batches): in the i-th, each draw is at the i-th of its chosen steps."""
         chosen = [self._chosen(draw) for draw in draws]
         return len(chosen[0]), self._batches(draws, chosen)
 

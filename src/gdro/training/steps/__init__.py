@@ -1,4 +1,4 @@
-"""One file a kind of objective: what a step of it costs, and its gradient."""
+"""One file per kind of objective: the cost of a step and its gradient."""
 
 from types import ModuleType
 
@@ -7,5 +7,5 @@ from gdro.training.steps import forward, trajectory
 
 
 def step_of(objective: Objective) -> ModuleType:
-    """The step of the objective's kind: a module with `calls(learner, draws)`, `backward(learner, draws, ranked)`."""
+    """The module for the objective's kind, with `calls(learner, draws)` and `backward(learner, draws, ranked)`."""
     return forward if isinstance(objective, ForwardObjective) else trajectory

@@ -1,4 +1,4 @@
-"""The step of an objective that learns from images noised afresh."""
+"""The step of an objective that learns from newly noised images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from gdro.training.reference import ReferenceErrors
 
 
 def calls(learner: Learner, draws: Sequence[GroupDraw]) -> int:
-    """Velocities that a step of these draws costs, one with gradient as three."""
+    """Velocity evaluations in a step of these draws; one with gradient counts as three."""
     objective, known, once = learner.objective, learner.data.reference_errors, 0
     images = len(draws) * learner.config.k
     others = int(objective.uses_base)
@@ -29,7 +29,7 @@ def calls(learner: Learner, draws: Sequence[GroupDraw]) -> int:
 
 
 def backward(learner: Learner, draws: Sequence[GroupDraw], ranked: int) -> dict[str, Tensor]:
-    """Add the gradient of the sum over draws of loss / ranked; return the same sums of the figures."""
+    """Add the gradient of the sum of loss / ranked over draws; return the same sums of the metrics."""
     objective, known = learner.objective, learner.data.reference_errors
     batch = learner.data.batches.of(draws)
     reference: str | None = objective.reference if objective.uses_reference else None
@@ -55,10 +55,10 @@ def backward(learner: Learner, draws: Sequence[GroupDraw], ranked: int) -> dict[
 
 
 def noised(learner: Learner, batch: Batch, *, base: bool, reference: str | None) -> Noised:
-    """The velocities of policy, reference and base on the same x_t; only the policy's with gradient.
+    """The velocities of policy, reference and base on the same x_t; only the policy's have a gradient.
 
-    reference: whose (`Policies.carrying`), "policy" for the policy's own velocities, None for none. If the images do
-    not go through the model at once, the policy's velocities are a leaf of the graph (`_second_pass`).
+    reference: a name for `Policies.carrying`, "policy" for the policy's own velocities, or None. If the images do not
+    all go through the model at once, the policy's velocities are a leaf of the graph (`_second_pass`).
     """
     shape = batch.x0.shape
     x_t, t, text = batch.noised()
@@ -89,11 +89,11 @@ def noised(learner: Learner, batch: Batch, *, base: bool, reference: str | None)
 
 
 def _reference_error(learner: Learner, known: ReferenceErrors, draws: Sequence[GroupDraw], batch: Batch) -> Tensor:
-    """d_ref (g, k) of the pool's draws; those not known yet are computed, and kept."""
+    """d_ref (g, k) of the pool's draws; unknown ones are computed and kept."""
     places = [learner.data.batches.pool_index(draw) for draw in draws]
     errors = known.of(draws, places)
     asked = errors.isnan()
-    if distributed.is_sharded(learner.policies.model.transformer):  # all its processes compute, or none
+    if distributed.is_sharded(learner.policies.model.transformer):  # all of its processes compute, or none
         asked[:] = any(distributed.gather(bool(asked.any())))
     if asked.any():
         rows = asked.flatten().nonzero()[:, 0].to(learner.policies.model.device)
@@ -105,7 +105,7 @@ def _reference_error(learner: Learner, known: ReferenceErrors, draws: Sequence[G
 
 
 def _velocities(learner: Learner, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-    """(n, tokens, channels), as many images at a time as the micro-batch says."""
+    """Velocities (n, tokens, channels), computed in the micro-batch's passes."""
     return torch.cat([learner.policies.velocity(*_rows(x_t, t, text, part)) for part in learner.passes(len(t))])
 
 
@@ -114,10 +114,10 @@ def _rows(x_t: Tensor, t: Tensor, text: Text, rows: slice | Tensor) -> tuple[Ten
 
 
 def _second_pass(learner: Learner, batch: Batch, gradient: Tensor) -> None:
-    """Take the loss's gradient (g, k, tokens, channels) with respect to the policy's velocities on to its weights.
+    """Propagate the loss's gradient (g, k, tokens, channels) from the policy's velocities to its weights.
 
-    A group's loss joins its images through their velocities alone, so once its gradient with respect to those is known
-    each image can go back by itself: the gradient of one pass over all, in the memory of a few.
+    A group's loss couples its images only through their velocities. Once the gradient with respect to those is known,
+    each image can be backpropagated separately: the gradient of one pass over all, in the memory of a few.
     """
     x_t, t, text, gradient = *batch.noised(), gradient.flatten(0, 1)
     for part in learner.passes(len(t)):

@@ -1,4 +1,4 @@
-"""The step of an objective that learns from the stochastic steps by which the images were sampled."""
+"""The step of an objective that learns from the stochastic steps that sampled the images."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,17 +13,17 @@ from gdro.training.transitions import TransitionBatch
 
 
 def calls(learner: Learner, draws: Sequence[GroupDraw]) -> int:
-    """Velocities that a step of these draws costs, one with gradient as three."""
+    """Velocity evaluations in a step of these draws; one with gradient counts as three."""
     objective, fresh = learner.objective, learner.data.fresh(draws[0].step)
     others = objective.uses_base + (objective.uses_old_mean and not fresh)
     return len(draws) * learner.config.k * learner.data.transitions.count(draws[0]) * (3 + others)
 
 
 def backward(learner: Learner, draws: Sequence[GroupDraw], ranked: int) -> dict[str, Tensor]:
-    """Add the gradient of the sum over draws of loss / ranked; return the same sums of the figures.
+    """Add the gradient of the sum of loss / ranked over draws; return the same sums of the metrics.
 
-    Each stochastic step is a batch of its own, so memory does not grow with their number. Nor with that of the images,
-    if they do not fit: an image's loss depends on no other image's velocity.
+    Each stochastic step is a batch of its own, so memory does not grow with their number. If the images do not fit
+    either, they are split: an image's loss depends on no other image's velocity.
     """
     count, batches = learner.data.transitions.of(draws)
     fresh = learner.data.fresh(draws[0].step)
@@ -38,7 +38,7 @@ def backward(learner: Learner, draws: Sequence[GroupDraw], ranked: int) -> dict[
 
 
 def transition(learner: Learner, batch: TransitionBatch, *, fresh: bool) -> Transition:
-    """The step's Gaussian under the policy as it is, and the means under base and sampler that the objective uses.
+    """The step's Gaussian under the current policy, and the means under base and sampler that the objective uses.
 
     `fresh`: nothing was learned since sampling, so the old log-probability is the policy's own and the ratio exactly 1.
     """
