@@ -157,13 +157,13 @@ def damages(name: str) -> Iterator[Damage]:
             )
         if name in BPE or part == "tokenizer":
             yield Damage(f"{part}-merges", split(part), f"{part}/merges.txt not found; expected ")
-            yield Damage(f"{part}-unmerged", unmerged(part), f"{part}: tokens such as .* have no merge, ")
+            yield Damage(f"{part}-unmerged", unmerged(part), f"{part}: .* tokens, such as .*, have no merge")
     if name in CHAT:
         template = "tokenizer/chat_template.jinja"
         yield Damage("no-template", remove(template), "tokenizer cannot be loaded .*chat_template")
         yield Damage("template-of-nothing", write(template, ""), "the chat template leaves the prompt out")
         others = write(template, "<|im_star|>" + (TURNS if name != "flux2" else PARTS_OF_TURNS))
-        yield Damage("template-of-others", others, r"<\|im_star\|> is no token")
+        yield Damage("template-of-others", others, r"<\|im_star\|> is not a token")
     yield Damage("scheduler-folder", remove("scheduler"), f"{SCHEDULER} not found")
     ddim = DDIMScheduler().save_pretrained
     yield Damage(

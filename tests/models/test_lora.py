@@ -168,7 +168,7 @@ def test_an_adapter_by_diffusers_own_trainers_is_read(tuned: FluxModel, flux_fol
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        (None, "is peft's, whose strength is kept in adapter_config.json"),
+        (None, "is peft's, which keeps its strength in adapter_config.json"),
         ({"use_dora": True}, "says use_dora: True; expected plain LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: pissa_niter_4, which changes the base"),
         ({"peft_type": "LOHA"}, "peft_type: LOHA; expected LORA"),

@@ -86,5 +86,5 @@ def test_schedule_is_shifted_by_the_number_of_tokens(flux: FluxModel):
 def test_unknown_and_stochastic_schedulers_are_refused(flux: FluxModel):
     with pytest.raises(UserError, match='did you mean "FlowMatchEulerDiscreteScheduler"'):
         flux.scheduler("FlowMatchEulerScheduler", 4, 32, 64)
-    with pytest.raises(UserError, match="no deterministic flow scheduler"):
+    with pytest.raises(UserError, match="not a deterministic flow scheduler"):
         flux.scheduler("FlowMatchLCMScheduler", 4, 32, 64)

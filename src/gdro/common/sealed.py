@@ -70,7 +70,7 @@ def parse_record(data: bytes) -> dict[str, Any]:
     if digest is None:
         raise ValueError(f'it has no "{DIGEST}", as files of this version of gdro do')
     if digest != _of(value):
-        raise ValueError("its bytes are not those written")
+        raise ValueError("its bytes were altered")
     return dict(value)
 
 
@@ -88,7 +88,7 @@ def check_bytes(path: Path, digest: str, what: str) -> None:
         with reading(path, what), open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
-            raise UserError(f"{path} is damaged: its bytes are not those written; expected {what}")
+            raise UserError(f"{path} is damaged: its bytes were altered; expected {what}")
         _found[path] = (*known, digest)
 
 
@@ -118,7 +118,7 @@ def check_footer(path: Path) -> None:
     place = _place(footer, _FOOTER)
     blank = footer[:place] + b"0" * _LENGTH + footer[place + _LENGTH :]
     if hashlib.sha256(blank).hexdigest().encode() != footer[place : place + _LENGTH]:
-        raise ValueError("its footer is not the one written")
+        raise ValueError("its footer was altered")
 
 
 def check_pages(path: Path) -> None:
@@ -126,7 +126,7 @@ def check_pages(path: Path) -> None:
     start, footer = _footer(path)
     place = _place(footer, _PAGES)
     if _of_pages(path, start).encode() != footer[place : place + _LENGTH]:
-        raise ValueError("its pages are not those written")
+        raise ValueError("its pages were altered")
 
 
 def _of(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What predicts a velocity: one protocol (`base`), one file a family."""
+"""Models that predict a velocity: one protocol (`base`), one file per family."""
 
 from gdro.models.base import FlowModel, Text
 from gdro.models.loading import check_compiler, check_model, load_model, model_revision, passes, text_seen

@@ -1,6 +1,6 @@
-"""The files LoRAs come in, read into one form: layers of the transformer, their strength inside the matrices.
+"""LoRA files of all formats, read into one form: layers of the transformer, with their strength in the matrices.
 
-The strength of a layer, alpha / rank, is kept in as many places as there are trainers: in the header (diffusers), in
+Trainers store the strength of a layer, alpha / rank, in different places: in the header (diffusers), in
 adapter_config.json (peft), in a tensor `<layer>.alpha` (kohya and others), or nowhere, which means 1.
 """
 
@@ -21,15 +21,15 @@ from gdro.common.reading import cause, parse_json, read_json, reading
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name and peft's
 CONFIG = "adapter_config.json"
-AGAIN = "`gdro export` makes it again"
+AGAIN = "run `gdro export` again"
 HEADER = "lora_adapter_metadata"
 _MATRIX = re.compile(
     r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up|lora(?:_linear_layer)?\.(?:down|up))(?:\.default)?\.weight"
 )
 _PREFIX = re.compile(r"^(base_model\.model\.)?(transformer\.|diffusion_model\.)?")
 _NO_LORA = re.compile(r"dora_scale|lora_magnitude_vector|\.lokr_|\.hada_")
-# Fields of peft's configuration under which the matrices mean something else than W + alpha / rank * B A, and ways to
-# begin that change W itself.
+# Fields of peft's configuration that make the matrices mean something other than W + alpha / rank * B A, and
+# initializations that change W itself.
 _OTHER_METHODS = (
     *("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config"),
     *("layer_replication", "alora_invocation_tokens"),
@@ -38,9 +38,9 @@ _OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files that make up the adapter in `folder`, the weights first; [] if there are no weights.
+    """The files that make up the adapter in `folder`, weights first; [] if there are no weights.
 
-    Of two adapters it is diffusers' one, and the configuration is the other's.
+    If there are both kinds of weights, diffusers' are used, without the configuration, which belongs to peft's.
     """
     weights, config = [folder / name for name in WEIGHTS if (folder / name).is_file()], folder / CONFIG
     return [*weights, config] if len(weights) == 1 and config.is_file() else weights[:1]
@@ -52,8 +52,8 @@ def read_adapter(
     """`<layer>.lora_A.weight` and `<layer>.lora_B.weight` of the adapter in `folder`, float32, with alpha = rank.
 
     `layers` are the transformer's; `convert` is diffusers' conversion from other programs' names for them. Raises
-    UserError if a file is missing or damaged, holds something else than a LoRA of these layers, or does not say how
-    strong it is.
+    UserError if a file is missing or damaged, holds something other than a LoRA of these layers, or does not give its
+    strength.
     """
     files = adapter_files(folder)
     if not files:
@@ -78,15 +78,15 @@ def read_adapter(
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise UserError unless `folder` holds an adapter as gdro wrote it, to the last bit."""
+    """Raise UserError unless `folder` holds an adapter exactly as gdro wrote it, to the last bit."""
     path = folder / WEIGHTS[0]
     _, header = _read(path)
     if _sealed(header) is None:
-        raise UserError(f"adapter: {path} is damaged: its header is not the one written; {AGAIN}")
+        raise UserError(f"adapter: {path} is damaged: its header was altered; {AGAIN}")
 
 
 def digest_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
-    """Of an adapter that gdro writes: its matrices (float32, on the CPU) and its header's entry without the digest."""
+    """Digest of an adapter that gdro writes: its matrices (float32, on the CPU) and header entry without the digest."""
     total = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
     for key in sorted(tensors):
         total.update(f"{key} {tuple(tensors[key].shape)}".encode())
@@ -95,7 +95,7 @@ def digest_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
 
 
 def _sealed(header: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
-    """(digest, the entry it was taken with) of an adapter that gdro wrote; None of another's."""
+    """(digest, the entry it covers) of an adapter that gdro wrote; None for any other."""
     try:
         entry = parse_json(header.get(HEADER, "{}"), "it")
         return entry["gdro"].pop("digest"), entry
@@ -104,14 +104,14 @@ def _sealed(header: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in float32 and the header. Raises UserError naming a tensor that is not finite, and for one of gdro's own
-    adapters that is not as it was written."""
+    """Tensors in float32, and the header. Raises UserError naming a tensor that is not finite, and for one of gdro's
+    own adapters that was altered."""
     with reading(path, "a safetensors file", f"adapter: {path}"), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (no mapping)
         header = dict(file.metadata() or {})
     own = _sealed(header)
     if own is not None and own[0] != digest_of(tensors, own[1]):
-        raise UserError(f"adapter: {path} is damaged: its bytes are not those written; {AGAIN}")
+        raise UserError(f"adapter: {path} is damaged: its bytes were altered; {AGAIN}")
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"adapter: {path}: {key} holds values that are not finite; expected a trained LoRA")
@@ -138,12 +138,12 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, st
 def _strengths(
     files: list[Path], header: Mapping[str, str], tensors: Mapping[str, Tensor], pairs: Mapping[str, tuple[str, str]]
 ) -> dict[str, float]:
-    """alpha / rank of each layer, from wherever this file keeps it; 1 if it is of a form that keeps none."""
+    """alpha / rank of each layer, from wherever this file keeps it; 1 for formats without it."""
     path = files[0]
     place, config = _config(files, header)
     if config is None and not any(f"{layer}.alpha" in tensors for layer in pairs):
         if path.name == WEIGHTS[1] or any(layer.startswith("base_model.") for layer in pairs):
-            raise UserError(f"adapter: {path} is peft's, whose strength is kept in {CONFIG}; expected that beside it")
+            raise UserError(f"adapter: {path} is peft's, which keeps its strength in {CONFIG}; expected that beside it")
         alpha, dim = (header.get(f"ss_network_{name}") for name in ("alpha", "dim"))
         if alpha != dim:
             raise UserError(
@@ -171,7 +171,7 @@ def _strengths(
 
 
 def _config(files: list[Path], header: Mapping[str, str]) -> tuple[str, dict[str, Any] | None]:
-    """peft's configuration of the adapter and where it stands: in the file's header, or beside the file."""
+    """peft's configuration of the adapter, with its place: the file's header, or a file beside it."""
     place = f"the header of {files[0]}"
     try:
         config = parse_json(header.get(HEADER, "{}"), "it")
@@ -200,7 +200,7 @@ def _config(files: list[Path], header: Mapping[str, str]) -> tuple[str, dict[str
 
 
 def _configured(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha / rank of a layer as peft takes it from its configuration."""
+    """alpha / rank of a layer as peft reads it from its configuration."""
     from peft.utils.other import get_pattern_key
 
     r, alpha = (
@@ -215,10 +215,10 @@ def _configured(config: Mapping[str, Any], layer: str, rank: int) -> float:
 def _converted(
     path: Path, tensors: Mapping[str, Tensor], convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The tensors under diffusers' names."""
+    """The tensors, renamed to diffusers' names."""
     try:
         state = {key: value for key, value in convert(dict(tensors)).items() if not key.endswith(".alpha")}
-    except Exception as error:  # it asserts, indexes and splits as one model's names and widths need
+    except Exception as error:  # it asserts, indexes and splits by one model's names and widths
         raise UserError(f"adapter: {path} does not fit the model ({cause(error)})") from None
     for key in state:
         if not (key.startswith("transformer.") and _MATRIX.fullmatch(key)):
@@ -227,9 +227,9 @@ def _converted(
 
 
 def _fitting(path: Path, state: Mapping[str, Tensor], layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """The state, if its matrices are of the layers' widths."""
+    """The state, if its matrices have the layers' widths."""
     if not state:
-        raise UserError(f"adapter: {path} holds no tensor; expected LoRA layers of the transformer")
+        raise UserError(f"adapter: {path} holds no tensors; expected LoRA layers of the transformer")
     for key, value in state.items():
         layer, _, side = key.removesuffix(".weight").rpartition(".lora_")
         if layer not in layers or f"{layer}.lora_{'BA'[side == 'B']}.weight" not in state:

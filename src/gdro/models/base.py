@@ -1,4 +1,4 @@
-"""What gdro asks of a model: predict a velocity, encode text, decode latents, carry a LoRA."""
+"""What gdro requires of a model: predict a velocity, encode text, decode latents, carry a LoRA."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,22 +16,22 @@ Text = dict[str, Tensor]
 class FlowModel(Protocol):
     """A rectified-flow text-to-image model: x_t = (1 - t) x0 + t eps, velocity target v = eps - x0.
 
-    Latents are the *packed* ones the transformer sees: (n, tokens, channels), float32, t in (0, 1).
+    Latents are *packed*, as the transformer sees them: (n, tokens, channels), float32; t is in (0, 1).
     """
 
     name: str  # as the user gave it: "tiny", a folder, a hub id
     device: torch.device
     transformer: torch.nn.Module
-    nfe: int  # passes through the model so far: one a forward pass of one image, three with gradient
+    nfe: int  # model evaluations so far: one per image and forward pass, three with gradient
 
     @property
     def revision(self) -> str:
-        """Names the exact base weights (digest or commit); stored with every group."""
+        """Identifies the exact base weights (digest or commit); stored with every group."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """`revision`, plus the digest of the adapter while it is in use: names what velocity() computes now."""
+        """`revision`, plus the adapter's digest while it is in use: identifies what velocity() computes now."""
         ...
 
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text: ...
@@ -41,7 +41,7 @@ class FlowModel(Protocol):
         ...
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
-        """v_theta(x_t, t, c) with the adapter as it is now; x_t (n, tokens, channels), t (n,); float32 out."""
+        """v_theta(x_t, t, c) with the current adapter: x_t (n, tokens, channels), t (n,) -> x_t's shape, float32."""
         ...
 
     def passes(self, guidance_scale: float) -> int:
@@ -49,15 +49,15 @@ class FlowModel(Protocol):
         ...
 
     def compile(self) -> None:
-        """Compile the transformer's blocks (torch.compile): slow at first, faster afterward, equal to rounding."""
+        """Compile the transformer's blocks (torch.compile): slow at first, faster afterward, equal up to rounding."""
         ...
 
     def checkpoint_activations(self, enabled: bool) -> None:
-        """Whether velocity() with gradient keeps little and computes the rest again in the backward pass."""
+        """Whether velocity() with gradient keeps little and recomputes the rest in the backward pass."""
         ...
 
     def free(self) -> None:
-        """Take text encoders and VAE off the device until they are next used."""
+        """Move the text encoders and VAE off the device until their next use."""
         ...
 
     def scheduler(self, name: str, num_inference_steps: int, height: int, width: int) -> Any:
@@ -67,11 +67,11 @@ class FlowModel(Protocol):
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]: ...
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Packed latents (n, tokens, channels) of images of one size (importer)."""
+        """Packed latents (n, tokens, channels) of images of one size (for import)."""
         ...
 
     def check_targets(self, targets: str | Sequence[str]) -> None:
-        """UserError if no layer, or not every one, of `targets` is in the model."""
+        """UserError if the model lacks any of the layers that `targets` name."""
         ...
 
     def add_adapter(self, *, rank: int, alpha: int, targets: str | Sequence[str], seed: int) -> None: ...
@@ -85,7 +85,7 @@ class FlowModel(Protocol):
         ...
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
-        """Inside it the model is the reference (base weights only)."""
+        """Within it, the model is the reference (base weights only)."""
         ...
 
     def load_adapter(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""A model's components by file: each there, whole, of the family's kind, or refused by name before any work.
+"""A model's components by file: each is present, complete and of the family's kind, or rejected before any work.
 
-The libraries fill in what is missing: a tokenizer without its vocabulary is built from none, a scheduler of another
-class takes the fields it knows, a tensor that is in no file is drawn at random.
+The libraries would fill in what is missing: they build a tokenizer without a vocabulary, take the fields they know from
+a scheduler of another class, and draw missing tensors at random.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from gdro.common.reading import cause, read_json
 
 SCHEDULER = diffusers.FlowMatchEulerDiscreteScheduler
 _SCHEDULERS = f"a {SCHEDULER.__name__}, whose times the model was trained for"
-_ALWAYS = ("num_train_timesteps", "shift")  # fields of the scheduler that no default may stand for
+_ALWAYS = ("num_train_timesteps", "shift")  # scheduler fields that must be given: their defaults may be wrong
 _DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # with use_dynamic_shifting
 _PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # by quant_method of stored weights
 
@@ -44,11 +44,11 @@ class Components:
     # ---- files
 
     def json(self, file: str) -> dict[str, Any]:
-        """A file of JSON, such as `vae/config.json`."""
+        """The contents of a JSON file such as `vae/config.json`."""
         return read_json(self.path(file), "a JSON object", f"model: {self.name}: {file}")
 
     def path(self, file: str) -> Path:
-        """Where the file is; UserError if it is nowhere."""
+        """The file's local path; UserError if it is not found."""
         try:
             return fetch(self.source, self.commit, file)
         except (OSError, ValueError) as error:
@@ -66,7 +66,7 @@ class Components:
 
     @contextmanager
     def refusing(self, part: str) -> Iterator[None]:
-        """Whatever a library raises of component `part` becomes a UserError that keeps the cause."""
+        """Turn anything a library raises about component `part` into a UserError with its cause."""
         try:
             yield
         except UserError:
@@ -80,7 +80,7 @@ class Components:
 
     @property
     def kinds(self) -> dict[str, Any]:
-        """Every component that is used: its class in diffusers or transformers."""
+        """Every component used, with its class in diffusers or transformers."""
         family = self.family
         networks = {"transformer": family.transformer_class, "vae": family.vae_class}
         return {"scheduler": SCHEDULER, **networks, **family.text_parts}
@@ -90,7 +90,7 @@ class Components:
         return self.json("model_index.json")
 
     def files(self, part: str) -> list[Path]:
-        """The files in a folder that component `part` is made of, sorted; UserError for weights that are missing."""
+        """The files of component `part` in a folder, sorted; UserError if weights are missing."""
         kind, folder = self.kinds[part], Path(self.source) / part
         if part == "scheduler":
             return [self.path("scheduler/scheduler_config.json")]
@@ -112,7 +112,7 @@ class Components:
     # ---- identity
 
     def revision(self) -> str:
-        """The Hub commit, or the digest of every file that is used of the folder, names included."""
+        """The Hub commit, or a digest of every file used in the folder, including its name."""
         if self.commit is not None:
             return self.commit
         root = Path(self.source)
@@ -126,12 +126,12 @@ class Components:
         """Changes when the files of component `part` are replaced or written to."""
         return self.commit or tuple((path.name, _stamp(path)) for path in self.files(part))
 
-    # ---- what must hold before any work
+    # ---- checks before any work
 
     def check(self) -> None:
-        """Raise UserError naming component and file unless the family's pipeline would be made of what is there.
+        """Raise UserError naming component and file unless the files make up the family's pipeline.
 
-        Reads configurations; of weights, in a folder, the names. Tokenizers have a check of their own.
+        Reads only configurations and, in a folder, the names of weights. Tokenizers have their own check.
         """
         index = self.index
         for part, kind in self.kinds.items():
@@ -145,7 +145,7 @@ class Components:
             raise self.error(f"model_index.json has a {index['scheduler'][1]} as scheduler; expected {_SCHEDULERS}")
 
     def check_configurations(self) -> None:
-        """The part of `check` that needs configurations alone."""
+        """The part of `check` that needs only configurations."""
         self.scheduler()
         self.vae()
         for part, kind in self.kinds.items():
@@ -162,12 +162,12 @@ class Components:
             package = _PACKAGES.get(str(method))
             if package is not None and importlib.util.find_spec(package) is None:
                 raise self.error(
-                    f"{file} says that the weights are stored by {package}, which is not installed; "
+                    f"{file} says the weights were stored with {package}, which is not installed; "
                     'expected pip install "gdro[quantization]", or weights in 16 or 32 bits'
                 )
 
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler's configuration, complete and of a deterministic flow."""
+        """The scheduler's configuration, checked to be complete and a deterministic flow."""
         file = "scheduler/scheduler_config.json"
         config = self.json(file)
         if config.get("_class_name") != SCHEDULER.__name__:
@@ -186,7 +186,7 @@ class Components:
         return config
 
     def vae(self) -> dict[str, Any]:
-        """The VAE's configuration, with what the family scales latents by."""
+        """The VAE's configuration, checked to have the fields that scale latents."""
         file = "vae/config.json"
         config = self.json(file)
         for field in self.family.vae_fields:
@@ -205,7 +205,7 @@ def is_tokenizer(kind: Any) -> bool:
 
 
 def _instead(folder: Path, stem: str) -> str:
-    """What weights there are in place of those that are read."""
+    """The weights found instead of those that are read."""
     others = [path.name for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}")]
     variants = [name for name in others if name.startswith(f"{stem}.")]
     if not others:
@@ -222,6 +222,6 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=256)
 def _digest(path: Path, stamp: tuple[int, int, int]) -> str:
-    """Of the file as it was at `stamp`: read once a process."""
+    """Digest of the file as of `stamp`; read once per process."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""What every family shares: diffusers' components frozen, a LoRA on the transformer, text and images in and out.
+"""What all families share: diffusers' frozen components, a LoRA on the transformer, text and images in and out.
 
-A family (one file each) says how its pipeline encodes text, calls its transformer, schedules time and, where they are
-not FLUX.1's, how its latents are packed and scaled.
+A family (one file each) defines how its pipeline encodes text, calls its transformer, schedules time and, if different
+from FLUX.1, packs and scales its latents.
 """
 
 import hashlib
@@ -29,25 +29,25 @@ from gdro.models.finite import check_rows, check_weights
 from gdro.models.quantization import Quantization, quantized
 from gdro.models.schedulers import flow_scheduler, resolution_shift
 
-# Of one function: with and without adapter, gradient and each number of images, and all over again in another LoRA.
+# Per function: with and without adapter and gradient, for each number of images, and again for another LoRA.
 RECOMPILATIONS = 64
 
 
 class DiffusersModel(ABC):
     """FlowModel on diffusers' real classes. Base weights are frozen in `dtype`; the LoRA is float32.
 
-    In bfloat16 the transformer runs under autocast, so that the LoRA's products are bfloat16 too. The velocity is
-    always returned in float32.
+    In bfloat16 the transformer runs under autocast, so the LoRA's products are bfloat16 too. Velocities are always
+    returned in float32.
     """
 
-    pipeline: ClassVar[Any]  # diffusers' pipeline: its own functions encode text and pack latents
+    pipeline: ClassVar[Any]  # diffusers' pipeline, whose functions encode text and pack latents
     transformer_class: ClassVar[Any]
     vae_class: ClassVar[Any]
-    vae_fields: ClassVar[Sequence[str]] = ("scaling_factor", "shift_factor")  # of its configuration, for latents
+    vae_fields: ClassVar[Sequence[str]] = ("scaling_factor", "shift_factor")  # configuration fields that scale latents
     text_parts: ClassVar[Mapping[str, Any]]  # tokenizers and text encoders by component name
-    reader: ClassVar[str] = "tokenizer"  # the one whose tokens `max_sequence_length` bounds
-    special_tokens: ClassVar[bool] = True  # whether it adds its own to what `written` says
-    _distilled = False  # of guidance: model_index.json says so for some models
+    reader: ClassVar[str] = "tokenizer"  # the tokenizer whose tokens `max_sequence_length` limits
+    special_tokens: ClassVar[bool] = True  # whether it adds special tokens to what `written` returns
+    _distilled = False  # guidance-distilled, as model_index.json says for some models
     lora_presets: ClassVar[Mapping[str, str]]  # name: regular expression of layer names
 
     def __init__(
@@ -70,7 +70,7 @@ class DiffusersModel(ABC):
         if sharded:
             distributed.shard(self.transformer, self._blocks(), device)
         self._vae_config, self._scheduler_config = parts.vae(), parts.scheduler()
-        if device.type != "meta":  # small, and a damaged one is found before the images are made that it would decode
+        if device.type != "meta":  # it is small, and damage shows before the images it would decode are made
             self._own_vae = self._load(self.vae_class, "vae", torch.device("cpu"))
         self._adapter: dict[str, nn.Parameter] = {}
         self._lora_layers: list[BaseTunerLayer] = []
@@ -86,7 +86,7 @@ class DiffusersModel(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """`revision`, and the digest of the adapter if it is in use: what `velocity` computes at this moment."""
+        """`revision`, plus the adapter's digest while it is in use: identifies what `velocity` computes now."""
         if not any(not layer.disable_adapters for layer in self._lora_layers):
             return self.revision
         digest = hashlib.sha256()
@@ -95,25 +95,25 @@ class DiffusersModel(ABC):
             digest.update(parameter.detach().cpu().numpy().tobytes())
         return f"{self.revision}+{digest.hexdigest()[:16]}"
 
-    # ---- what a family says
+    # ---- what a family defines
 
     @classmethod
     def written(cls, tokenizer: Any, prompt: str) -> str:
-        """The prompt as the tokenizer `reader` is given it: in the pipeline's template."""
+        """The prompt as given to the tokenizer `reader`: in the pipeline's template."""
         return prompt
 
     @classmethod
     def dropped(cls) -> int:
-        """First tokens of it that the text encoder reads and the transformer is not given."""
+        """How many of its first tokens the text encoder reads but the transformer does not get."""
         return 0
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
-        """Named tensors of n rows in the model's dtype, whose shapes depend on `max_sequence_length` only."""
+        """Named tensors of n rows in the model's dtype; their shapes depend only on `max_sequence_length`."""
 
     @abstractmethod
     def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one prompt's tensors of `encode_text`, found without encoding anything."""
+        """Shapes of one prompt's tensors in `encode_text`, without encoding anything."""
 
     @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
@@ -121,12 +121,12 @@ class DiffusersModel(ABC):
 
     @classmethod
     def call_arguments(cls, guidance_scale: float) -> dict[str, Any]:
-        """What a call of the pipeline takes for the guidance that `velocity` applies at that scale."""
+        """Arguments that give a pipeline call the guidance `velocity` applies at this scale."""
         return {"guidance_scale": guidance_scale}
 
     @classmethod
     def guides(cls, guidance_scale: float, *, distilled: bool) -> bool:
-        """Whether that scale means classifier-free guidance: a second pass without the prompt."""
+        """Whether this scale means classifier-free guidance: a second pass without the prompt."""
         return False
 
     def _sigmas(self, num_inference_steps: int) -> list[float] | None:
@@ -139,7 +139,7 @@ class DiffusersModel(ABC):
 
     @property
     def _scale(self) -> int:
-        """Pixels a side of one VAE latent."""
+        """Pixels per side of one VAE latent."""
         return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
 
     @property
@@ -169,20 +169,20 @@ class DiffusersModel(ABC):
     # ---- memory and speed
 
     def compile(self) -> None:
-        """Compile the transformer's blocks, each kind of them once, with and without the adapter."""
+        """Compile the transformer's blocks, each kind once, with and without the adapter."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
         for block in self._blocks():
             block.compile()
 
     def checkpoint_activations(self, enabled: bool) -> None:
-        """Whether a forward pass with gradient keeps each block's input only; the backward computes the rest again."""
+        """Whether a forward pass with gradient keeps only each block's input; the backward recomputes the rest."""
         if enabled:
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.disable_gradient_checkpointing()
 
     def free(self) -> None:
-        """Move text encoders and VAE from the device to the host's memory, until they are next used."""
+        """Move the text encoders and VAE to the host's memory until their next use."""
         for part in {"_own_text_pipeline", "_own_vae"} & set(vars(self)):
             _moved(vars(self)[part], torch.device("cpu"))
         if self.device.type == "cuda":
@@ -207,7 +207,7 @@ class DiffusersModel(ABC):
         return 1 + self.guides(guidance_scale, distilled=self._distilled)
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
-        """v_theta(x_t, t, c): x_t (n, tokens, channels), t (n,) in (0, 1), text of n rows; float32 out."""
+        """v_theta(x_t, t, c): x_t (n, tokens, channels), t (n,) in (0, 1), text of n rows -> x_t's shape, float32."""
         self.nfe += len(x_t) * self.passes(guidance_scale) * (3 if torch.is_grad_enabled() else 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             velocity = self._predict(
@@ -221,7 +221,7 @@ class DiffusersModel(ABC):
         return velocity.float()
 
     def scheduler(self, name: str, num_inference_steps: int, height: int, width: int) -> Any:
-        """A deterministic flow scheduler with its timesteps set as the pipeline sets them."""
+        """A deterministic flow scheduler, its timesteps set as in the pipeline."""
         tokens, _ = self.latent_shape(height, width)
         return flow_scheduler(
             name,
@@ -236,7 +236,7 @@ class DiffusersModel(ABC):
 
     @property
     def _text_pipeline(self) -> Any:
-        """The pipeline with its text encoders alone."""
+        """The pipeline with only its text encoders."""
         return _moved(self._own_text_pipeline, self.device)
 
     @property
@@ -253,14 +253,14 @@ class DiffusersModel(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of packed latents (n, tokens, channels); NotFinite, with the row, for NaN, which would be black."""
+        """Images of packed latents (n, tokens, channels). Raises NotFinite, with the row, for NaN (black pixels)."""
         pixels = self._decode(latents.to(self.device), height, width)
         check_rows("the VAE's pixels", pixels)
         return self._image_processor.postprocess(pixels, output_type="pil")
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Packed latents (n, tokens, channels), float32, of images of one size; the mode of the VAE's posterior.
+        """Packed latents (n, tokens, channels), float32, of images of one size: the mode of the VAE's posterior.
 
         Raises UserError for images of different sizes or off the model's grid.
         """
@@ -287,11 +287,11 @@ class DiffusersModel(ABC):
     # ---- adapter
 
     def check_targets(self, targets: str | Sequence[str]) -> None:
-        """Raise UserError if `targets` do not name layers of this model."""
+        """Raise UserError unless `targets` name layers of this model."""
         lora.resolve_targets(self.transformer, targets, self.lora_presets)
 
     def add_adapter(self, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
-        """Add a LoRA that leaves the model as it is (B = 0), in place of any other; drawn from `seed` alone."""
+        """Replace any adapter by a new LoRA that leaves the model unchanged (B = 0); it depends only on `seed`."""
         self._drop_adapter()
         resolved = lora.resolve_targets(self.transformer, targets, self.lora_presets)
         lora.add_lora(self.transformer, rank=rank, alpha=alpha, targets=resolved, seed=seed)
@@ -302,7 +302,7 @@ class DiffusersModel(ABC):
         return dict(self._adapter)
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the adapter in place; names and shapes must be the adapter's own."""
+        """Copy `state` into the adapter in place; UserError unless its names and shapes are the adapter's."""
         strange = set(state) ^ set(self._adapter)
         if strange:
             raise UserError(f"adapter: layer {min(strange)} is in only one of the state and the model's adapter")
@@ -317,7 +317,7 @@ class DiffusersModel(ABC):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Inside it the model is the reference. Nesting is allowed; the adapter is back after any exception."""
+        """Within it, the model is the reference. Nesting is allowed; the adapter is restored after any exception."""
         layers = [layer for layer in self._lora_layers if not layer.disable_adapters]
         try:
             for layer in layers:
@@ -328,7 +328,7 @@ class DiffusersModel(ABC):
                 layer.enable_adapters(True)
 
     def load_adapter(self, folder: Path) -> None:
-        """Add the adapter in `folder`, in place of any other."""
+        """Replace any adapter by the one in `folder`."""
         self._drop_adapter()
         lora.read_lora(self.pipeline, self.transformer, folder)
         self._own_adapter()
@@ -350,7 +350,7 @@ class DiffusersModel(ABC):
         return {"transformer": self.transformer, "vae": self._vae} | {p: self._load(k, p) for p, k in encoders.items()}
 
     def _load(self, kind: Any, part: str, device: torch.device | None = None, **options: Any) -> Any:
-        """Network `part`, frozen, complete (a missing tensor would be drawn at random) and finite."""
+        """Network `part`, frozen, checked to be complete (missing tensors would be random) and finite."""
         options |= {"subfolder": part, "revision": self._parts.commit}
         with self._parts.refusing(part):
             if self.device.type == "meta":
@@ -367,7 +367,7 @@ class DiffusersModel(ABC):
         return model
 
     def _outline(self, kind: Any, options: Mapping[str, Any]) -> Any:
-        """A component of the right shapes and types that has no weights: what a plan is made of."""
+        """A component of the right shapes and types but without weights, for plans."""
         with torch.device("meta"):
             if issubclass(kind, diffusers.ModelMixin):
                 model = kind.from_config(kind.load_config(self._parts.source, **options))
@@ -376,7 +376,7 @@ class DiffusersModel(ABC):
         return nn.Module.to(model.eval().requires_grad_(False), self.dtype)
 
     def _check_unchanged(self, part: str) -> None:
-        """Raise UserError if other files than there were at the start would be loaded under the same revision."""
+        """Raise UserError if the files have changed since the start, under the same revision."""
         if self._parts.stamp(part) != self._stamps[part]:
             raise self._parts.error(f"the files of {part} have changed since the start; expected them left alone")
 

@@ -1,4 +1,4 @@
-"""NaN and infinity, named where they arise: they would else become black images and rewards that are all equal."""
+"""NaN and infinity, reported where they arise; otherwise they would become black images and equal rewards."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from gdro.common.errors import UserError
 
 
 class NotFinite(Exception):
-    """NaN or infinity in row `row` of a batch: whoever knows what the rows are names it."""
+    """NaN or infinity in row `row` of a batch; a caller that knows what the rows are names it."""
 
     def __init__(self, what: str, row: int) -> None:
         super().__init__(what)
@@ -19,7 +19,7 @@ class NotFinite(Exception):
 
 
 def check_weights(where: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise UserError naming the first of the tensors that is not finite."""
+    """Raise UserError naming the first tensor that is not finite."""
     for name, tensor in weights:
         if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor.detach()):
             raise UserError(f"{where}: {name} holds NaN or infinity; expected finite weights")
@@ -33,7 +33,7 @@ def check_rows(what: str, batch: Tensor) -> None:
 
 
 class Watch:
-    """Whether the velocities of an integration were finite: looked at once, at its end, so no step waits for a GPU."""
+    """Whether all velocities of an integration were finite, checked once at the end so no step waits for a GPU."""
 
     def __init__(self) -> None:
         self._finite: list[Tensor] = []
@@ -42,7 +42,7 @@ class Watch:
         self._finite.append(velocity.isfinite().flatten(1).all(1))
 
     def check(self, latents: Tensor) -> None:
-        """Raise NotFinite for the earliest velocity that was not finite, or else for the latents it ended in."""
+        """Raise NotFinite for the earliest velocity that was not finite, or else for the final latents."""
         bad = torch.stack(self._finite).logical_not()
         if bad.any():
             step, row = bad.nonzero()[0].tolist()
@@ -52,7 +52,7 @@ class Watch:
 
 @contextmanager
 def naming(model: str, rows: Sequence[str]) -> Iterator[None]:
-    """NotFinite becomes a UserError that names the model and the row, such as `prompt "000001"`."""
+    """Turn NotFinite into a UserError that names the model and the row, such as `prompt "000001"`."""
     try:
         yield
     except NotFinite as error:
@@ -63,7 +63,7 @@ def naming(model: str, rows: Sequence[str]) -> Iterator[None]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Without a copy of it, as NaN passes through minimum and maximum; of a quantized layer, what it stands for."""
+    """Whether all values are finite, found without a copy (NaN passes through min and max), dequantizing if needed."""
     if type(tensor) is not Tensor:
         tensor = tensor.dequantize()
     low, high = tensor.aminmax()

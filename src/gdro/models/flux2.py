@@ -1,6 +1,6 @@
-"""FLUX.2: hidden states of a language model are the text, positions have four axes, latents are normalized.
+"""FLUX.2: text embeddings are hidden states of a language model, positions have four axes, latents are normalized.
 
-Packed latents are FLUX.1's, 2 x 2; the VAE carries the mean and variance of each of their channels.
+Latents are packed 2 x 2 as in FLUX.1; the VAE stores the mean and variance of each packed channel.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Flux2Model(DiffusersModel):
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     vae_fields = ("batch_norm_eps",)
-    # The published tokenizer is a processor of text and images; text needs the tokenizer in it, and no torchvision.
+    # The published tokenizer is a processor for text and images; text needs only its tokenizer, without torchvision.
     text_parts: ClassVar = {
         "tokenizer": transformers.AutoTokenizer,
         "text_encoder": transformers.Mistral3ForConditionalGeneration,
@@ -52,7 +52,7 @@ class Flux2Model(DiffusersModel):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
-        """`prompt_embeds` (n, max_sequence_length, D) in the model's dtype, of three layers side by side."""
+        """`prompt_embeds` (n, max_sequence_length, D) in the model's dtype, three layers concatenated."""
         embeds, _ = self._text_pipeline.encode_prompt(
             list(prompts), device=self.device, max_sequence_length=max_sequence_length
         )
@@ -105,7 +105,7 @@ class Flux2Model(DiffusersModel):
 
 
 class Flux2KleinModel(Flux2Model):
-    """FLUX.2 klein: Qwen 3 reads the prompt; true guidance above a scale of 1, unless distilled: then there is none."""
+    """FLUX.2 klein: Qwen 3 reads the prompt; true guidance above a scale of 1, none if distilled."""
 
     pipeline = Flux2KleinPipeline
     text_parts: ClassVar = {
@@ -124,7 +124,7 @@ class Flux2KleinModel(Flux2Model):
         return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **how)
 
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
-        """`prompt_embeds` as FLUX.2's and, for guidance, `negative_prompt_embeds` of nothing."""
+        """`prompt_embeds` as in FLUX.2 and, for guidance, `negative_prompt_embeds` of an empty prompt."""
         text = super().encode_text(prompts, max_sequence_length)
         if not self._distilled:
             nothing = super().encode_text([""] * len(prompts), max_sequence_length)

@@ -7,9 +7,9 @@ from gdro.models.base import Text
 
 
 def guided(velocity: Tensor, nothing: Tensor, scale: float, *, start: Tensor | None = None) -> Tensor:
-    """v = start + scale (velocity - nothing); start is `nothing`, so that a scale of 1 is no guidance, unless given.
+    """v = start + scale (velocity - nothing); start defaults to `nothing`, so a scale of 1 means no guidance.
 
-    Z-Image starts at `velocity`: there a scale of 0 is none.
+    Z-Image starts at `velocity`, so there a scale of 0 means no guidance. All tensors have the same shape.
     """
     return (nothing if start is None else start) + scale * (velocity - nothing)
 

@@ -1,4 +1,4 @@
-"""From a model's name to the model: `tiny`, a folder in diffusers' layout, or a Hub id."""
+"""Loading a model by name: `tiny`, a folder in diffusers' layout, or a Hub id."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from gdro.common.reading import read_json
 from gdro.models.base import FlowModel
 from gdro.models.quantization import Quantization, check_quantization, hush
 
-FAMILIES = {  # diffusers' pipeline: what makes a FlowModel of it
+FAMILIES = {  # diffusers' pipeline: the class that makes it a FlowModel
     "FluxPipeline": ("gdro.models.flux", "FluxModel"),
     "StableDiffusion3Pipeline": ("gdro.models.sd3", "StableDiffusion3Model"),
     "QwenImagePipeline": ("gdro.models.qwen_image", "QwenImageModel"),
@@ -34,13 +34,13 @@ def load_model(
     quantization: Quantization | None = None,
     sharded: bool = False,
 ) -> FlowModel:
-    """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), its weights quantized.
+    """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), optionally quantized.
 
-    `sharded`: the transformer is spread over the devices of all processes, which call this together.
+    `sharded`: the transformer is spread over the devices of all processes, which must all call this.
 
-    Text encoders and VAE are loaded when first used. On the device "meta" they and the transformer are outlines of the
-    configurations, without weights. Raises UserError if it is missing, of an unknown class, or without safetensors
-    weights.
+    Text encoders and VAE are loaded on first use. On the device "meta" they and the transformer are outlines built from
+    the configurations, without weights. Raises UserError if the model is missing, of an unknown class, or without
+    safetensors weights.
     """
     components = _components(name)
     if device.type == "meta":
@@ -50,18 +50,18 @@ def load_model(
     if quantization is not None:
         check_quantization(quantization, device)
     # torch would take it first on Hopper, where its backward pass fails on the FLUX family's shapes; flash attention
-    # takes over. It holds for the process: a model made on "meta" may be timed on a GPU later.
+    # takes over. This applies to the whole process: a model made on "meta" may be timed on a GPU later.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return components.family(components, device=device, dtype=dtype, quantization=quantization, sharded=sharded)
 
 
 def check_model(name: str) -> None:
-    """Raise UserError unless the model is there, of a known class and whole in every component; loads no weights."""
+    """Raise UserError unless the model exists, is of a known class and has every component; loads no weights."""
     _check(_components(name))
 
 
 def text_seen(name: str, prompts: Sequence[str], max_sequence_length: int) -> list[str | None]:
-    """Of each prompt what the text encoder of the model called `name` reads of it at that length; None: all of it."""
+    """The part of each prompt that the model's text encoder reads at this length; None if all of it."""
     from gdro.models import tokenizers
 
     components = _components(name)
@@ -70,23 +70,23 @@ def text_seen(name: str, prompts: Sequence[str], max_sequence_length: int) -> li
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile lacks what it compiles with."""
+    """Raise UserError if torch.compile lacks the compiler it needs."""
     from torch._inductor import cpp_builder, exc  # takes seconds
 
     if device.type != "cpu":
         found, needed = importlib.util.find_spec("triton") is not None, "triton"
     else:
-        needed = "a C++ compiler (g++, or another that CXX names)"
+        needed = "a C++ compiler (g++, or the one named by CXX)"
         try:
             found = bool(cpp_builder.get_cpp_compiler())
         except exc.InvalidCxxCompiler:
             found = False
     if not found:
-        raise UserError(f"compile is true, which needs {needed}; there is none: expected false")
+        raise UserError(f"compile is true, which needs {needed}; none was found: expected false")
 
 
 def pipeline_class(name: str) -> str:
-    """The name of diffusers' class of the model called `name`, e.g. FluxPipeline."""
+    """The name of diffusers' class for the model called `name`, e.g. FluxPipeline."""
     kind = str(_find(name)[2].get("_class_name"))
     if kind not in FAMILIES:
         raise UserError(f"model: {name} is a {kind}; expected one of {', '.join(FAMILIES)}")
@@ -97,13 +97,13 @@ def family(name: str) -> Any:
     """gdro's class for the model called `name`, e.g. FluxModel."""
     module, kind = FAMILIES[pipeline_class(name)]
     hush()
-    # These take seconds to import, which neither `--help` nor a misspelled name should cost.
+    # These take seconds to import; `--help` or a misspelled name should not wait for them.
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()  # they warn of each prompt that is cut, `checks.tell_cut` once
+        library.utils.logging.set_verbosity_error()  # they warn about every cut prompt; `checks.tell_cut` does once
     return getattr(import_module(module), kind)
 
 
@@ -114,7 +114,7 @@ def passes(name: str, guidance_scale: float) -> int:
 
 
 def model_revision(name: str) -> str:
-    """`FlowModel.revision` of the model called `name`, not quantized, without loading it."""
+    """`FlowModel.revision` of the unquantized model called `name`, without loading it."""
     return _components(name).revision()
 
 

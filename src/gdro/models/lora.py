@@ -28,9 +28,9 @@ ADAPTER = "default"
 def resolve_targets(
     transformer: nn.Module, targets: str | Sequence[str], presets: Mapping[str, str]
 ) -> str | list[str]:
-    """peft's `target_modules` for a preset's name, "all-linear" or a list of name endings.
+    """peft's `target_modules` for a preset name, "all-linear" or a list of name endings.
 
-    Raises UserError for an unknown preset, for one that names no layer, and for an ending that no linear layer has.
+    Raises UserError for an unknown preset, for one that matches no layer, and for an ending that no linear layer has.
     """
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if targets == "all-linear":
@@ -53,7 +53,7 @@ def resolve_targets(
 def add_lora(transformer: Any, *, rank: int, alpha: float, targets: str | list[str], seed: int) -> None:
     """Add a LoRA with B = 0 (the model is unchanged) and A = U(-1/sqrt(in), 1/sqrt(in)), peft's own distribution.
 
-    A is drawn per layer from (seed, "lora", name), so it depends on no global state and no order.
+    A is drawn per layer from (seed, "lora", name), so it does not depend on global state or order.
     """
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), ADAPTER)
     for name, parameter in own_in_float32(transformer).items():
@@ -66,7 +66,7 @@ def add_lora(transformer: Any, *, rank: int, alpha: float, targets: str | list[s
 
 
 def own_in_float32(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name, made float32 and trainable whatever the base's dtype."""
+    """The adapter's parameters by name, made float32 and trainable regardless of the base's dtype."""
     found = {}
     for name, parameter in transformer.named_parameters():
         if f".{ADAPTER}." in name and ".lora_" in name:
@@ -77,7 +77,7 @@ def own_in_float32(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_lora(pipeline_class: Any, transformer: Any, folder: Path) -> None:
-    """Add the adapter in `folder`, of any form that diffusers reads or peft writes; UserError if it is not one."""
+    """Add the adapter in `folder`, in any format that diffusers reads or peft writes; UserError if it is invalid."""
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,10 +98,10 @@ def read_lora(pipeline_class: Any, transformer: Any, folder: Path) -> None:
 def write_lora(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
     """Write diffusers' `pytorch_lora_weights.safetensors` for the named tensors; atomic.
 
-    `config` holds the `r` and `lora_alpha` they were trained with. Their ratio goes into B, so that a reader who looks
-    for alpha in the header (diffusers), in `.alpha` tensors (ComfyUI) or nowhere applies the same strength. `about` is
-    kept under "gdro" in the header's one entry: safetensors writes several in random order, and the same adapter should
-    be the same file. There too stands a digest of it all, which `read_lora` checks.
+    `config` holds the `r` and `lora_alpha` they were trained with. Their ratio goes into B, so readers that look for
+    alpha in the header (diffusers), in `.alpha` tensors (ComfyUI) or nowhere all apply the same strength. `about` is
+    stored under "gdro" in the header's only entry: safetensors writes several in random order, and the same adapter
+    should give the same file. A digest of everything, which `read_lora` checks, is stored there too.
     """
     modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in state})
     header = {"r": config["r"], "lora_alpha": config["r"], "target_modules": modules}

@@ -1,4 +1,4 @@
-"""Fewer bits for the frozen weights of a transformer: policy and reference share them, the LoRA stays float32."""
+"""Fewer bits for a transformer's frozen weights: policy and reference share them, the LoRA stays float32."""
 
 import importlib.util
 import logging
@@ -14,7 +14,7 @@ PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
 
 def check_quantization(kind: Quantization, device: torch.device) -> None:
-    """Raise UserError if the package is missing, or the GPU that it needs."""
+    """Raise UserError if the package or the GPU it needs is missing."""
     if importlib.util.find_spec(PACKAGES[kind]) is None:
         raise UserError(f'quantization is "{kind}", which needs {PACKAGES[kind]}; pip install "gdro[quantization]"')
     if kind == "nf4" and device.type != "cuda":
@@ -22,7 +22,7 @@ def check_quantization(kind: Quantization, device: torch.device) -> None:
 
 
 def quantized(kind: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """What diffusers' `from_pretrained` takes to load a transformer so, all its linear layers; products in `dtype`."""
+    """Arguments for diffusers' `from_pretrained` that quantize all linear layers; products are in `dtype`."""
     from diffusers import BitsAndBytesConfig, TorchAoConfig
 
     if kind == "nf4":
@@ -35,6 +35,6 @@ def quantized(kind: Quantization, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def hush() -> None:
-    """Keep what torchao and diffusers say, on import, of kernels and file formats that are not used here."""
+    """Silence what torchao and diffusers print on import about kernels and file formats not used here."""
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)

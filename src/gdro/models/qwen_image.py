@@ -1,4 +1,4 @@
-"""Qwen-Image: a language model reads the prompt, guidance keeps the velocity's length, the VAE is a video's."""
+"""Qwen-Image: a language model reads the prompt, guidance preserves the velocity's norm, the VAE is a video VAE."""
 
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -13,7 +13,7 @@ from gdro.models.base import Text
 from gdro.models.diffusers_model import DiffusersModel
 from gdro.models.guidance import guided
 
-BLANK = " "  # the negative prompt that Qwen-Image is meant to be guided with
+BLANK = " "  # the negative prompt intended for Qwen-Image's guidance
 _BLOCK = r"transformer_blocks\.\d+\."
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FEED_FORWARD = r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)"
@@ -21,12 +21,12 @@ _FEED_FORWARD = r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)"
 
 @cache
 def _template() -> Any:
-    """The pipeline without its components: it carries the template."""
+    """The pipeline without its components, for its template."""
     return QwenImagePipeline(scheduler=None, vae=None, transformer=None, text_encoder=None, tokenizer=None)
 
 
 class QwenImageModel(DiffusersModel):
-    """Qwen-Image; a guidance scale of at most 1 is no guidance, in one pass."""
+    """Qwen-Image; a guidance scale of at most 1 means no guidance and one pass."""
 
     pipeline = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
@@ -57,12 +57,12 @@ class QwenImageModel(DiffusersModel):
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
         """`prompt_embeds` (n, max_sequence_length, D), `prompt_embeds_mask` (n, max_sequence_length): False is padding.
 
-        `negative_prompt_embeds` (n, L, D) are a blank prompt's, without padding.
+        `negative_prompt_embeds` (n, L, D) are those of a blank prompt, without padding.
         """
         how = {"device": self.device, "max_sequence_length": max_sequence_length}
         embeds, mask = self._text_pipeline.encode_prompt(list(prompts), **how)
         blank, _ = self._text_pipeline.encode_prompt(BLANK, **how)
-        if mask is None:  # the pipeline's word for: no padding
+        if mask is None:  # in the pipeline this means no padding
             mask = torch.ones(embeds.shape[:2], device=self.device)
         short = max_sequence_length - embeds.shape[1]
         return {
@@ -72,7 +72,7 @@ class QwenImageModel(DiffusersModel):
         }
 
     def text_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
-        """A blank prompt's length depends on the tokenizer: the published one's is meant."""
+        """The length of a blank prompt depends on the tokenizer; the published one is assumed."""
         width = self.transformer.config.joint_attention_dim
         return {
             "prompt_embeds": (max_sequence_length, width),
@@ -82,7 +82,7 @@ class QwenImageModel(DiffusersModel):
 
     def _predict(self, x_t: Tensor, t: Tensor, text: Text, *, guidance_scale: float, height: int, width: int) -> Tensor:
         embeds, mask = text["prompt_embeds"], text["prompt_embeds_mask"]
-        # Padding would cost as much as the image's own tokens, and a mask the fastest attention kernels.
+        # Padding would cost as much as the image's tokens, and a mask would rule out the fastest attention kernels.
         shortest, longest = torch.stack(mask.sum(1).aminmax()).tolist()
         seen = None if shortest == longest else mask[:, :longest]
         velocity = self._network(x_t, t, embeds[:, :longest], seen, height, width)
@@ -113,7 +113,7 @@ class QwenImageModel(DiffusersModel):
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel of the VAE's latents, (channels, 1, 1)."""
+        """Mean and standard deviation of each channel of the VAE's latents, (channels, 1, 1)."""
         mean, std = (
             torch.tensor(self._vae_config[name], device=self.device) for name in ("latents_mean", "latents_std")
         )

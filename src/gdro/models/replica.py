@@ -1,4 +1,4 @@
-"""How a process elsewhere comes by the same model."""
+"""How another process gets the same model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from gdro.models.quantization import Quantization
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """What `load_model` and `FlowModel.compile` are asked for, and the adapter of a later round; picklable.
+    """Arguments for `load_model` and `FlowModel.compile`, and the adapter in later rounds; picklable.
 
     `lora` holds `FlowModel.add_adapter`'s arguments, `state` the adapter's tensors, on the CPU.
     """
@@ -28,7 +28,7 @@ class Replica:
     state: Mapping[str, Tensor] | None = None
 
     def load(self) -> FlowModel:
-        """Raises UserError, as `load_model` does, if this machine has no such model."""
+        """Load the model; raises UserError, like `load_model`, if this machine does not have it."""
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
         model = load_model(self.name, device=device, dtype=self.dtype, quantization=self.quantization)
         if self.compile:

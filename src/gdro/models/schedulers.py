@@ -1,4 +1,4 @@
-"""diffusers' deterministic flow solvers, each told the model's own time schedule."""
+"""diffusers' deterministic flow solvers, each set to the model's own time schedule."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,14 @@ def flow_scheduler(
 ) -> Any:
     """Scheduler `name` for a model whose own scheduler has `config`, with its timesteps set.
 
-    Euler gets the family's `sigmas` (None: those it sets itself) and, if its shift is dynamic, `mu`. The others know a
-    constant shift only and get the equal one, e^mu: e^mu / (e^mu + 1/s - 1) = shift s / (1 + (shift - 1) s).
+    Euler gets the family's `sigmas` (None: its own) and, if its shift is dynamic, `mu`. The others only support a
+    constant shift and get the equivalent one, e^mu: e^mu / (e^mu + 1/s - 1) = shift s / (1 + (shift - 1) s).
+    Raises UserError for any other scheduler.
     """
     if name not in get_args(SchedulerName):
         hint = did_you_mean(name, get_args(SchedulerName))
-        raise UserError(f"sample.scheduler: {name!r} is no deterministic flow scheduler of diffusers{hint}")
-    import diffusers  # its schedulers take a second to import: not for reading a configuration
+        raise UserError(f"sample.scheduler: {name!r} is not a deterministic flow scheduler of diffusers{hint}")
+    import diffusers  # its schedulers take a second to import, too long for reading a configuration
 
     kind = getattr(diffusers, name)
     if name == "FlowMatchEulerDiscreteScheduler":
@@ -54,7 +55,7 @@ def flow_scheduler(
 
 
 def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """mu, linear in the number of tokens: larger images are kept longer at high noise (FLUX, SD3 section 5.3.2)."""
+    """mu, linear in the number of tokens: larger images stay longer at high noise (FLUX; SD3, 2403.03206, 5.3.2)."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return base + (top - base) * (tokens - low) / (high - low)

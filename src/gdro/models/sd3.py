@@ -23,7 +23,7 @@ _FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
 
 
 class StableDiffusion3Model(DiffusersModel):
-    """Stable Diffusion 3, 3.5 medium and large; a guidance scale of at most 1 is no guidance, in one pass."""
+    """Stable Diffusion 3, 3.5 medium and large; a guidance scale of at most 1 means no guidance and one pass."""
 
     pipeline = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
@@ -44,9 +44,9 @@ class StableDiffusion3Model(DiffusersModel):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
-        """`prompt_embeds` (n, 77 + max_sequence_length, D), `pooled_prompt_embeds` (n, P), of prompts and of nothing.
+        """`prompt_embeds` (n, 77 + max_sequence_length, D) and `pooled_prompt_embeds` (n, P), also for empty prompts.
 
-        77 stands for CLIP's own length.
+        77 is CLIP's own length.
         """
         embeds, negative, pooled, negative_pooled = self._text_pipeline.encode_prompt(
             list(prompts), None, None, device=self.device, max_sequence_length=max_sequence_length
@@ -59,7 +59,7 @@ class StableDiffusion3Model(DiffusersModel):
         }
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
-        """As every model's; the network's table of positions also bounds the size."""
+        """(tokens, channels) of one image; UserError also for a size beyond the network's table of positions."""
         shape = super().latent_shape(height, width)
         most = self.transformer.config.pos_embed_max_size * self.transformer.config.patch_size * self._scale
         for field, value in (("height", height), ("width", width)):

@@ -1,4 +1,4 @@
-"""Tokenizers that are what the model was trained with, and what of a prompt they hand on to its text encoder."""
+"""Checks that tokenizers are those the model was trained with, and how much of a prompt reaches its text encoder."""
 
 import json
 import re
@@ -10,9 +10,9 @@ import transformers
 
 from gdro.models.components import Components, is_tokenizer
 
-_WHOLE = ("tokenizer.json", "spiece.model", "tokenizer.model")  # each holds a vocabulary by itself
+_WHOLE = ("tokenizer.json", "spiece.model", "tokenizer.model")  # each contains a vocabulary
 _PAIR = ("vocab.json", "merges.txt")  # or both of these
-_LEAST = 0.9  # of the text encoder's vocabulary: published models pad theirs by up to 0.3 %
+_LEAST = 0.9  # of the text encoder's vocabulary; published models pad theirs by up to 0.3 %
 _PLAIN = "a photo of a red wall with two dots"
 _MARK = "\ue000"  # stands for a prompt in its family's template
 _SPECIAL = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]")  # such as <|im_start|> and [INST]
@@ -20,14 +20,14 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def check(components: Components) -> None:
-    """Raise UserError unless every tokenizer of the model is whole and its text encoder's."""
+    """Raise UserError unless every tokenizer of the model is complete and matches its text encoder."""
     for part, kind in components.kinds.items():
         if is_tokenizer(kind):
             load(components, part)
 
 
 def load(components: Components, part: str) -> Any:
-    """Tokenizer `part` of a model; UserError, naming its file, if it is not whole or not its text encoder's."""
+    """Tokenizer `part` of a model; UserError naming its file if it is incomplete or not its text encoder's."""
     components.path(f"{part}/tokenizer_config.json")
     if not any(components.has(f"{part}/{file}") for file in _WHOLE):
         found = [file for file in _PAIR if components.has(f"{part}/{file}")]
@@ -41,7 +41,7 @@ def load(components: Components, part: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _load(components: Components, part: str, stamp: Any) -> Any:
-    """Read and checked once a process, as long as its files stay what they were at `stamp`."""
+    """Read and checked once per process, while its files are unchanged since `stamp`."""
     where = {"pretrained_model_name_or_path": components.source, "revision": components.commit}
     encoder = part.replace("tokenizer", "text_encoder")
     with components.refusing(part):
@@ -55,13 +55,13 @@ def _load(components: Components, part: str, stamp: Any) -> Any:
 
 
 def _faults(family: Any, tokenizer: Any, config: Any) -> Iterable[str]:
-    """What a tokenizer that was put together from too few files, or from another model's, shows."""
+    """Signs that a tokenizer was built from too few files or from another model's."""
     size = len(tokenizer)
     if not _LEAST * config.vocab_size <= size <= config.vocab_size:
-        yield f"the vocabulary is of {size} tokens; expected the {config.vocab_size} of its text encoder, nearly"
+        yield f"the vocabulary has {size} tokens; expected nearly the {config.vocab_size} of its text encoder"
     lost = _unreachable(tokenizer)
     if lost:
-        yield f"tokens such as {json.dumps(lost[0])} have no merge, {len(lost)} of {size}; expected merges.txt whole"
+        yield f"{len(lost)} of {size} tokens, such as {json.dumps(lost[0])}, have no merge; expected all of merges.txt"
     if tokenizer.pad_token_id is None:
         yield "there is no padding token; expected tokenizer_config.json to name it"
     ids = tokenizer(_PLAIN, add_special_tokens=False).input_ids
@@ -77,14 +77,14 @@ def _faults(family: Any, tokenizer: Any, config: Any) -> Iterable[str]:
         yield "the chat template leaves the prompt out; expected the model's own"
     for special in _SPECIAL.findall(template):
         if len(tokenizer(special, add_special_tokens=False).input_ids) != 1:
-            yield f"{special} is no token; expected tokenizer_config.json to add it"
+            yield f"{special} is not a token; expected tokenizer_config.json to add it"
     before = tokenizer(template.partition(_MARK)[0], add_special_tokens=False).input_ids
     if family.dropped() not in (0, len(before)):
         yield f"the template's {family.dropped()} first tokens are {len(before)}; expected the model's tokenizer"
 
 
 def _unreachable(tokenizer: Any) -> list[str]:
-    """Tokens of more than a character that byte-pair merges never make; none if few of them, or of another kind."""
+    """Tokens longer than a character that no byte-pair merge makes; empty if there are few, or for other tokenizers."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE" or model.get("ignore_merges"):
         return []
@@ -100,8 +100,8 @@ def _unreachable(tokenizer: Any) -> list[str]:
 
 
 def text_seen(family: Any, tokenizer: Any, prompts: Sequence[str], max_sequence_length: int) -> list[str | None]:
-    """Of each prompt what its text encoder reads of it at that length; None: all of it."""
-    if not prompts:  # which tokenizers do not take
+    """The part of each prompt that its text encoder reads at this length; None if all of it."""
+    if not prompts:  # tokenizers do not accept that
         return []
     before, after = (len(side) for side in family.written(tokenizer, _MARK).split(_MARK))
     written = [family.written(tokenizer, prompt) for prompt in prompts]
@@ -117,5 +117,5 @@ def text_seen(family: Any, tokenizer: Any, prompts: Sequence[str], max_sequence_
 
 
 def _reach(spans: Sequence[tuple[int, int]]) -> int:
-    """The last character that a token stands for."""
+    """The end of the last character that a token covers."""
     return max((end for _, end in spans), default=0)

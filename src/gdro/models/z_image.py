@@ -1,4 +1,4 @@
-"""Z-Image: the network's time runs from noise (0) to image (1), and a caption is as long as it is."""
+"""Z-Image: the network's time runs from noise (0) to image (1), and captions keep their own length."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ _FEED_FORWARD = r"feed_forward\.(w1|w2|w3)"
 
 
 class ZImageModel(DiffusersModel):
-    """Z-Image and its Turbo. Guidance is v + s (v - v_nothing), so a scale of 0 is no guidance, in one pass."""
+    """Z-Image and Z-Image Turbo. Guidance is v + s (v - v_nothing), so a scale of 0 means no guidance and one pass."""
 
     pipeline = ZImagePipeline
     transformer_class = ZImageTransformer2DModel
@@ -37,9 +37,9 @@ class ZImageModel(DiffusersModel):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
-        """`prompt_embeds` (n, max_sequence_length, D) and `prompt_embeds_mask`: false is padding.
+        """`prompt_embeds` (n, max_sequence_length, D) and `prompt_embeds_mask`: False is padding.
 
-        The same of nothing, for guidance, as `negative_...`.
+        For guidance, the same for an empty prompt, as `negative_...`.
         """
         embeds, negative = self._text_pipeline.encode_prompt(
             list(prompts), device=self.device, max_sequence_length=max_sequence_length

@@ -128,7 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         except UserError as error:
             raise UserError(_damaged(file, error)) from None
         if hashlib.sha256(data).hexdigest() != digest:
-            raise UserError(_damaged(file, "its bytes are not those written"))
+            raise UserError(_damaged(file, "its bytes were altered"))
         tensors[file.stem.partition("-")[0]] |= safetensors.load(data)
     return Checkpoint(path, step, settings, memory, **tensors)
 
