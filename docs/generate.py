@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 import gdro
 from gdro.objectives.registry import OBJECTIVES, hyperparameter_model
 from gdro.rewards.registry import COMPARATORS, JUDGES, REWARDS
-from gdro.run.config import MAY_CHANGE, RunConfig
+from gdro.runner.config import MAY_CHANGE, RunConfig
 
 DOCS = Path(__file__).parent
 GENERATED = "<!-- written by docs/generate.py: change the descriptions in the code, then run it -->"

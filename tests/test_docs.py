@@ -23,7 +23,7 @@ from gdro.common.yaml import parse_yaml
 from gdro.models import load_model, loading
 from gdro.models.base import FlowModel
 from gdro.rewards.registry import load_judge, load_reward
-from gdro.run.config import validate
+from gdro.runner.config import validate
 from gdro.stages.train import train
 from gdro.training.config import TrainConfig
 
