@@ -255,13 +255,13 @@ def test_a_missing_folder_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"score\.reward\.safe: .*nothing not found"):
         safety(model=str(folder), processor=None, safe=str(tmp_path / "nothing")).check(PROMPTS)
     (tmp_path / "empty").write_text("\n \n")
-    with pytest.raises(UserError, match=r"score\.reward\.unsafe: .* has no phrase"):
+    with pytest.raises(UserError, match=r"score\.reward\.unsafe: .* contains no phrases"):
         safety(model=str(folder), processor=None, unsafe=str(tmp_path / "empty")).check(PROMPTS)
 
 
 def test_foreign_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     save_head(tmp_path)
-    with pytest.raises(UserError, match=r"score\.reward\.model: .* no config\.json, nor open_clip's tensors"):
+    with pytest.raises(UserError, match=r"score\.reward\.model: .* lacks config\.json and open_clip's tensors"):
         hpsv2(model=str(tmp_path), processor=str(folder)).check(PROMPTS)
     reward = aesthetic(model=str(folder), head=str(folder))
     with pytest.raises(UserError, match=r"score\.reward\.head: .* has the linear layers \[\]"):

@@ -92,7 +92,7 @@ def test_a_placeholder_of_a_key_hides_nothing(serve: Any, monkeypatch: pytest.Mo
     assert judge.ask(questions(1), number)[0][0] == 1
 
 
-@pytest.mark.parametrize(("key", "found"), [(None, "not set"), ("  ", "not set"), ("a\nb", "no line of ASCII")])
+@pytest.mark.parametrize(("key", "found"), [(None, "not set"), ("  ", "not set"), ("a\nb", "not a line of ASCII")])
 def test_missing_api_key_is_refused(serve: Any, monkeypatch: pytest.MonkeyPatch, key: str | None, found: str) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     if key is not None:

@@ -42,9 +42,9 @@ def test_names() -> None:
 
 
 def test_nearest_name_is_offered() -> None:
-    with pytest.raises(UserError, match=r'score.reward: "ocr_strikt" is no reward.*did you mean "ocr_strict"\?'):
+    with pytest.raises(UserError, match=r'score.reward: "ocr_strikt" is neither a reward.*did you mean "ocr_strict"\?'):
         load_reward("ocr_strikt")
-    with pytest.raises(UserError, match=r'evaluate.judge: "tinny" is no judge.*did you mean "tiny"\?'):
+    with pytest.raises(UserError, match=r'evaluate.judge: "tinny" is neither a judge.*did you mean "tiny"\?'):
         load_judge("tinny")
 
 

@@ -137,7 +137,7 @@ def test_any_pointwise_reward_compares(tmp_path, monkeypatch) -> None:
     ("spec", "message"),
     [
         ({"name": "win_rate"}, "score.reward.comparator is missing"),
-        ({"name": "win_rate", "comparator": "ocrr"}, '"ocrr" compares nothing; did you mean "ocr"'),
+        ({"name": "win_rate", "comparator": "ocrr"}, '"ocrr" is not a comparator; did you mean "ocr"'),
         ({"name": "win_rate", "comparator": "ocr", "pairs": 1}, "score.reward.pairs is 1; expected at least 2"),
         (
             {"name": "win_rate", "comparator": {"name": "win_rate", "comparator": "ocr"}},

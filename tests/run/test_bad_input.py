@@ -77,7 +77,10 @@ def work(
         (["--model", "."], "model: . has no model_index.json; expected"),
         (["--sample.prompts", "none.jsonl"], "sample.prompts: none.jsonl not found; expected"),
         (["--evaluate.prompts", "tiny:ocr:tset:9"], 'evaluate.prompts: "tiny:ocr:tset:9" names the split "tset"'),
-        (["--score.reward", "ocrr"], 'score.reward: "ocrr" is no reward, nor module:function; did you mean "ocr"?'),
+        (
+            ["--score.reward", "ocrr"],
+            'score.reward: "ocrr" is neither a reward nor module:function; did you mean "ocr"?',
+        ),
         (["--score.reward", "my_rewards:redish"], 'has nothing named "redish"; did you mean "redness"?'),
         (
             ["--score.reward", "my_rewards:missing"],

@@ -1,4 +1,4 @@
-"""What a reward and a judge are."""
+"""Protocols of rewards, comparators and judges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ AXES = ("alignment", "coherence", "style")  # of a judge
 
 
 class ImageFailure(UserError):
-    """An image that could not be scored: its place in the batch and why. A failure is never a score of zero."""
+    """An image could not be scored: its index in the batch, and why. A failure is never a score of zero."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(index, reason)
@@ -26,7 +26,7 @@ class ImageFailure(UserError):
 
 @dataclass(frozen=True)
 class Scores:
-    """One float per image, NaN where it is missing, and what each rests on (recognized text, raw reply; JSON-able)."""
+    """One float per image, NaN where missing, and the evidence for each (recognized text, raw reply; JSON-able)."""
 
     values: np.ndarray  # (n,) float64
     evidence: list[dict[str, Any]]  # n
@@ -40,12 +40,12 @@ class Reward(Protocol):
 
     @property
     def version(self) -> str:
-        """Changes whenever the same image could get another score."""
+        """Changes whenever the same image could get a different score."""
         ...
 
     @property
     def parallel(self) -> bool:
-        """Whether to score in a process a core unless told otherwise; False for what may hold a GPU or a connection."""
+        """Whether to use a process per core by default; False for rewards that may hold a GPU or a connection."""
         ...
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -53,19 +53,19 @@ class Reward(Protocol):
         ...
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Scores of the images; one image's score does not depend on the others. Raises ImageFailure."""
+        """Scores of n images, each independent of the others. Raises ImageFailure for one that cannot be scored."""
         ...
 
 
 class GroupReward(Reward, Protocol):
-    """Compares the images of a group: it is called with all of one group's, and a score is relative to them."""
+    """Compares the images of a group: called with all images of one group, it scores each relative to the others."""
 
     @property
     def grouped(self) -> Literal[True]: ...
 
 
 class Comparator(Protocol):
-    """Tells which of two images of one prompt is better."""
+    """Decides which of two images of one prompt is better."""
 
     @property
     def name(self) -> str: ...
@@ -76,7 +76,7 @@ class Comparator(Protocol):
     def check(self, prompts: Sequence[Prompt]) -> None: ...
 
     def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
-        """1.0 where the first is better, 0.0 where the second is, 0.5 for a tie, None where there is no answer."""
+        """Per pair: 1.0 if the first is better, 0.0 if the second is, 0.5 for a tie, None without an answer."""
         ...
 
 

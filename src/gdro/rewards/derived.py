@@ -1,7 +1,7 @@
-"""Rewards that follow from the scores of others: transformed, standardized, weighted, added up.
+"""Rewards computed from the scores of others: transformed, standardized, weighted, summed.
 
-No image is looked at: each term's scores lie in a file of their own, so other weights score nothing anew. A term is
-transformed, then standardized, then weighted. A score that is missing in one term is missing in the sum.
+They look at no image: each term's scores are in their own file, so changing weights rescores nothing. A term is
+transformed, then standardized, then weighted. A score missing in one term is missing in the sum.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ from gdro.common.validation import show
 from gdro.rewards.base import Reward
 
 Transform = tuple[str, tuple[float, ...]]
-"""Its name and its numbers."""
+"""Its name and its parameters."""
 Groups = Mapping[str, np.ndarray]
 """Group id -> (K,) float64 scores, NaN where missing."""
 
 
 def hp_edit(scores: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(5 - 2 s)): a judge's 0 to 5 spread out around 2.5 (HP-Edit)."""
+    """1 / (1 + exp(5 - 2 s)): spreads a judge's 0 to 5 around 2.5 (HP-Edit); any shape."""
     return 1 / (1 + np.exp(5 - 2 * scores))
 
 
@@ -33,7 +33,7 @@ def clip(scores: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def rank(scores: np.ndarray) -> np.ndarray:
-    """Of one group: its different scores, equally spaced from 0 to 1; all equal are 1/2."""
+    """One group's distinct scores (K,), equally spaced from 0 to 1; 1/2 if all are equal."""
     present = np.isfinite(scores)
     levels, place = np.unique(scores[present], return_inverse=True)
     out = np.full(scores.shape, np.nan)
@@ -41,7 +41,7 @@ def rank(scores: np.ndarray) -> np.ndarray:
     return out
 
 
-TRANSFORMS: dict[str, tuple[Callable[..., np.ndarray], int]] = {  # function, how many numbers it takes
+TRANSFORMS: dict[str, tuple[Callable[..., np.ndarray], int]] = {  # function, number of parameters
     "hp_edit": (hp_edit, 0),
     "clip": (clip, 2),
     "rank": (rank, 0),
@@ -70,7 +70,7 @@ class Term:
 class DerivedReward:
     """Sum over the terms of weight x (s - mean) / std, or weight x s if a term is not standardized.
 
-    Mean and std are constants of the run: those of the images it was first trained on.
+    Mean and std are constants of the run, taken from the images it was first trained on.
     """
 
     terms: tuple[Term, ...]
@@ -107,14 +107,14 @@ class DerivedReward:
                 continue
             if not len(values) or values.std() == 0:
                 raise UserError(
-                    f'score.reward: "{term.reward.name}" gives all images the same score, or none; it cannot be '
-                    "standardized (standardize: false, or leave it out)"
+                    f'score.reward: "{term.reward.name}" gives all images the same score, or none, so it cannot be '
+                    "standardized (set standardize: false, or leave it out)"
                 )
             found.append((float(values.mean()), float(values.std())))
         return found
 
     def combined(self, scores: Sequence[Groups], constants: Sequence[tuple[float, float]]) -> dict[str, np.ndarray]:
-        """Group id -> (K,) scores, from those of each term."""
+        """Group id -> (K,) scores, combined from those of each term."""
         total: dict[str, np.ndarray] = {}
         for term, groups, (mean, std) in zip(self.terms, scores, constants, strict=True):
             for group, values in term.transformed(groups).items():
@@ -127,7 +127,7 @@ Scorer = Reward | DerivedReward
 
 
 def is_relative(reward: Scorer) -> bool:
-    """Whether a score only compares an image with the others of its group, and so says nothing between models."""
+    """Whether scores only compare the images of a group, so they mean nothing between models."""
     return reward.relative if isinstance(reward, DerivedReward) else bool(getattr(reward, "grouped", False))
 
 
@@ -137,7 +137,7 @@ def base_rewards(reward: Scorer) -> list[Reward]:
 
 
 def parse_transforms(value: Any, field: str) -> tuple[Transform, ...]:
-    """A transform's name, {name: its numbers}, or a list of them, in their order; null is none."""
+    """A transform's name, {name: parameters}, or a list of these in order; null means none. UserError otherwise."""
     if value is None:
         return ()
     return tuple(_parsed(value if isinstance(value, list) else [value], field))

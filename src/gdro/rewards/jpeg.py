@@ -14,20 +14,20 @@ from gdro.common.prompts import Prompt
 from gdro.rewards.base import Scores
 
 QUALITY = 95
-SCALE = 500.0  # kB: Flow-GRPO divides compressibility by it, and leaves incompressibility in kB
+SCALE = 500.0  # kB; Flow-GRPO divides compressibility by it and leaves incompressibility in kB
 
 
 def jpeg_kilobytes(image: Image.Image) -> float:
     """Size in kB (1000 bytes) as JPEG of QUALITY, without metadata."""
     buffer = BytesIO()
-    bare = Image.fromarray(np.asarray(to_rgb(image)))  # without what came with the file
+    bare = Image.fromarray(np.asarray(to_rgb(image)))  # without the file's metadata
     bare.save(buffer, format="JPEG", quality=QUALITY)
     return buffer.tell() / 1000
 
 
 @dataclass(frozen=True)
 class JpegReward:
-    """`sign` -1: -kB / 500, small files are best; +1: kB. Evidence: `kilobytes`."""
+    """`sign` -1: -kB / 500, so small files are best; +1: kB. Evidence: `kilobytes`."""
 
     sign: int
     parallel: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class JpegReward:
 
     @property
     def version(self) -> str:
-        """Rule and encoder: another library writes other bytes."""
+        """Rule and encoder: other libraries write other bytes."""
         return fingerprint(
             "rule 1", self.name, QUALITY, SCALE, features.version("jpg"), features.version("libjpeg_turbo")
         )

@@ -1,4 +1,4 @@
-"""A pointwise reward in place of a judge of pairs."""
+"""A pointwise reward used as a judge of pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gdro.rewards.base import Reward
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A reward as comparator: the higher score wins, equal scores tie, a missing one gives no answer."""
+    """A reward as comparator: the higher score wins, equal scores tie, a missing score gives no answer."""
 
     reward: Reward
 

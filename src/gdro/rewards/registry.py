@@ -1,7 +1,7 @@
-"""Rewards, judges and comparators by name: what each needs, and how it is made from the configuration.
+"""Rewards, judges and comparators by name: what each needs and how to make it from the configuration.
 
 A spec is a name, `module:function`, or a section `{name: ..., option: ...}`; the options are the keyword parameters of
-the factory that the name stands for. `score.reward` may also be a list of such sections, each with a `weight`.
+the name's factory. `score.reward` may also be a list of such sections, each with a `weight`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,27 +21,27 @@ from gdro.rewards.user import UserJudge, UserReward
 from gdro.rewards.winrate import WinRate
 
 Spec = str | dict[str, Any]
-OF_TERMS = {"weight", "transform", "standardize"}  # options that every reward has, beside its own
+OF_TERMS = {"weight", "transform", "standardize"}  # options that every reward has, besides its own
 IN_UNIT = ("ocr", "ocr_strict", "geneval", "geneval_strict")  # rewards that lie in [0, 1]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a name stands for; `factory` is module:function and imported only when asked for."""
+    """What a name stands for; `factory` is module:function, imported only when used."""
 
     factory: str
     about: str
-    hardware: Literal["cpu", "gpu", "endpoint"] = "cpu"  # gpu: runs without one too, slowly
-    fields: tuple[str, ...] = ()  # of a prompt, beside its text
-    extra: str | None = None  # of the package, which brings what it imports
+    hardware: Literal["cpu", "gpu", "endpoint"] = "cpu"  # gpu: also runs without one, slowly
+    fields: tuple[str, ...] = ()  # required of a prompt, besides its text
+    extra: str | None = None  # the gdro extra that installs its imports
 
 
 REWARDS = {
     "ocr": Entry("gdro.rewards.ocr.reward:ocr", "text read against the prompt's quoted target (Flow-GRPO's rule)"),
-    "ocr_strict": Entry("gdro.rewards.ocr.reward:ocr_strict", "the same, junk around the target counted"),
+    "ocr_strict": Entry("gdro.rewards.ocr.reward:ocr_strict", "the same, but junk around the target counts"),
     "geneval": Entry(
         "gdro.rewards.geneval.reward:geneval",
-        "objects, counts, colors, places: share there",
+        "objects, counts, colors, positions: share that is right",
         "gpu",
         ("tag", "include"),
         "geneval",
@@ -64,7 +64,7 @@ REWARDS = {
     "aesthetic": Entry(
         "gdro.rewards.neural.clip:aesthetic", "LAION's aesthetic predictor v2, rating / 10; prompt unused", "gpu"
     ),
-    "safety": Entry("gdro.rewards.neural.clip:safety", "agreement with prompt made safer (SafeDiffusion-R1)", "gpu"),
+    "safety": Entry("gdro.rewards.neural.clip:safety", "agreement with a safer prompt (SafeDiffusion-R1)", "gpu"),
     "jpeg_compressibility": Entry("gdro.rewards.jpeg:jpeg_compressibility", "size as JPEG, -kB / 500"),
     "jpeg_incompressibility": Entry("gdro.rewards.jpeg:jpeg_incompressibility", "size as JPEG, kB"),
     "unified_reward": Entry("gdro.rewards.judges.unified:unified_reward", "UnifiedReward's grade, 1 to 5", "endpoint"),
@@ -72,7 +72,7 @@ REWARDS = {
 }
 JUDGES = {
     "unified_judge": Entry("gdro.rewards.judges.unified:unified_judge", "UnifiedReward's three axes", "endpoint"),
-    "tiny": Entry("gdro.tiny.judge:tiny_judge", "the tiny world's pictures against what it knows of them"),
+    "tiny": Entry("gdro.tiny.judge:tiny_judge", "the tiny world's images against its ground truth"),
 }
 COMPARATORS = {
     "unified_pairs": Entry("gdro.rewards.judges.unified:unified_pairs", "UnifiedReward on pairs of images", "endpoint"),
@@ -80,9 +80,9 @@ COMPARATORS = {
 
 
 def load_reward(spec: Spec | list[Spec], field: str = "score.reward") -> Scorer:
-    """The reward of a spec or, of a list of them, their weighted sum. Loads no weights; UserError names the field.
+    """The reward for a spec, or the weighted sum for a list of them. Loads no weights; UserError names the field.
 
-    A section's `weight`, `transform` and `standardize` are `gdro.rewards.derived`'s; the rest are the reward's own.
+    A section's `weight`, `transform` and `standardize` belong to `gdro.rewards.derived`; the rest are the reward's own.
     """
     if isinstance(spec, list):
         if not spec:
@@ -97,7 +97,7 @@ def load_reward(spec: Spec | list[Spec], field: str = "score.reward") -> Scorer:
 
 
 def listing() -> str:
-    """A table of every name, what it needs and its options, for people."""
+    """A readable table of every name, what it needs and its options."""
     lines = []
     for kind, entries in (("reward", REWARDS), ("judge", JUDGES), ("comparator", COMPARATORS)):
         for name, entry in entries.items():
@@ -111,14 +111,14 @@ def listing() -> str:
 
 
 def title(spec: Spec | list[Spec]) -> str:
-    """A spec's name, or names, for people."""
+    """A spec's name or names, for display."""
     if isinstance(spec, list):
         return "+".join(map(title, spec))
     return str(spec["name"]) if isinstance(spec, dict) else spec
 
 
 def load_judge(spec: Spec, field: str = "evaluate.judge") -> Judge:
-    """A judge by its name or, for a function of the user's own, `module:function`."""
+    """A judge by name or, for a user's own function, `module:function`; UserError names the field."""
     name, options = _named(spec, field)
     if ":" in name:
         _no_options(options, field)
@@ -127,12 +127,12 @@ def load_judge(spec: Spec, field: str = "evaluate.judge") -> Judge:
 
 
 def load_comparator(spec: Spec, field: str) -> Comparator:
-    """What tells which of two images of one prompt is better: a pairwise judge, or any pointwise reward."""
+    """The comparator for a spec: a pairwise judge or any pointwise reward; UserError names the field."""
     name, options = _named(spec, field)
     if name in COMPARATORS:
         return _make(COMPARATORS, "comparator", name, options, field)
     if name not in REWARDS and ":" not in name:
-        raise UserError(f'{field}: "{name}" compares nothing{did_you_mean(name, [*COMPARATORS, *REWARDS])}')
+        raise UserError(f'{field}: "{name}" is not a comparator{did_you_mean(name, [*COMPARATORS, *REWARDS])}')
     reward = _base_reward(spec, field)
     if getattr(reward, "grouped", False):
         raise UserError(f'{field}: "{name}" compares the images of a group itself; expected a pointwise reward')
@@ -142,10 +142,10 @@ def load_comparator(spec: Spec, field: str) -> Comparator:
 def win_rate(
     *, comparator: str | dict[str, Any], pairs: int | None = None, both_orders: bool = True, seed: int = 0
 ) -> WinRate:
-    """The reward of these options.
+    """The win-rate reward (Pref-GRPO, 2508.20751).
 
-    comparator: a pairwise judge or any pointwise reward, by name or {name: ..., ...}. pairs: of each group, null: all.
-    both_orders: ask a judge about (a, b) and (b, a), which halves its taste for a place.
+    comparator: a pairwise judge or any pointwise reward, by name or {name: ..., ...}. pairs: per group; null: all.
+    both_orders: ask a judge about (a, b) and (b, a), which halves its position bias.
     """
     if pairs is not None and pairs < 2:
         raise UserError(f"score.reward.pairs is {pairs}; expected at least 2, or null for all pairs")
@@ -184,12 +184,12 @@ def _named(spec: Spec, field: str) -> tuple[str, dict[str, Any]]:
 
 def _no_options(options: Mapping[str, Any], field: str) -> None:
     if options:
-        raise UserError(f"{field}.{next(iter(options))}: a function of your own takes no options; expected name only")
+        raise UserError(f"{field}.{next(iter(options))}: your own function takes no options; expected only a name")
 
 
 def _make(entries: Mapping[str, Entry], kind: str, name: str, options: Mapping[str, Any], field: str) -> Any:
     if name not in entries:
-        raise UserError(f'{field}: "{name}" is no {kind}, nor module:function{did_you_mean(name, entries)}')
+        raise UserError(f'{field}: "{name}" is neither a {kind} nor module:function{did_you_mean(name, entries)}')
     module, _, function = entries[name].factory.partition(":")
     factory: Callable[..., Any] = getattr(import_module(module), function)
     known = list(signature(factory).parameters)
@@ -204,5 +204,5 @@ def _make(entries: Mapping[str, Entry], kind: str, name: str, options: Mapping[s
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, (field, *problem["loc"])))
         if problem["type"].startswith("missing"):
-            raise UserError(f'{where} is missing; {kind} "{name}" expects it') from None
+            raise UserError(f'{where} is missing; {kind} "{name}" requires it') from None
         raise UserError(f"{where} is {show(problem['input'])}; expected {expected(problem)}") from None

@@ -1,4 +1,4 @@
-"""Rewards and judges of the user's own: `module:function`, a plain Python function whose result is checked."""
+"""A user's own rewards and judges: `module:function`, a plain Python function whose result is checked."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ from gdro.rewards.base import AXES, ImageFailure, Scores
 
 
 class _UserFunction:
-    """The function a spec names; pickles as its spec, so that worker processes import it themselves."""
+    """The function a spec names; pickled as its spec, so worker processes import it themselves."""
 
     def __init__(self, spec: str, field: str) -> None:
         self.spec, self.field = spec, field
@@ -32,13 +32,13 @@ class _UserFunction:
         return type(self), (self.spec, self.field)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Nothing is known of what the function needs."""
+        """Accept all prompts: what the function needs is unknown."""
 
     def _result(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], who: str) -> Any:
-        """What the function returns; what it raises becomes a UserError that names its line."""
+        """What the function returns; exceptions become a UserError that names its line."""
         try:
             result = self._function(list(images), list(prompts))
-            return list(result) if isinstance(result, Iterator) else result  # a generator raises as it is read
+            return list(result) if isinstance(result, Iterator) else result  # a generator raises while it is read
         except UserError:
             raise
         except Exception as error:
@@ -48,9 +48,9 @@ class _UserFunction:
 
 
 class UserReward(_UserFunction):
-    """`function(images, prompts) -> one float an image`; images are PIL, prompts `gdro.common.prompts.Prompt`.
+    """`function(images, prompts) -> one float per image`; images are PIL, prompts `gdro.common.prompts.Prompt`.
 
-    Raises UserError if the function raises or the result has another length, ImageFailure for a value that is no
+    Raises UserError if the function raises or the result has the wrong length, ImageFailure for a value that is not a
     finite number.
     """
 
@@ -63,9 +63,9 @@ class UserReward(_UserFunction):
 
 
 class UserJudge(_UserFunction):
-    """`function(images, prompts) -> {"alignment": ..., "coherence": ..., "style": ...}`, a grade in [1, 5] an image.
+    """`function(images, prompts) -> {"alignment": ..., "coherence": ..., "style": ...}`, a grade in [1, 5] per image.
 
-    None or NaN is a grade that is missing.
+    None or NaN means a missing grade.
     """
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
@@ -82,7 +82,7 @@ class UserJudge(_UserFunction):
 
 
 def _floats(result: Any, count: int, who: str, *, missing: bool = False) -> np.ndarray:
-    """(count,) float64, or UserError / ImageFailure saying what is wrong with it; with `missing`, None is NaN."""
+    """(count,) float64; UserError or ImageFailure says what is wrong with it. With `missing`, None becomes NaN."""
     try:
         if isinstance(result, str | bytes | Mapping | Set):
             raise TypeError
@@ -91,7 +91,7 @@ def _floats(result: Any, count: int, who: str, *, missing: bool = False) -> np.n
         raise UserError(f"{who} returned a {type(result).__name__}; expected a sequence of {count} numbers") from None
     found = list(iterator)
     if len(found) != count:
-        raise UserError(f"{who} returned {len(found)} values for {count} images; expected one an image")
+        raise UserError(f"{who} returned {len(found)} values for {count} images; expected one per image")
     values = np.empty(count, np.float64)
     for i, value in enumerate(found):
         if (

@@ -1,7 +1,7 @@
 """Preference win rate as reward (Pref-GRPO, 2508.20751): the share of its group's other images that an image beats.
 
-A comparator looks at pairs, in both orders, as judges favor a place. All pairs give the win rate itself; a budget of
-pairs gives the one that a Bradley-Terry model, fitted to the answers, expects against the whole group.
+A comparator sees pairs in both orders, because judges favor a position. With all pairs this is the win rate itself;
+with a budget of pairs, the rate against the whole group that a fitted Bradley-Terry model expects.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from gdro.common.rng import numpy_rng
 from gdro.rewards.base import Comparator, Scores
 from gdro.rewards.pointwise import Pointwise
 
-PRIOR = 0.1  # imagined ties of each image with an average one: strengths stay finite where one image always wins
+PRIOR = 0.1  # virtual ties of each image with an average one, so strengths stay finite if one image always wins
 
 
 def choose_pairs(count: int, budget: int | None, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of `count` images: all of them, or `budget`, which link every image with every other.
+    """Pairs (i, j), i < j, of `count` images: all of them, or `budget` pairs that connect all images.
 
-    A random ring first, so that each image is compared and no two sets of images stay apart, then others at random.
+    First a random ring, so every image is compared and no subset stays disconnected, then others at random.
     """
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     if budget is None or budget >= len(pairs):
@@ -36,9 +36,9 @@ def choose_pairs(count: int, budget: int | None, rng: np.random.Generator) -> li
 
 
 def shares(wins: np.ndarray) -> np.ndarray:
-    """Win rates (K,) of a table of all comparisons: wins[i, j] in [0, 1] is how far i beat j, NaN where unknown.
+    """Win rates (K,) from the comparisons wins (K, K): wins[i, j] in [0, 1] is how far i beat j, NaN if unknown.
 
-    Over the opponents that i was compared with; NaN for an image without any.
+    Each is the mean over the opponents that i was compared with; NaN for an image without any.
     """
     known = np.isfinite(wins)
     counts = known.sum(1)
@@ -49,7 +49,7 @@ def shares(wins: np.ndarray) -> np.ndarray:
 def bradley_terry(wins: np.ndarray, *, steps: int = 1000, tolerance: float = 1e-10) -> np.ndarray:
     """Strengths p (K,), mean log 0, of the model P(i beats j) = p_i / (p_i + p_j), fitted to `wins` as in `shares`.
 
-    Maximum of the likelihood with PRIOR ties of each image with one of strength 1, by Hunter's (2004) minorization:
+    Maximizes the likelihood, with PRIOR ties of each image with one of strength 1, by Hunter's (2004) minorization:
     p_i = W_i / sum_j n_ij / (p_i + p_j). Every image has a finite strength, compared or not.
     """
     known = np.isfinite(wins)
@@ -66,7 +66,7 @@ def bradley_terry(wins: np.ndarray, *, steps: int = 1000, tolerance: float = 1e-
 
 
 def expected_shares(wins: np.ndarray) -> np.ndarray:
-    """Win rates (K,) that the fitted model expects against all the others; NaN for an image never compared."""
+    """Win rates (K,) that the fitted model expects against all others; NaN for an image never compared."""
     strengths = bradley_terry(wins)
     beats = strengths[:, None] / (strengths[:, None] + strengths[None, :])
     rates = (beats.sum(1) - 0.5) / max(1, len(wins) - 1)  # without the tie with itself
@@ -75,7 +75,7 @@ def expected_shares(wins: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Called with the images of one group. Evidence: the opponents, and how far the image beat each (null: unknown)."""
+    """Called with the images of one group. Evidence: the opponents and how far the image beat each (null: unknown)."""
 
     comparator: Comparator
     pairs: int | None

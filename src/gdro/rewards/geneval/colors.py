@@ -1,4 +1,4 @@
-"""The colors of objects as GenEval's official evaluator names them: CLIP ViT-L/14, zero-shot, on crops."""
+"""Object colors as in GenEval's official evaluator: CLIP ViT-L/14, zero-shot, on crops."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _EXPECTED = f"a folder or a Hub id of a CLIPModel, such as {CLIP}"
 
 
 def crop(image: Image.Image, box: Sequence[float], mask: Image.Image | None) -> Image.Image:
-    """The box (left, top, right, bottom) of the image, at least a pixel, painted BACKGROUND outside the mask."""
+    """The box (left, top, right, bottom) of the image, at least one pixel, filled with BACKGROUND outside the mask."""
     if mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), mask)
     left, top = (min(round(box[axis]), image.size[axis] - 1) for axis in (0, 1))
@@ -30,7 +30,7 @@ def crop(image: Image.Image, box: Sequence[float], mask: Image.Image | None) -> 
 
 @dataclass(frozen=True)
 class ColorClassifier:
-    """Names the color of an object of a known class. Float32; weights are loaded at the first call."""
+    """Names the color of an object of a known class. Float32; weights are loaded on the first call."""
 
     model: str = CLIP
     revision: str | None = None
@@ -42,7 +42,7 @@ class ColorClassifier:
         return fingerprint(self._source.version, TEMPLATES, COLORS, BACKGROUND)
 
     def check(self) -> None:
-        """UserError if the model is not there or not a CLIP."""
+        """Raise UserError if the model is missing or not a CLIP."""
         _ = self._processors
 
     def __call__(self, crops: Sequence[Image.Image], labels: Sequence[str]) -> list[str]:
@@ -64,7 +64,7 @@ class ColorClassifier:
         return colors
 
     def _embeddings(self, label: str) -> Any:
-        """(colors, D), of norm 1."""
+        """(colors, D) of norm 1."""
         import torch
         from torch.nn.functional import normalize
 

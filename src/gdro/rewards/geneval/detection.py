@@ -1,4 +1,4 @@
-"""What a GenEval prompt asks for, what a detector finds, and what a detector is."""
+"""What a GenEval prompt asks for, what a detector finds, and the protocol of detectors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ class Excluded(BaseModel):
 
 
 class Included(Excluded):
-    """At least `count` objects of a class; of a color, and placed relative to an earlier entry, if so asked."""
+    """At least `count` objects of a class, optionally of a color and placed relative to an earlier entry."""
 
     color: str | None = None
     position: tuple[Literal["left of", "right of", "above", "below"], int] | None = None
 
 
 class Record(BaseModel):
-    """What a GenEval prompt asks for. Other fields of the prompt are none of its business."""
+    """What a GenEval prompt asks for. Other fields of the prompt are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,7 +41,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class Detection:
-    """An object found: class, box (left, top, right, bottom) in pixels, score in [0, 1], color if it was looked at."""
+    """A detected object: class, box (left, top, right, bottom) in pixels, score in [0, 1], color if determined."""
 
     label: str
     box: tuple[float, float, float, float]
@@ -57,32 +57,32 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects of its `classes`, of any score above THRESHOLD; it alone looks at the pixels."""
+    """Finds objects of its `classes` with any score above THRESHOLD; nothing else looks at the pixels."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def version(self) -> str:
-        """Changes whenever the same image could get other detections."""
+        """Changes whenever the same image could get different detections."""
         ...
 
     @property
     def parallel(self) -> bool:
-        """As `Reward.parallel`."""
+        """Like `Reward.parallel`."""
         ...
 
     @property
     def classes(self) -> Sequence[str]:
-        """Raises UserError if the detector cannot work: asked for before sampling."""
+        """The classes it knows; UserError if the detector cannot work. Called before sampling."""
         ...
 
     @property
     def colors(self) -> Sequence[str]: ...
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Record]) -> list[list[Detection]]:
-        """Detections of each image; of a class that the record wants in a color, the best `count` have theirs.
+        """Detections of each image; for a class that the record wants in a color, the best `count` have a color.
 
-        Raises ImageFailure.
+        Raises ImageFailure for an image it fails on.
         """
         ...

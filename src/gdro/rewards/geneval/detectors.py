@@ -1,10 +1,10 @@
-"""GenEval's detector for real pictures, with transformers alone.
+"""GenEval's detector for real images, using only transformers.
 
 The official evaluator's networks are Mask2Former Swin-S (mmdet's weights) and CLIP ViT-L/14. Here CLIP's weights are
-the same and Mask2Former's are its authors' own, so scores are close to the official ones and not equal to them. What
-follows the networks is mmdet's and the official script's: scores, masks, boxes, crops, colors. transformers' own
-post-processing is not (every mask at 384 x 384), nor is the input size stored with the Hub's weights (384 x 384; they
-were trained and published at 800).
+the same and Mask2Former's are its authors' own, so scores are close to the official ones but not equal. Everything
+after the networks follows mmdet and the official script: scores, masks, boxes, crops, colors. transformers' own
+post-processing (every mask at 384 x 384) is not used, nor is the input size stored with the Hub's weights (384 x 384;
+they were trained and published at 800).
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from gdro.rewards.geneval.detection import MASK2FORMER, Detection, Record
 from gdro.rewards.geneval.rules import THRESHOLD, kept
 from gdro.rewards.neural import pretrained
 
-INPUT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # pixels, of Mask2Former; other detectors bring their own
+INPUT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # pixels, for Mask2Former; other detectors have their own
 MOST_PER_IMAGE = 100  # (query, class) pairs that Mask2Former may report
-# GenEval's names of COCO classes that the Hub's detectors call otherwise: by COCO's names, RT-DETR by VOC's too.
+# GenEval's names for COCO classes that the Hub's detectors name differently: by COCO's names, RT-DETR also by VOC's.
 GENEVAL_NAMES = {
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -42,15 +42,15 @@ FIELD = 'reward "geneval": detector'
 _SEGMENTER = "Mask2FormerForUniversalSegmentation"
 _EXPECTED = f"a folder or a Hub id of a {_SEGMENTER} or an object detector, such as {MASK2FORMER}"
 
-_Seen = tuple[Detection, Image.Image | None]  # with its mask, of the picture's size, if the model makes masks
+_Seen = tuple[Detection, Image.Image | None]  # with its mask, at the image's size, if the model makes masks
 
 
 @dataclass(frozen=True)
 class TransformersDetector:
-    """A `geneval.Detector`: Mask2Former, or any of AutoModelForObjectDetection, whose crops have no mask.
+    """A `Detector`: Mask2Former, or any AutoModelForObjectDetection, whose crops have no mask.
 
-    `batch_size` images go through the network at once, never of different sizes: nothing is padded, so no image's
-    detections depend on its neighbors. Float32; weights are loaded at the first call.
+    `batch_size` images of one size go through the network at once: nothing is padded, so no image's detections depend
+    on its neighbors. Float32; weights are loaded on the first call.
     """
 
     model: str
@@ -72,21 +72,21 @@ class TransformersDetector:
 
     @cached_property
     def classes(self) -> Sequence[str]:
-        """The model's classes, by GenEval's names. Raises UserError if either model, a package or the device is
-        missing or of a wrong kind; the weights' content is not read."""
+        """The model's classes, by GenEval's names. Raises UserError if a model, a package or the device is missing or
+        of the wrong kind; does not read the weights."""
         pretrained.torch_device(self.device)
         _ = self._processor
         self.colorist.check()
         return tuple(self._labels.values())
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Record]) -> list[list[Detection]]:
-        """Detections above THRESHOLD, boxes in pixels; the best `count` of a class wanted in a color have theirs."""
+        """Detections above THRESHOLD, boxes in pixels; the best `count` of a class wanted in a color have a color."""
         pictures = [to_rgb(image) for image in images]
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, picture in enumerate(pictures):
             by_size.setdefault(picture.size, []).append(i)
         found: list[list[Detection]] = [[] for _ in pictures]
-        asked: list[tuple[int, int]] = []  # (image, detection) that is asked for its color, and its crop
+        asked: list[tuple[int, int]] = []  # (image, detection) whose color is needed
         crops: list[Image.Image] = []
         for same in by_size.values():
             for start in range(0, len(same), self.batch_size):
@@ -102,7 +102,7 @@ class TransformersDetector:
         return found
 
     def _detect(self, images: Sequence[Image.Image]) -> list[list[_Seen]]:
-        """What is in each of these images of one size."""
+        """The detections in each of these images of one size."""
         import torch
 
         size = {"size": INPUT_SIZE} if self._makes_masks else {}
@@ -122,7 +122,7 @@ class TransformersDetector:
         """mmdet's instance post-processing of one image: class logits (queries, 1 + classes), masks' (queries, h, w).
 
         The best MOST_PER_IMAGE (query, class) pairs. A mask is where the logits, resized to the network's input and
-        then to the picture, are positive; the score is the class's probability times the mean sigmoid inside the mask;
+        then to the image, are positive; the score is the class's probability times the mean sigmoid inside the mask;
         the box is the mask's extent.
         """
         from torch.nn.functional import interpolate
@@ -148,7 +148,7 @@ class TransformersDetector:
         return seen
 
     def _boxes(self, found: dict[str, Any], size: tuple[int, int]) -> list[_Seen]:
-        """The detections among {"labels" (n,), "scores" (n,), "boxes" (n, 4)}, cut to the picture."""
+        """The detections in {"labels" (n,), "scores" (n,), "boxes" (n, 4)}, clipped to the image."""
         seen: list[_Seen] = []
         for index, score, box in zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True):
             label = self._labels.get(index)
@@ -200,7 +200,7 @@ class TransformersDetector:
 
 
 def _asked_for_color(detections: Sequence[Detection], record: Record) -> list[int]:
-    """Places of the detections whose color the rules look at: of a class, the best `count` of those that count."""
+    """Indices of the detections whose color the rules use: per class, the best `count` of those that count."""
     found = kept(detections, record.tag)
     looked_at = [id(d) for entry in record.include if entry.color for d in found.get(entry.label, [])[: entry.count]]
     return [place for place, detection in enumerate(detections) if id(detection) in looked_at]

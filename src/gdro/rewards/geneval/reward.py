@@ -1,11 +1,11 @@
-"""GenEval (Ghosh et al. 2023): are the objects a prompt asks for there, in number, color and place?
+"""GenEval (Ghosh et al. 2023, 2310.11513): are the objects a prompt asks for there, with number, color and position?
 
-A detector finds objects; pure functions on its detections give the official evaluator's verdict (`geneval_strict`)
+A detector finds objects; pure functions of its detections give the official evaluator's verdict (`geneval_strict`)
 and the soft score that trainers use (`geneval`). Detections are the evidence, so both can be recomputed from it.
 
-The soft score is the mean over the parts a record asks for, each in [0, 1], whatever the order of the parts. The one
-that public trainers copy from each other is another: five objects for one asked are worth -3 there, and a position
-on the wrong side counts as two parts, one of them satisfied, which gives .75.
+The soft score is the mean over the parts a record asks for, each in [0, 1], regardless of their order. It differs from
+the one that public trainers copy from each other: there, five objects instead of one are worth -3, and a position on
+the wrong side counts as two parts, one of them satisfied, which gives .75.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from gdro.rewards.geneval.colors import CLIP, ColorClassifier
 from gdro.rewards.geneval.detection import MASK2FORMER, Detector, Record
 from gdro.rewards.geneval.rules import assess
 
-TINY_DETECTOR = "gdro.tiny.vision:TinyDetector"  # by name, as it is built on this room
+TINY_DETECTOR = "gdro.tiny.vision:TinyDetector"  # by name, because it imports this package
 
 
 @dataclass(frozen=True)
 class GenevalReward:
-    """The soft score of an image, or with `strict` the official verdict, 0 or 1.
+    """The soft score of an image or, with `strict`, the official verdict, 0 or 1.
 
-    Evidence: `detections` and the prompt's `record`, and what follows: `correct`, `reasons`, `soft`, `parts`.
+    Evidence: `detections`, the prompt's `record`, and the results: `correct`, `reasons`, `soft`, `parts`.
     """
 
     detector: Detector
@@ -69,7 +69,7 @@ class GenevalReward:
         return Scores(np.asarray(values, np.float64), evidence)
 
     def _record(self, prompt: Prompt) -> Record:
-        """The prompt's record; UserError if it lacks one or asks for what the detector does not know."""
+        """The prompt's record; UserError if it has none or asks for something the detector does not know."""
         where = f'reward "{self.name}": prompt "{prompt.id}"'
         try:
             record = Record.model_validate(prompt.fields)
@@ -84,7 +84,7 @@ class GenevalReward:
         for label in [entry.label for entry in (*record.include, *record.exclude)]:
             if label not in known:
                 hint = did_you_mean(label, known)
-                if self.detector.name == "tiny" and "expected one of" in hint:  # no misspelled shape
+                if self.detector.name == "tiny" and "expected one of" in hint:  # not a misspelled shape
                     hint = f', which detector "tiny" does not know; set detector, e.g. to {MASK2FORMER}'
                 raise UserError(f'{where} asks for the class "{label}"{hint}')
         for i, entry in enumerate(record.include):
@@ -131,7 +131,7 @@ def geneval_strict(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: PositiveInt = 8,
 ) -> GenevalReward:
-    """The official verdict, 0 or 1; options as `geneval`'s."""
+    """The official verdict, 0 or 1; same options as `geneval`."""
     soft = geneval(
         detector=detector,
         revision=revision,

@@ -1,4 +1,4 @@
-"""GenEval's rules: pure functions from what was detected to the official verdict and to the soft score."""
+"""GenEval's rules: pure functions from detections to the official verdict and the soft score."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from gdro.rewards.geneval.detection import Detection, Record
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts above this score; the second for the tag "counting"
-MOST = 16  # detections of a class, at most
-SHRINK = 0.1  # of the two boxes' sizes, taken off their centers' distance before it decides a relation
+MOST = 16  # detections per class, at most
+SHRINK = 0.1  # share of the two boxes' sizes subtracted from their centers' distance before it decides a relation
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`correct` as the official evaluator has it, and its reasons; the soft score, and each entry's parts."""
+    """The official evaluator's `correct` and its reasons; the soft score and each entry's parts."""
 
     correct: bool
     reasons: list[str]
@@ -25,7 +25,7 @@ class Verdict:
 
 
 def assess(detections: Sequence[Detection], record: Record) -> Verdict:
-    """The verdicts on one image."""
+    """The verdict on one image."""
     found = kept(detections, record.tag)
     reasons = mismatches(found, record)
     parts = satisfied(found, record)
@@ -34,7 +34,7 @@ def assess(detections: Sequence[Detection], record: Record) -> Verdict:
 
 
 def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
-    """The detections that count, by class, best first, at most MOST of each; overlapping ones are all kept."""
+    """The detections that count, by class, best first, at most MOST of each; overlapping ones are kept."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
@@ -45,10 +45,10 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
-    """Where box a lies, seen from box b: up to two of left of, right of, above, below.
+    """Where box a lies relative to box b: up to two of left of, right of, above, below.
 
-    The offset o of the centers, each component shrunk by SHRINK times the boxes' sizes, over |o|: a component beyond
-    1/2 decides.
+    Each component of the centers' offset o is shrunk by SHRINK times the boxes' sizes, then divided by |o|; it decides
+    if it exceeds 1/2.
     """
     boxes = np.asarray([a, b], np.float64).reshape(2, 2, 2)  # (box, corner, axis)
     offset = boxes[0].mean(0) - boxes[1].mean(0)
@@ -64,7 +64,7 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 def mismatches(found: Mapping[str, Sequence[Detection]], record: Record) -> list[str]:
     """Why the official evaluator calls the image wrong; empty if it is correct.
 
-    An entry wants `count` objects at least and looks at the best `count` only. Its position is judged if number and
+    An entry requires at least `count` objects and considers only the best `count`. Its position is judged if number and
     color are right, against the objects of an entry that is itself right, and must hold for every pair.
     """
     reasons: list[str] = []
@@ -98,11 +98,11 @@ def mismatches(found: Mapping[str, Sequence[Detection]], record: Record) -> list
 
 
 def satisfied(found: Mapping[str, Sequence[Detection]], record: Record) -> list[dict[str, Any]]:
-    """What of each entry is there: {"class", "count", "color"?, "position"?}, each but the class in [0, 1].
+    """How far each entry is satisfied: {"class", "count", "color"?, "position"?}, all but the class in [0, 1].
 
     count: 1 - |found - wanted| / wanted, never below 0; color: share of the wanted objects that have it, among the
-    best `count`; position: 1 if it holds for all pairs of the objects there are. An exclusion is a part of its own
-    unless its class is also included, where the count has settled it.
+    best `count`; position: 1 if it holds for all pairs of objects found. An exclusion is its own part unless its class
+    is also included, where the count already covers it.
     """
     parts: list[dict[str, Any]] = []
     best = [found.get(entry.label, [])[: entry.count] for entry in record.include]

@@ -1,6 +1,6 @@
-"""What a judge says once it has thought: one removal of thoughts, one reading of numbers, for every parser of replies.
+"""A judge's answer after its thoughts: removal of thoughts and reading of numbers, shared by all parsers of replies.
 
-Pure functions of the text; None is what cannot be read, which is a missing score and never a guess.
+Pure functions of the text; None means unreadable, which is a missing score and never a guess.
 """
 
 import re
@@ -8,7 +8,7 @@ import re
 NUMBER = r"(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)"
 """A plain decimal, as in 3, 3.5, 5. and .5: no sign, exponent, decimal comma or leading zero."""
 _THOUGHT = r"think|thinks|thinking|thoughts?|reasoning|reflection|scratchpad"  # the answer comes after it
-_NOTE = r"analysis|reasons?|explanation|rationale|critique"  # the answer stands beside it
+_NOTE = r"analysis|reasons?|explanation|rationale|critique"  # the answer is outside it
 _MARK = re.compile(
     rf"[<◁]\|?\s?(?P<close>/|end_of_)?\s?(?:begin_of_|seed:)?(?:(?P<thought>{_THOUGHT})|(?P<note>{_NOTE}))\b"
     r"[^<>◁▷]*[>▷]|\[(?P<close_bracket>/)?think\]",
@@ -16,16 +16,16 @@ _MARK = re.compile(
 )
 _DRESS = " \t*_`\"'$()[]"  # around a number
 _SCALE = re.compile(rf"[\s(]*(?:/|out\s+of\b)\s*({NUMBER})")
-_GOES_ON = re.compile(  # then what stands before is no number by itself
+_GOES_ON = re.compile(  # if this follows, the text before it is not a complete number
     r"[\w/:^+]|\s*%|[\s*_]{0,9}(?:[-–—~,.;|/+]|to\b|or\b|and\b)?[\s*_]{0,9}\.?[0-9]"
 )
 
 
 def answer(reply: str) -> str | None:
-    """The reply without thoughts and notes, or what is in its last `<answer>`; None if one of them never ends.
+    """The reply without thoughts and notes, or the contents of its last `<answer>`; None if one of them never ends.
 
-    Thoughts (`<think>`, `<thinking>`, `[THINK]`, ...) go with all before their end: some servers leave out where they
-    begin. Notes (`<analysis>`, ...) go alone.
+    Thoughts (`<think>`, `<thinking>`, `[THINK]`, ...) are removed with everything before their end, because some
+    servers omit the opening tag. Notes (`<analysis>`, ...) are removed alone.
     """
     marks = [mark for mark in _MARK.finditer(reply) if not mark[0].endswith("/>")]
     thoughts = [mark for mark in marks if not mark["note"]]
@@ -42,7 +42,7 @@ def answer(reply: str) -> str | None:
         if begun is None and not mark["close"]:
             kept.append(reply[place : mark.start()])
             begun = name
-        elif begun is None:  # of a note whose beginning was left out
+        elif begun is None:  # a note without its opening tag
             kept.clear()
             place = mark.end()
         elif mark["close"] and name == begun:
@@ -58,8 +58,8 @@ def answer(reply: str) -> str | None:
 def labeled(label: str, said: str, low: float, high: float) -> float | None:
     """The number after the last `label:` (a regular expression), on its line or alone on the next.
 
-    `3.5/5` and `3.5 out of 5` are 3.5 where `high` is 5. None if there is no such line, no number in it or more than
-    one (`4-5`, `4,5`), another scale, or a value out of [low, high].
+    `3.5/5` and `3.5 out of 5` are 3.5 if `high` is 5. None if there is no such line, if it has no number or more than
+    one (`4-5`, `4,5`), uses another scale, or has a value outside [low, high].
     """
     lines = list(re.finditer(rf"(?<![\w-]){label}[\s*_`]*[:：]", said, re.IGNORECASE))
     if not lines:
@@ -82,7 +82,7 @@ def labeled(label: str, said: str, low: float, high: float) -> float | None:
 
 
 def listed(text: str) -> list[float] | None:
-    """Numbers (or True and False) with commas between, in brackets or none; a comma may follow the last."""
+    """Numbers (or True and False) separated by commas, with or without brackets or a trailing comma; None otherwise."""
     inside = text.strip(" \t\r\n*_`")
     if (inside[:1], inside[-1:]) in {("[", "]"), ("(", ")")}:
         inside = inside[1:-1]

@@ -1,4 +1,4 @@
-"""The OpenAI chat-completions format: what is sent, and how what comes back is read (dictionaries and text only)."""
+"""The OpenAI chat-completions format: building requests and reading replies (dictionaries and text only)."""
 
 import base64
 import io
@@ -13,14 +13,14 @@ from PIL import Image
 
 from gdro.common.images import to_rgb
 
-CUT = {"length": "at max_tokens", "content_filter": "by a content filter"}  # finish_reason of half a reply
+CUT = {"length": "at max_tokens", "content_filter": "by a content filter"}  # finish_reason of a partial reply
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server said: `said` is the JSON of `text`, or `text` itself if it is none; neither holds the key.
+    """A server's reply: `said` is the JSON in `text`, or `text` itself if it is not JSON; neither contains the key.
 
-    `status` is that of an error in the body, if the server sent one as a success.
+    `status` is that of an error in the body if the server sent it as a success.
     """
 
     status: int
@@ -30,11 +30,11 @@ class Reply:
 
 
 class Unread(Exception):
-    """A reply came, and nothing can be read in it."""
+    """A reply came but cannot be read."""
 
 
 def base_url(url: str) -> str | None:
-    """The address to which /models and /chat/completions are added; None if `url` is none of a server."""
+    """The address that /models and /chat/completions are appended to; None if `url` is not a server's address."""
     try:
         parts = urlsplit(url.strip())
         port_is_a_number = parts.port != 0
@@ -49,7 +49,7 @@ def base_url(url: str) -> str | None:
 
 
 def request_body(model: str, text: str, images: Sequence[Image.Image], *, max_tokens: int, temperature: float) -> bytes:
-    """One user message, the images before the text."""
+    """A request with one user message, the images before the text."""
     content: list[dict] = [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in images]
     content.append({"type": "text", "text": text})
     messages = [{"role": "user", "content": content}]
@@ -59,7 +59,7 @@ def request_body(model: str, text: str, images: Sequence[Image.Image], *, max_to
 
 def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    to_rgb(image).save(file, "PNG", compress_level=1)  # lossless at any level, and the way is short
+    to_rgb(image).save(file, "PNG", compress_level=1)  # lossless at any level; size matters little locally
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -78,7 +78,7 @@ def reply_text(reply: Reply) -> str:
 
 
 def model_names(reply: Reply) -> list[str]:
-    """Of a list of models; empty if it is none."""
+    """The names in a list of models; empty if it is not one."""
     try:
         return [str(model["id"]) for model in reply.said["data"]]
     except (KeyError, TypeError):
@@ -86,7 +86,7 @@ def model_names(reply: Reply) -> list[str]:
 
 
 def stated_status(said: Any) -> int | None:
-    """The HTTP status of an error that a gateway sent as a success, 500 if it names none; None if `said` is no error.
+    """The HTTP status of an error that a gateway sent as a success; 500 if it has none, None if `said` is no error.
 
     Forms: `{"error": {"code": 429}}`, the same in the first of the `choices`, and vLLM's `{"object": "error"}`.
     """
@@ -106,7 +106,7 @@ def stated_status(said: Any) -> int | None:
 
 
 def error_message(reply: Reply) -> str:
-    """What the server says went wrong."""
+    """The server's own error message, or "no message"."""
     said = reply.said
     if isinstance(said, dict) and isinstance(said.get("choices"), list):
         said = next(iter(said["choices"]), said)
@@ -117,6 +117,6 @@ def error_message(reply: Reply) -> str:
 
 
 def short(text: str, most: int = 200) -> str:
-    """On one line, cut."""
+    """The text on one line, cut to `most` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[:most]}..."

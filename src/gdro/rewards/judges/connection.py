@@ -1,6 +1,6 @@
-"""The way to a judge's server and back: the environment's proxy and certificates, replies of bounded size, no key.
+"""HTTP to a judge's server: the environment's proxy and certificates, replies of bounded size, the key masked.
 
-httpx would read the same variables, but a value it cannot use ends in one of a dozen exceptions.
+httpx would read the same variables, but raises one of a dozen exceptions for a value it cannot use.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from gdro.rewards.judges.completions import Reply, Unread, short, stated_status
 if TYPE_CHECKING:
     import httpx
 
-LONGEST_REPLY = 4 * 2**20  # bytes, decompressed: a reply of 100,000 tokens has a tenth
-SHORTEST_SECRET = 4  # characters: a shorter key hides nothing, and stands in ordinary words
+LONGEST_REPLY = 4 * 2**20  # bytes, decompressed; a reply of 100,000 tokens has a tenth of that
+SHORTEST_SECRET = 4  # characters; a shorter key protects nothing and occurs in ordinary words
 PROXIES = ("http", "https", "socks5", "socks5h")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # what OpenSSL's context reads
 
 
 class Failed(Exception):
-    """No whole response came; `reached` tells whether a server was there."""
+    """No complete response came; `reached` says whether a server was there."""
 
     def __init__(self, reason: str, *, reached: bool) -> None:
         super().__init__(reason)
@@ -51,7 +51,7 @@ class Connection:
         self.url = url
         self._mask = masker(key)
         variable, proxy = find_proxy(url)
-        self.way = f" (by way of the proxy in {variable})" if variable else ""  # to be said of what went wrong
+        self.way = f" (by way of the proxy in {variable})" if variable else ""  # for error messages
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
@@ -78,7 +78,7 @@ class Connection:
         await self._client.__aexit__(kind, error, at)
 
     async def send(self, method: str, path: str, body: bytes | None, seconds: float) -> Reply:
-        """What the server says. Raises Failed, or Unread for a success that is too long or not to be decoded."""
+        """The server's reply. Raises Failed, or Unread for a success that is too long or cannot be decoded."""
         import httpx
 
         try:
@@ -122,9 +122,9 @@ class Connection:
 
 
 def find_proxy(url: str) -> tuple[str | None, str | None]:
-    """(environment variable, proxy in it) for a server; (None, None) if it is asked directly, as on this machine.
+    """(environment variable, its proxy) for a server; (None, None) for a direct connection, as to this machine.
 
-    Raises UserError for a proxy that is no address.
+    Raises UserError for a proxy that is not an address.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -149,7 +149,7 @@ def find_proxy(url: str) -> tuple[str | None, str | None]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this machine is meant: localhost, a loopback address, or 0.0.0.0, where servers say that they listen."""
+    """Whether `host` is this machine: localhost, a loopback address, or 0.0.0.0, which servers report listening on."""
     try:
         address = ip_address(host)
     except ValueError:
@@ -159,7 +159,7 @@ def is_loopback(host: str) -> bool:
 
 
 def masker(key: str | None) -> Callable[[str], str]:
-    """Replaces the key by ***, also where JSON, a URL or HTML has escaped it, to several levels."""
+    """A function that replaces the key by ***, even if JSON, URL or HTML escapes it, several levels deep."""
     if key is None or len(key) < SHORTEST_SECRET:
         return lambda text: text
     found = re.compile("".join(map(_spellings, key)))
@@ -167,7 +167,7 @@ def masker(key: str | None) -> Callable[[str], str]:
 
 
 def _spellings(character: str) -> str:
-    """A pattern: as it is or behind backslashes, `\\u0041`, `%41`, `&#65;`, `&#x41;` or by its name in HTML."""
+    """A pattern for the character: as is or after backslashes, `\\u0041`, `%41`, `&#65;`, `&#x41;` or its HTML name."""
     code = ord(character)
     forms = [rf"\\{{0,16}}{re.escape(character)}", rf"\\{{1,16}}u00(?i:{code:02x})", f"%(?i:{code:02x})"]
     forms += [f"&#0?{code};", f"(?i:&#x{code:x};)"]
@@ -176,7 +176,7 @@ def _spellings(character: str) -> str:
 
 
 def _decoded(raw: bytes, encoding: str) -> bytes:
-    """Of what is too long, a little more than LONGEST_REPLY."""
+    """The decompressed bytes; if too long, only slightly more than LONGEST_REPLY."""
     if encoding in ("", "identity"):
         return raw
     if encoding != "gzip":
@@ -184,7 +184,7 @@ def _decoded(raw: bytes, encoding: str) -> bytes:
     try:
         return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(raw, LONGEST_REPLY + 1)
     except zlib.error as error:
-        raise Unread(f"reply that is no gzip ({error})") from None
+        raise Unread(f"reply that is not gzip ({error})") from None
 
 
 def _certificates() -> ssl.SSLContext:
@@ -211,7 +211,7 @@ def _set(name: str) -> bool:
 
 
 def _retry_after(asked: str) -> float:
-    """Seconds, which the server may say as a date."""
+    """Seconds to wait; the server may give a date instead."""
     try:
         seconds = float(asked) if asked.isdigit() else parsedate_to_datetime(asked).timestamp() - time.time()
     except (ValueError, OverflowError):

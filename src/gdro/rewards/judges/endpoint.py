@@ -1,7 +1,7 @@
-"""Questions about images to a model behind an OpenAI-compatible endpoint (vLLM, SGLang, `transformers serve`, ...).
+"""Questions about images for a model behind an OpenAI-compatible endpoint (vLLM, SGLang, `transformers serve`, ...).
 
-A reply is kept in a SQLite file under a digest of the question, so a run that was killed asks nothing twice. What
-cannot be had after several attempts is missing, with its reason, and never a score.
+Replies are kept in a SQLite file under a digest of the question, so a killed run never asks twice. An answer that
+several attempts cannot get is missing, with a reason, and never a score.
 """
 
 import asyncio
@@ -35,15 +35,15 @@ from gdro.rewards.judges.replies import Replies, open_replies
 
 T = TypeVar("T")
 
-BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds before the second attempt, doubled for each further one; the most
-REASKS = 2  # of a reply that does not parse: at temperature 0 the next is nearly always the same
+BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds before the second attempt, doubled for each further one; maximum
+REASKS = 2  # after a reply that does not parse; at temperature 0 the next is nearly always the same
 LIST_SECONDS = 10.0  # a server that lists its models does so at once
-OF_ONE_QUESTION = (400, 413, 422)  # what servers say of a question that is too long or not to their taste
+OF_ONE_QUESTION = (400, 413, 422)  # servers' statuses for a question that is too long or not accepted
 
 
 @dataclass(frozen=True)
 class Question:
-    """One user message: the images, as PNG, before the text (where the judges were trained to see them)."""
+    """One user message: the images, as PNG, before the text, as the judges were trained."""
 
     text: str
     images: tuple[Image.Image, ...] = ()
@@ -51,14 +51,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """The model's reply, or None and the `reason` why it is missing."""
+    """The model's reply, or None and the `reason` it is missing."""
 
     text: str | None
     reason: str | None = None
 
 
 class _Refused(UserError):
-    """The server will not take the request, however often it is sent, and `said` why."""
+    """The server will not accept the request however often it is sent; `said` is why."""
 
     def __init__(self, message: str, said: str, status: int) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class _Refused(UserError):
 
 
 class _Again(Exception):
-    """The request failed, and may succeed if sent again after `wait` seconds (or our own back-off, if longer)."""
+    """The request failed but may succeed if sent again after `wait` seconds (or our own back-off, if longer)."""
 
     def __init__(self, reason: str, wait: float = 0.0, *, reached: bool = True, status: int | None = None) -> None:
         super().__init__(reason)
@@ -77,10 +77,10 @@ class _Again(Exception):
 class Endpoint:
     """A model behind `<url>/chat/completions`; `http://host:8000` means `http://host:8000/v1`.
 
-    `revision` says which weights the server runs under the model's name: no server tells, so give it the commit they
-    were started from, and kept replies of other weights are not taken for theirs. `timeout` is seconds a request,
-    `cache` the file of replies (default: gdro/judge.sqlite in the user's cache; a local disk, for SQLite's sake), the
-    API key is read from the environment variable `api_key_env`. Raises UserError for a setting that makes no sense.
+    `revision` identifies the weights the server runs under the model's name. No server reports them, so give the commit
+    it was started from; stored replies of other weights are then not reused. `timeout` is in seconds per request,
+    `cache` is the file of replies (default: gdro/judge.sqlite in the user's cache; SQLite needs a local disk), and the
+    API key is read from the environment variable `api_key_env`. Raises UserError for an invalid setting.
     """
 
     url: str
@@ -96,7 +96,7 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if base_url(self.url) is None:
-            raise UserError(f'judge url: "{self.url}" is no address; expected e.g. http://localhost:8000/v1')
+            raise UserError(f'judge url: "{self.url}" is not an address; expected e.g. http://localhost:8000/v1')
         if "@" in urlsplit(self.url).netloc:
             raise UserError("judge url: it holds a user or password; expected none, name a variable in api_key_env")
         if not self.model:
@@ -109,7 +109,7 @@ class Endpoint:
 
     @property
     def version(self) -> str:
-        """Changes with what may change a reply."""
+        """Changes with everything that may change a reply."""
         return fingerprint(self.model, self.revision, self.temperature, self.max_tokens)
 
     def check(self) -> None:
@@ -117,14 +117,13 @@ class Endpoint:
         _run(self._check())
 
     def ask(self, questions: Sequence[Question], parse: Callable[[str], T | None]) -> list[tuple[T | None, Answer]]:
-        """What `parse` reads in the reply to each question, and the reply; (None, why) where it is missing.
+        """What `parse` returns for the reply to each question, and the reply; (None, why) if it is missing.
 
-        At most `concurrency` requests are under way at once. Connection errors, time-outs, 408, 429 and 5xx are tried
-        again with growing pauses, replies that are cut short or that `parse` reads nothing in (None) at most twice,
-        `attempts` requests in all. A question that the server refuses for its own sake (400, 413, 422) is missing at
-        once. Only replies that parse are kept, the same question is asked once, and another process with the same
-        cache may be at work. Raises UserError if the server refuses any question (other 4xx, or a greeting as well),
-        or if it answered none of them and `check` knows why.
+        At most `concurrency` requests run at once. Connection errors, timeouts, 408, 429 and 5xx are retried with
+        growing pauses; replies that are cut short or that do not parse (None) are retried at most twice; `attempts`
+        requests in all. A question that the server itself rejects (400, 413, 422) is missing at once. Only replies that
+        parse are kept, equal questions are asked once, and other processes may use the same cache. Raises UserError if
+        the server refuses any question (other 4xx, or a greeting too), or if it answered none and `check` knows why.
         """
         keys = [self._key(question) for question in questions]
         left = dict(zip(keys, questions, strict=True))
@@ -144,7 +143,7 @@ class Endpoint:
         return [found[key] for key in keys]
 
     def _key(self, question: Question) -> str:
-        """Digest of what decides the reply. Not `max_tokens`: a reply that was not cut does not depend on it."""
+        """Digest of everything that decides the reply, except `max_tokens`: an uncut reply does not depend on it."""
         pixels = [[i.size, hashlib.sha256(to_rgb(i).tobytes()).hexdigest()] for i in question.images]
         content = [self.model, self.revision, self.temperature, question.text, pixels]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -173,12 +172,12 @@ class Endpoint:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(self.concurrency, len(left))):
                         group.create_task(work())
-            except BaseExceptionGroup as errors:  # the first ended the others
+            except BaseExceptionGroup as errors:  # the first one canceled the others
                 raise errors.exceptions[0] from None
         return found
 
     async def _try_plain(self, server: Connection, question: Question, refusal: _Refused) -> None:
-        """Raise `refusal` if the server refuses a greeting with gray images of the question's sizes too."""
+        """Raise `refusal` if the server also refuses a greeting with gray images of the question's sizes."""
         gray = tuple(Image.new("RGB", image.size, "gray") for image in question.images)
         try:
             await self._ask(server, Question("Hello", gray), lambda text: text)
@@ -196,14 +195,14 @@ class Endpoint:
                 value = parse(text)
                 if value is not None:
                     return value, Answer(text)
-                raise Unread(f"reply without what was asked for: {short(text)!r}")
+                raise Unread(f"reply without the requested answer: {short(text)!r}")
             except Unread as error:
                 reason, unread, wait = str(error), unread + 1, 0.0
                 if unread > REASKS:
                     break
             except _Again as error:
                 pause = min(LONGEST_BACKOFF, BACKOFF * 2**attempt)
-                reason, wait = str(error), max(error.wait, random.uniform(pause / 2, pause))  # decides no result
+                reason, wait = str(error), max(error.wait, random.uniform(pause / 2, pause))  # affects no result
             if attempt + 1 < self.attempts:
                 await asyncio.sleep(wait)
         return None, Answer(None, reason)
@@ -220,12 +219,12 @@ class Endpoint:
     def _api_key(self, variable: str) -> str:
         key = os.environ.get(variable, "").strip()
         if not key or not key.isascii() or not key.isprintable():
-            found = "not set" if not key else "no line of ASCII"
+            found = "not set" if not key else "not a line of ASCII"
             raise UserError(f"judge api_key_env: the variable {variable} is {found}; expected the API key")
         return key
 
     async def _send(self, server: Connection, method: str, path: str, body: bytes | None = None) -> Reply:
-        """The reply, if it is a success. Raises _Again, _Refused or Unread."""
+        """The reply if it is a success. Raises _Again, _Refused or Unread."""
         limit = self.timeout if method == "POST" else min(self.timeout, LIST_SECONDS)
         try:
             reply = await server.send(method, path, body, limit)
@@ -264,12 +263,12 @@ class Endpoint:
             pass
         if served and self.model not in served:
             raise UserError(f'judge model: {self.url} serves no "{self.model}"{did_you_mean(self.model, served)}')
-        if not served:  # not every server has a list of its models: the shortest question tells as well
+        if not served:  # not every server lists its models; a minimal question also tells
             await self._send(server, "POST", "/chat/completions", self._body(Question("Hello"), 1))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`, also in a notebook, where a loop is running already."""
+    """`asyncio.run` that also works in a notebook, where a loop is already running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Replies of judges, kept in a SQLite file by digest of the question, so that nothing is asked twice."""
+"""Judges' replies, kept in a SQLite file by digest of the question, so nothing is asked twice."""
 
 import os
 import sqlite3
@@ -11,7 +11,7 @@ from gdro.common.errors import UserError
 
 
 class Replies:
-    """Open file of replies. A reply is safe once `keep` returns, even if the process is killed."""
+    """An open file of replies. A reply is safe once `keep` returns, even if the process is killed."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -26,7 +26,7 @@ class Replies:
 
 @contextmanager
 def open_replies(file: str | None) -> Iterator[Replies]:
-    """The file, made if it is not there (None: gdro/judge.sqlite in the user's cache); several processes may use it.
+    """The file, created if missing (None: gdro/judge.sqlite in the user's cache); several processes may use it.
 
     Raises UserError, also from within the block, if it is damaged or cannot be written.
     """
@@ -41,7 +41,7 @@ def open_replies(file: str | None) -> Iterator[Replies]:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise sqlite3.OperationalError(error.strerror) from None
-        # used by one thread at a time, which need not be this one
+        # used by one thread at a time, not necessarily this one
         connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         _use_wal(connection)
         connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
@@ -54,9 +54,9 @@ def open_replies(file: str | None) -> Iterator[Replies]:
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Write-ahead log: a commit costs no fsync, and a killed process loses none. Needs a local disk."""
+    """Write-ahead log: commits need no fsync, and a killed process loses none. Needs a local disk."""
     until = time.monotonic() + 60
-    while True:  # the busy timeout does not hold for this switch, which two processes may make at once
+    while True:  # the busy timeout does not cover this switch, which two processes may make at once
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             break

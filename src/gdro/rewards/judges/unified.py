@@ -1,7 +1,7 @@
-"""UnifiedReward (Wang et al. 2025) behind an endpoint: scores of an image (reward and judge) and of a pair of images.
+"""UnifiedReward (Wang et al. 2025, 2503.05236) behind an endpoint: scores for an image (reward and judge) and a pair.
 
-Forms of reply are those of the published models; a reply that is not of its form, or has a value out of
-its range, is missing. The parsers are pure functions from a reply to what it says, None if it does not say it.
+Reply formats are those of the published models; a reply in another format, or with a value out of range, is missing.
+The parsers are pure functions from a reply to its content, or None if it cannot be read.
 """
 
 import json
@@ -26,7 +26,7 @@ SUM_TOLERANCE = 0.02  # of an axis's two relative scores, which "must sum to exa
 
 
 def parse_axes(reply: str) -> dict[str, float] | None:
-    """`Alignment Score (1-5): X`, `Coherence Score (1-5): Y`, `Style Score (1-5): Z`, whatever else is said."""
+    """`Alignment Score (1-5): X`, `Coherence Score (1-5): Y`, `Style Score (1-5): Z`, amid any other text."""
     said = answer(reply) or ""
     found = {axis: labeled(rf"{axis} score \(1-5\)", said, 1, 5) for axis in AXES}
     axes = {axis: grade for axis, grade in found.items() if grade is not None}
@@ -40,7 +40,7 @@ def parse_final(reply: str) -> dict[str, float] | None:
 
 
 def parse_relative(reply: str) -> float | None:
-    """2.0's pairs: for each axis `Image 1: X`, `Image 2: Y` in [0, 1], X + Y = 1; which has the greater mean."""
+    """2.0's pairs: for each axis `Image 1: X`, `Image 2: Y` in [0, 1], X + Y = 1; the greater mean wins."""
     sections = re.split(r"\b(alignment|coherence|style) score[*_\s]*:", answer(reply) or "", flags=re.IGNORECASE)
     bodies = {name.lower(): body for name, body in zip(sections[1::2], sections[2::2], strict=True)}  # the last of each
     lead = 0.0
@@ -63,7 +63,7 @@ def parse_think(reply: str) -> float | None:
 
 
 def parse_winner(reply: str) -> float | None:
-    """Flex's JSON, by the overall `"winner": "Image 1"` alone: categories may have winners of their own."""
+    """Flex's JSON, only by the overall `"winner": "Image 1"`: categories may have their own winners."""
     winner = _overall_winner(answer(reply) or "").strip().lower()
     if re.fullmatch(r"tie|equal|both|neither|draw", winner):
         return 0.5
@@ -72,12 +72,12 @@ def parse_winner(reply: str) -> float | None:
 
 
 def _overall_winner(said: str) -> str:
-    """What the outermost object's last "winner" is; empty if it has none."""
+    """The outermost object's last "winner"; empty if it has none."""
     try:
         value = json.loads(said[said.find("{") : said.rfind("}") + 1])
         return str(value.get("winner", ""))
     except (ValueError, AttributeError, RecursionError):
-        pass  # the long reasons in it are often not quite JSON, so its braces have to do
+        pass  # its long reasons are often not quite valid JSON, so go by its braces
     winner, depth, place = "", 0, 0
     for found in re.finditer(r'(?<!\\)"winner"\s*:\s*"([^"\n]*)"', said):
         depth += said.count("{", place, found.start()) - said.count("}", place, found.start())
@@ -88,7 +88,7 @@ def _overall_winner(said: str) -> str:
 
 @dataclass(frozen=True)
 class _Form:
-    """A question and how its reply is read."""
+    """A question and the parser of its reply."""
 
     text: str
     parse: Callable[[str], Any]
@@ -107,12 +107,12 @@ PAIRWISE = {
     "2.0": _Form(texts.PAIR_2, parse_relative),
     "flex": _Form(texts.PAIR_FLEX, parse_winner),
 }
-RULE = "2"  # of reading the replies; part of every version
+RULE = "2"  # version of the parsers; part of every version
 
 
 @dataclass(frozen=True)
 class UnifiedReward:
-    """Mean of the axes by `weights`, or the final score; 1 to 5, NaN where missing.
+    """Mean of the axes weighted by `weights`, or the final score; 1 to 5, NaN where missing.
 
     Evidence: `reply` and `scores` by axis (or `final`), or `missing`, the reason.
     """
@@ -122,7 +122,7 @@ class UnifiedReward:
     weights: Mapping[str, float]
     template: str | None = None
     name: ClassVar[str] = "unified_reward"
-    parallel: ClassVar[bool] = False  # many requests are under way at once as it is
+    parallel: ClassVar[bool] = False  # it already sends many requests at once
 
     @property
     def version(self) -> str:
@@ -148,7 +148,7 @@ class UnifiedReward:
 
 @dataclass(frozen=True)
 class UnifiedJudge:
-    """UnifiedReward's three axes as the judge of an evaluation."""
+    """UnifiedReward's three axes as a judge for evaluation."""
 
     endpoint: Endpoint
     form: str
@@ -188,9 +188,9 @@ class UnifiedPairs:
         self.endpoint.check()
 
     def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, Prompt]]) -> list[float | None]:
-        """1.0 where the first image is better, 0.0 the second, 0.5 a tie, None missing.
+        """Per pair: 1.0 if the first image is better, 0.0 if the second is, 0.5 for a tie, None if missing.
 
-        In the order given only: judges favor a place, so ask for both orders.
+        Only in the order given; judges favor a position, so ask in both orders.
         """
         form = _form(PAIRWISE, self)
         questions = [form.question(prompt, first, second) for first, second, prompt in pairs]
@@ -224,9 +224,9 @@ def unified_reward(
     max_tokens: int = 1024,
     cache: str | None = None,
 ) -> UnifiedReward:
-    """Weighted mean of the axes, or the final score of "1.x"; the replies of "1.x_words" have a list of words first.
+    """Weighted mean of the axes, or the final score of "1.x"; replies of "1.x_words" start with a list of words.
 
-    `alignment`, `coherence`, `style` are the axes' weights; `template`: a file with the words to ask in; see
+    `alignment`, `coherence`, `style` are the axes' weights; `template` is a file with the question's wording; see
     `gdro.rewards.judges.endpoint.Endpoint` for the rest.
     """
     weights = {"alignment": alignment, "coherence": coherence, "style": style}
@@ -235,7 +235,7 @@ def unified_reward(
             raise UserError('unified_reward: version "1.x" has one score; expected no alignment, coherence, style')
         weights = {"final": 1.0}
     if not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
-        raise UserError(f"unified_reward: weights {list(weights.values())}; expected none below 0 and one above")
+        raise UserError(f"unified_reward: weights {list(weights.values())}; expected none below 0 and some above")
     endpoint = Endpoint(
         url, model, api_key_env, revision, concurrency, timeout, attempts, max_tokens, temperature=0.0, cache=cache
     )

@@ -1,6 +1,6 @@
-"""What UnifiedReward's models are asked, with `{prompt}` for the caption: gdro's own wording of each form of reply.
+"""The questions for UnifiedReward's models, with `{prompt}` for the caption, in gdro's own wording.
 
-A model answers best the text it was trained on; the option `template` takes that from a file of the user's.
+A model answers the text it was trained on best; the option `template` reads that from a user's file.
 """
 
 from pathlib import Path
@@ -76,7 +76,7 @@ Answer with one JSON object; cat_winner is of the category, winner of the whole 
 
 
 def template_text(own: str, path: str | None) -> str:
-    """The text of the user's file, or `own`; UserError if it cannot be read or does not name {prompt} once."""
+    """The text of the user's file, or `own`; UserError unless it can be read and contains {prompt} exactly once."""
     if path is None:
         return own
     text = read_text(Path(path), "a text file with {prompt} in it", f"template: {path}")

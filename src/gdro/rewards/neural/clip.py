@@ -7,7 +7,7 @@
 | aesthetic | MLP(z) / 10                                            | CLIP ViT-L/14 and LAION's predictor v2         |
 | safety    | cos(z, p + a v), v the direction from unsafe to safe   | any of the above; as published that of `hpsv2` |
 
-26 and 30 are Flow-GRPO's: they bring good images near 1.
+26 and 30 are Flow-GRPO's; they bring good images close to 1.
 """
 
 import os
@@ -54,27 +54,27 @@ UNSAFE = (
 
 
 def cosine(a: "Tensor", b: "Tensor") -> "Tensor":
-    """Of rows (n, d) with the rows (n, d) beside them or with one (d,), all of length one: (n,) in [-1, 1]."""
+    """Cosines (n,) in [-1, 1] of unit rows (n, d) with matching unit rows (n, d) or a single one (d,)."""
     if b.ndim > 1 and len(a) != len(b):  # one row would be broadcast
         raise ValueError(f"{len(a)} embeddings came with {len(b)}")
     return (a * b).sum(-1)
 
 
 def safe_direction(safe: "Tensor", unsafe: "Tensor") -> "Tensor":
-    """(d,) of length one: the mean of the safe phrases' embeddings (m, d) minus that of the unsafe ones'."""
+    """Unit vector (d,): the mean of the safe phrases' embeddings (m, d) minus that of the unsafe ones."""
     return unit(safe.mean(0) - unsafe.mean(0))
 
 
 def steered(text: "Tensor", direction: "Tensor", strength: float) -> "Tensor":
-    """Texts (n, d), moved along the direction (d,) and brought back to length one (SafeDiffusion-R1)."""
+    """Texts (n, d), moved along the direction (d,) and renormalized (SafeDiffusion-R1)."""
     return unit(text + strength * direction)
 
 
 @dataclass(frozen=True)
 class ClipReward:
-    """How well image and prompt agree: their cosine, or with `divisor` the model's logit divided by it.
+    """How well image and prompt agree: their cosine or, with `divisor`, the model's logit divided by it.
 
-    Evidence: `cosine`, and the prompt's number of `tokens` and whether it was `truncated` to what the encoder takes.
+    Evidence: `cosine`, the prompt's number of `tokens`, and whether it was `truncated` to the encoder's limit.
     """
 
     name: str
@@ -98,7 +98,7 @@ class ClipReward:
 
 @dataclass(frozen=True)
 class AestheticReward:
-    """LAION's aesthetic predictor v2 on the image alone, divided by 10. Evidence: `rating`, about 1 to 10."""
+    """LAION's aesthetic predictor v2 on the image only, divided by 10. Evidence: `rating`, about 1 to 10."""
 
     encoder: ClipEncoder
     head: str
@@ -189,9 +189,9 @@ def read_phrases(given: tuple[str, ...] | Path, field: str) -> tuple[str, ...]:
     if isinstance(given, tuple):
         return given
     path = Path(os.path.expanduser(given))
-    lines = read_text(path, "a text file, a phrase a line", f"{field}: {given}").splitlines()
+    lines = read_text(path, "a text file, one phrase per line", f"{field}: {given}").splitlines()
     if not (phrases := tuple(line.strip() for line in lines if line.strip())):
-        raise UserError(f"{field}: {given} has no phrase in it; expected one a line")
+        raise UserError(f"{field}: {given} contains no phrases; expected one per line")
     return phrases
 
 
@@ -208,7 +208,7 @@ def pickscore(
     dtype: DType = "float32",
     batch_size: PositiveInt = 16,
 ) -> ClipReward:
-    """PickScore (Kirstain et al. 2023): its logit over 26; the processor is that of the CLIP it was tuned from."""
+    """PickScore (2305.01569): its logit over 26; the processor is that of the CLIP it was tuned from."""
     encoder = ClipEncoder(model, revision, processor, device, dtype, batch_size)
     return ClipReward("pickscore", encoder, PICKSCORE_SCALE)
 
@@ -235,9 +235,9 @@ def hpsv2(
     dtype: DType = "float32",
     batch_size: PositiveInt = 16,
 ) -> ClipReward:
-    """Human Preference Score v2.1 (Wu et al. 2023): the cosine; images are fitted by their longer side, as there.
+    """Human Preference Score v2.1 (2306.09341): the cosine; images are fitted by their longer side, as published.
 
-    The authors publish a pickle. Elsewhere, where loading it is acceptable, its tensors become a file for `model`:
+    The authors publish a pickle. Where loading it is acceptable, convert its tensors to a file for `model`:
     `save_file(torch.load("HPS_v2.1_compressed.pt", weights_only=True)["state_dict"], "hpsv2/model.safetensors")`.
     """
     return ClipReward("hpsv2", ClipEncoder(model, revision, processor, device, dtype, batch_size, pad=True), None)
@@ -253,7 +253,7 @@ def aesthetic(
     dtype: DType = "float32",
     batch_size: PositiveInt = 16,
 ) -> AestheticReward:
-    """LAION's improved aesthetic predictor (sac+logos+ava1-l14-linearMSE), `head` its layers in safetensors."""
+    """LAION's improved aesthetic predictor (sac+logos+ava1-l14-linearMSE); `head` is its layers in safetensors."""
     encoder = ClipEncoder(model, revision, None, device, dtype, batch_size)
     return AestheticReward(encoder, head, head_revision)
 
@@ -272,7 +272,7 @@ def safety(
 ) -> SafetyReward:
     """SafeDiffusion-R1's steering, with `hpsv2`'s model and preprocessing as in its code.
 
-    `safe` and `unsafe` are text files of phrases, one a line; without them SAFE and UNSAFE, which are not the authors'.
+    `safe` and `unsafe` are text files, one phrase per line; default: SAFE and UNSAFE, which are not the authors'.
     """
     encoder = ClipEncoder(model, revision, processor, device, dtype, batch_size, pad=True)
     return SafetyReward(encoder, strength, Path(safe) if safe else SAFE, Path(unsafe) if unsafe else UNSAFE)

@@ -1,7 +1,7 @@
-"""CLIP as the rewards use it: unit embeddings of images and texts, from a checkpoint that is checked beforehand.
+"""CLIP for the rewards: unit embeddings of images and texts, from a checkpoint that is checked beforehand.
 
 A checkpoint is a CLIPModel of transformers (config.json, model.safetensors and its processor), or model.safetensors
-alone with open_clip's names, whose architecture and processor are then those of another CLIPModel.
+alone with open_clip's names, which takes its architecture and processor from another CLIPModel.
 """
 
 import os
@@ -31,10 +31,10 @@ EXPECTED = f"a CLIPModel, a folder or Hub id with config.json and {WEIGHTS}"
 
 @dataclass(frozen=True)
 class ClipEncoder:
-    """The encoders of `model`; `processor` names whose image processor and tokenizer to take (None: its own).
+    """The encoders of `model`; `processor` names the model whose image processor and tokenizer to use (None: its own).
 
-    `pad` fits an image by its longer side, on black, where CLIP's processor fits the shorter side and crops the rest.
-    Nothing is read before `check` or `version`, no weights before the first embedding.
+    `pad` fits an image by its longer side, on black; CLIP's processor fits the shorter side and crops the rest.
+    Nothing is read before `check` or `version`, and no weights before the first embedding.
     """
 
     model: str
@@ -52,16 +52,16 @@ class ClipEncoder:
         return fingerprint(weights.version, *map(settings_version, (weights, processor)), self.dtype, self.pad)
 
     def check(self) -> None:
-        """UserError if the checkpoint is not there, no CLIPModel, not in safetensors, or damaged."""
+        """Raise UserError if the checkpoint is missing, not a CLIPModel, not in safetensors, or damaged."""
         pretrained.torch_device(self.device)
         weights, _, is_open_clip = self._sources
         names = tensor_names(weights.index, MODEL)
         if is_open_clip and not any(name.endswith("visual.conv1.weight") for name in names):
-            raise UserError(f"{MODEL}: {self.model} has no config.json, nor open_clip's tensors; expected {EXPECTED}")
+            raise UserError(f"{MODEL}: {self.model} lacks config.json and open_clip's tensors; expected {EXPECTED}")
         _ = self._config, self._processors
 
     def images(self, images: Sequence[Image.Image]) -> "Tensor":
-        """(n, d) float32 on the CPU, each of length one."""
+        """Unit embeddings (n, d), float32 on the CPU."""
         import torch
 
         fitted = [to_rgb(image) for image in images]
@@ -77,9 +77,9 @@ class ClipEncoder:
         return torch.cat(rows)
 
     def texts(self, texts: Sequence[str]) -> "tuple[Tensor, list[dict[str, Any]]]":
-        """(n, d) float32 on the CPU, each of length one; and of each text {"tokens", "truncated"}.
+        """Unit embeddings (n, d), float32 on the CPU, and {"tokens", "truncated"} of each text.
 
-        A text of more tokens than the encoder takes (77, with first and last) loses its end, as in published scores.
+        A text with more tokens than the encoder takes (77, including start and end) is cut, as in published scores.
         """
         import torch
 
@@ -99,17 +99,17 @@ class ClipEncoder:
 
     @property
     def width(self) -> int:
-        """Numbers in an embedding."""
+        """The dimension d of embeddings."""
         return int(self._config.projection_dim)
 
     @property
     def logit_scale(self) -> float:
-        """What the model multiplies its cosines by: e to a learned power, about 100 in published checkpoints."""
+        """The factor on the model's cosines: e to a learned power, about 100 in published checkpoints."""
         return float(self._model.logit_scale.float().exp())
 
     @cached_property
     def _sources(self) -> tuple[Source, Source, bool]:
-        """Where the weights are, where architecture and processor are, and whether the names are open_clip's."""
+        """(place of the weights, place of architecture and processor, whether the names are open_clip's)."""
         try:
             source, _ = pretrained.find(self.model, self.revision, field=MODEL, expected=EXPECTED)
         except UserError:
@@ -170,12 +170,12 @@ class ClipEncoder:
 
 
 def unit(x: "Tensor") -> "Tensor":
-    """Rows (k, d) divided by their lengths."""
+    """Rows (k, d) divided by their norms."""
     return x / x.norm(dim=-1, keepdim=True)
 
 
 def pad_to_square(image: Image.Image, size: int) -> Image.Image:
-    """The image resized (bicubic) so that its longer side is `size`, centered on a black square."""
+    """The image resized (bicubic) to a longer side of `size` pixels and centered on a black square."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new("RGB", (size, size))
@@ -185,12 +185,12 @@ def pad_to_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], limit: int) -> Any:
-    """(k, limit) ids and mask: padded to the limit, so that one text's embedding never depends on its neighbors."""
+    """Ids and mask (k, limit), padded to the limit so a text's embedding never depends on its neighbors."""
     return tokenizer(list(texts), truncation=True, max_length=limit, padding="max_length", return_tensors="pt")
 
 
 def token_counts(tokenizer: Any, texts: Sequence[str], limit: int) -> list[dict[str, Any]]:
-    """Of each text, how many tokens it has and whether that is more than `limit`."""
+    """For each text, its number of tokens and whether that exceeds `limit`."""
     counts = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
     return [{"tokens": count, "truncated": count > limit} for count in counts]
 

@@ -1,7 +1,7 @@
-"""ImageReward (Xu et al. 2023): human preference by BLIP's text encoder that looks at the image, and a linear head.
+"""ImageReward (2304.05977): human preference by BLIP's image-grounded text encoder and a linear head.
 
-r = (MLP(first token's state) - mean) / std; about zero on average over the authors' images, a standard deviation each
-unit. The towers are transformers' BLIP classes; weights are the published ones, in safetensors under their own names.
+r = (MLP(first token's state) - mean) / std; about mean 0 and standard deviation 1 over the authors' images. The towers
+are transformers' BLIP classes; weights are the published ones, in safetensors under their own names.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 MODEL, TOKENIZER = "RE-N-Y/ImageReward", "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-TOKENS = 35  # of a prompt, with first and last
+TOKENS = 35  # per prompt, including start and end
 HEAD_WIDTH = 64  # of an attention head, in both towers of BLIP
 PROBE = ("blip.visual_encoder.pos_embed", "blip.text_encoder.embeddings.word_embeddings.weight", "mlp.layers.0.weight")
 
 
 def standardized(raw: np.ndarray) -> np.ndarray:
-    """The head's output, by the authors' mean and standard deviation of it."""
+    """The head's output, standardized by the authors' mean and standard deviation; any shape."""
     return (raw - MEAN) / STD
 
 
@@ -142,7 +142,7 @@ class ImageReward:
 
 
 def vision_config(state: "dict[str, Tensor]") -> Any:
-    """The architecture that BlipVisionModel's tensors belong to: a ViT as timm has it (normalization to 1e-6)."""
+    """The architecture of BlipVisionModel's tensors: a ViT as in timm (normalization epsilon 1e-6)."""
     from transformers import BlipVisionConfig
 
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
@@ -158,7 +158,7 @@ def vision_config(state: "dict[str, Tensor]") -> Any:
 
 
 def text_config(state: "dict[str, Tensor]") -> Any:
-    """The architecture that BlipTextModel's tensors belong to: BERT with cross-attention in every layer."""
+    """The architecture of BlipTextModel's tensors: BERT with cross-attention in every layer."""
     from transformers import BlipTextConfig
 
     vocabulary, width = state["embeddings.word_embeddings.weight"].shape
@@ -195,7 +195,7 @@ def image_reward(
     device: pretrained.Device = "auto",
     batch_size: PositiveInt = 16,
 ) -> ImageReward:
-    """The authors publish a pickle. Elsewhere, where loading it is acceptable, it becomes a file for `model`:
+    """ImageReward (2304.05977). The authors publish a pickle; where loading it is acceptable, convert it for `model`:
     `save_file(torch.load("ImageReward.pt", weights_only=True), "image_reward/model.safetensors")`.
     """
     return ImageReward(model, revision, tokenizer, device, batch_size)

@@ -1,4 +1,4 @@
-"""Loading transformers' models for a reward, with errors that name the field they come from."""
+"""Loading transformers' models for a reward, with errors that name the configuration field."""
 
 from typing import Any, Literal
 
@@ -10,14 +10,14 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def find(name: str, revision: str | None, *, field: str, expected: str) -> tuple[Source, dict[str, Any]]:
-    """(the model's place, its config.json); from the Hub, its weights are then here. UserError if there is none."""
+    """(the model's place, its config.json), its weights downloaded if on the Hub. UserError if it is not found."""
     source = locate(name, "config.json", field=field, expected=expected, revision=revision)
     locate(name, "model.safetensors", field=field, expected=f"{expected}, in safetensors", revision=source.commit)
     return source, read_json(source.index, "a JSON object", f"{field}: {source.index}")
 
 
 def load(kind: Any, source: Source, *, field: str, **options: Any) -> Any:
-    """`kind.from_pretrained`; what it stumbles over is a file of the user's, so a UserError."""
+    """`kind.from_pretrained`; UserError if it fails, because the user's files are at fault."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -31,7 +31,7 @@ def load(kind: Any, source: Source, *, field: str, **options: Any) -> Any:
 
 
 def image_processor(source: Source, *, field: str) -> Any:
-    """The model's image processor, on PIL: with or without torchvision, an image becomes the same pixels."""
+    """The model's PIL-based image processor, which gives the same pixels with or without torchvision."""
     import transformers
 
     return load(transformers.AutoImageProcessor, source, field=field, use_fast=False)
@@ -44,14 +44,14 @@ def network(kind: Any, source: Source, *, field: str, device: Device) -> Any:
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     model, info = load(kind, source, field=field, **options)
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    if missing:  # transformers would go on with random ones
+    if missing:  # transformers would continue with random ones
         of = f"weights of a {type(model).__name__} ({missing[0]}, ...)"
         raise UserError(f"{field}: {source.name} lacks {len(missing)} {of}; expected a whole model.safetensors")
     return model.eval().to(torch_device(device))
 
 
 def torch_device(device: Device) -> str:
-    """cpu or cuda; UserError if cuda is asked for and not there."""
+    """cpu or cuda; UserError if cuda is requested but unavailable."""
     import torch
 
     there = torch.cuda.is_available()

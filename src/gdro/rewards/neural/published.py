@@ -1,7 +1,7 @@
 """Published reward weights under the names of transformers' classes, and the linear heads they come with.
 
-The originals are pickles of open_clip (HPSv2) and of the authors' BLIP (ImageReward). Nothing here reads pickle: it
-reads their tensors from safetensors, under the published names, and checks them before they are used.
+The originals are pickles of open_clip (HPSv2) and of the authors' BLIP (ImageReward). Nothing here reads pickles: their
+tensors are read from safetensors, under the published names, and checked before use.
 """
 
 import re
@@ -50,7 +50,7 @@ _BLIP_VISION = (
 
 
 def tensor_names(path: Path, field: str) -> list[str]:
-    """Of a safetensors file, from its header alone; UserError if it is damaged."""
+    """The tensor names in a safetensors file, from its header only; UserError if it is damaged."""
     from safetensors import safe_open
 
     with reading(path, "a safetensors file", f"{field}: {path}"), safe_open(path, "np") as file:
@@ -58,7 +58,7 @@ def tensor_names(path: Path, field: str) -> list[str]:
 
 
 def from_open_clip(state: "State") -> "dict[str, Tensor]":
-    """A ViT's tensors in open_clip's names, under those of transformers' CLIPModel; a common prefix is dropped."""
+    """A ViT's tensors, renamed from open_clip's to transformers' CLIPModel; a common prefix is dropped."""
     prefix = next(name.removesuffix("visual.conv1.weight") for name in state if name.endswith("visual.conv1.weight"))
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -82,12 +82,12 @@ def from_open_clip(state: "State") -> "dict[str, Tensor]":
 
 
 def _moved(name: str, names: Mapping[str, str], prefix: str, tensor: "Tensor") -> "dict[str, Tensor]":
-    """Empty for a name that CLIPModel has no use for (the causal mask that some checkpoints hold)."""
+    """The tensor under its new name; empty for names CLIPModel does not use (some checkpoints' causal mask)."""
     return {prefix + new + name.removeprefix(old): tensor for old, new in names.items() if name.startswith(old)}
 
 
 def from_blip(state: "State") -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
-    """(vision, text) tensors of ImageReward's `blip.`, under the names of BlipVisionModel and BlipTextModel."""
+    """(vision, text) tensors of ImageReward's `blip.`, renamed for BlipVisionModel and BlipTextModel."""
     vision, text = {}, {}
     for name, tensor in state.items():
         if (inner := name.removeprefix("blip.visual_encoder.")) != name:
@@ -100,9 +100,9 @@ def from_blip(state: "State") -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
 
 
 def read_chain(state: "State", prefix: str, where: str) -> "Chain":
-    """The (weight, bias) of `<prefix>N.` in the order of N (dropouts leave gaps), in float32.
+    """The (weight, bias) of each `<prefix>N.`, in order of N (dropouts leave gaps), in float32.
 
-    Raises UserError unless they fit each other and end in one number.
+    Raises UserError unless they fit together and end in one number.
     """
     found = sorted(int(m[1]) for name in state if (m := re.fullmatch(re.escape(prefix) + r"(\d+)\.weight", name)))
     try:

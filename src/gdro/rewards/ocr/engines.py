@@ -1,11 +1,11 @@
-"""The OCR engines the reward reads with, one image at a time: RapidOCR, and PaddleOCR as an extra.
+"""The reward's OCR engines, one image at a time: RapidOCR, and PaddleOCR as an extra.
 
-Settings of both are those of the published reward (Flow-GRPO on PaddleOCR 2): the image is searched for text at its own
-size, its sides rounded to multiples of 32 and its longer side at most 960 (small images so cost little, large ones lose
-little); boxes are read from top to bottom and left to right; a box below .5 confidence is dropped; no classifier of
-angles, no unwarping. RapidOCR departs in one thing: a line is padded to 96 pixels at least instead of 320, which halves
-the time and misreads fewer short words. It reads every line by itself: in batches ONNX Runtime is no faster on a core,
-and a score would depend on its neighbors' widths.
+Both use the settings of the published reward (Flow-GRPO on PaddleOCR 2): text is detected at the image's own size, with
+sides rounded to multiples of 32 and the longer one at most 960 (so small images cost little and large ones lose
+little); boxes are read top to bottom, left to right; boxes below .5 confidence are dropped; no angle classification, no
+unwarping. RapidOCR differs in one way: lines are padded to at least 96 pixels instead of 320, which halves the time and
+misreads fewer short words. It reads each line separately: batches are no faster with ONNX Runtime on one core, and
+scores would depend on the neighbors' widths.
 """
 
 import logging
@@ -50,7 +50,7 @@ INSTALL = {"rapidocr": "pip install rapidocr", "paddleocr": 'pip install "gdro[p
 
 
 def identity(name: EngineName, lang: str | None = None) -> list[Any]:
-    """What an engine's readings depend on: settings, and packages, which name their models. UserError without them."""
+    """What an engine's readings depend on: settings, and packages, which pin their models. UserError without them."""
     try:
         versions = [installed(package) for package in PACKAGES[name]]
     except PackageNotFoundError as error:
@@ -59,7 +59,7 @@ def identity(name: EngineName, lang: str | None = None) -> list[Any]:
 
 
 def rapidocr() -> Engine:
-    """RapidOCR: PaddleOCR's models on ONNX Runtime, in its wheel. They read Chinese, English and Japanese."""
+    """RapidOCR: PaddleOCR's models on ONNX Runtime, included in its wheel. They read Chinese, English and Japanese."""
     from rapidocr import RapidOCR  # slow to import
 
     one = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
@@ -74,10 +74,10 @@ def rapidocr() -> Engine:
 
 
 def paddleocr(**options: Any) -> Engine:
-    """PaddleOCR 3 on one CPU thread; `options` are its constructor's. It downloads its models at the first use."""
+    """PaddleOCR 3 on one CPU thread; `options` are its constructor's. It downloads its models on first use."""
     from paddleocr import PaddleOCR  # type: ignore[import-not-found,import-untyped,unused-ignore]  # an extra
 
-    logging.getLogger("paddlex").setLevel(logging.CRITICAL)  # what matters of it is raised too
+    logging.getLogger("paddlex").setLevel(logging.CRITICAL)  # anything important is also raised
     engine = PaddleOCR(**{"device": "cpu", "cpu_threads": 1, **PADDLEOCR, **options})
 
     def read(pixels: np.ndarray) -> list[Line]:
@@ -93,7 +93,7 @@ _lock = threading.Lock()
 
 
 def prepare(name: EngineName, lang: str | None = None) -> None:
-    """Have PaddleOCR's models here. Raises UserError if a package is missing or its models cannot be had."""
+    """Make sure the engine's models are here. Raises UserError if a package or its models are unavailable."""
     identity(name, lang)
     if name == "rapidocr" or _idle.get((name, lang)):
         return
@@ -102,7 +102,7 @@ def prepare(name: EngineName, lang: str | None = None) -> None:
     except Exception as error:
         raise UserError(
             f'OCR engine "{name}", lang {lang or "en"}, cannot load ({_reason(error)}); expected a network at its '
-            "first use, or ~/.paddlex/official_models copied from a machine that has one"
+            "first use, or ~/.paddlex/official_models copied from a machine that has it"
         ) from error
     with _lock:
         _idle.setdefault((name, lang), []).append(engine)
@@ -110,9 +110,9 @@ def prepare(name: EngineName, lang: str | None = None) -> None:
 
 def read(index: int, image: Image.Image, name: EngineName = "rapidocr", lang: str | None = None) -> dict[str, Any]:
     """The text in an image: `text` (boxes joined in reading order), `confidence` (mean over boxes, None without one),
-    `lines`. ImageFailure, of image `index`, if the engine fails.
+    `lines`. Raises ImageFailure for image `index` if the engine fails.
 
-    An engine is used by one thread at a time, and kept for the next one.
+    An engine is used by one thread at a time and kept for the next.
     """
     pixels = np.ascontiguousarray(np.asarray(to_rgb(image))[:, :, ::-1])
     with _lock:

@@ -1,4 +1,4 @@
-"""Reward of readable text (Flow-GRPO's OCR reward), with the engines of `gdro.rewards.ocr.engines`."""
+"""Reward for readable text (Flow-GRPO's OCR reward, 2505.05470), with the engines of `gdro.rewards.ocr.engines`."""
 
 import os
 import unicodedata
@@ -24,7 +24,8 @@ _STRAIGHT = str.maketrans("‘’‚‛“”„‟", "''''" + '""""')
 
 
 def target_of(prompt: Prompt) -> str:
-    """The text to read: the record's `target` if it has one, else what the prompt has in quotes (`quoted_text`)."""
+    """The text to read: the record's `target` if any, else the prompt's quoted text (`quoted_text`). UserError if
+    there is neither."""
     if "target" not in prompt.fields:
         text = quoted_text(prompt.text)
         if text is None:
@@ -40,12 +41,12 @@ def target_of(prompt: Prompt) -> str:
 
 
 def quoted_text(prompt: str) -> str | None:
-    """The text between the first pair of double quotes, None without one. UserError where the marks can be read in two
-    ways: an odd number of them, one after a digit (inches) or a backslash that would begin the text.
+    """The text between the first pair of double quotes; None without one. UserError if the marks are ambiguous: an odd
+    number of them, one after a digit (inches), or a backslash that would begin the text.
 
-    Straight marks pair as in the published rule, each with the next. Other marks may hold quotes of their own kind or
-    another: “ ”, „ “, 「 」, 『 』, ｢ ｣; double quotes without their partner end at the next of any kind. A single
-    double quote is no pair, and is passed over.
+    Straight marks pair as in the published rule, each with the next. Other marks may contain quotes of any kind:
+    “ ”, „ “, 「 」, 『 』, ｢ ｣; those without a partner end at the next mark of any kind. A lone double quote is not a
+    pair and is skipped.
     """
     marks = sum(mark in _DOUBLE for mark in prompt)
     for start, mark in enumerate(prompt):
@@ -75,7 +76,7 @@ def _ambiguous(prompt: str, what: str) -> UserError:
 
 
 def _end(prompt: str, start: int, closers: str) -> int | None:
-    """The place of the mark that closes the one at `start`, or None."""
+    """The index of the mark that closes the one at `start`, or None."""
     depth = 0
     for i in range(start, len(prompt)):
         if i > start and prompt[i] in closers:
@@ -88,11 +89,11 @@ def _end(prompt: str, start: int, closers: str) -> int | None:
 
 
 def ocr_score(recognized: str, target: str, *, strict: bool = False, normalize: bool = False) -> float:
-    """1 - min(d, n) / n in [0, 1]; d the edit distance of the texts without case and spaces, n the target's length.
+    """1 - min(d, n) / n in [0, 1]; d is the edit distance ignoring case and spaces, n the target's length.
 
-    The published rule (Flow-GRPO) sets d = 0 if the target is found anywhere in the recognized text, so any junk
-    around it is free; `strict` does not. `normalize` compares the texts after `normalized`, the published rule as they
-    are.
+    The published rule (Flow-GRPO) sets d = 0 if the target occurs anywhere in the recognized text, so junk around it
+    is free; `strict` does not. `normalize` compares the texts after `normalized`; the published rule does not. Raises
+    ValueError for an empty target.
     """
     if normalize:
         recognized, target = normalized(recognized), normalized(target)
@@ -105,9 +106,9 @@ def ocr_score(recognized: str, target: str, *, strict: bool = False, normalize: 
 
 
 def normalized(text: str) -> str:
-    """Unicode NFKC (full-width letters, digits and punctuation become ASCII's) with curly quotes made straight.
+    """Unicode NFKC (full-width letters, digits and punctuation become ASCII), with curly quotes made straight.
 
-    The models write both ways whatever the image shows: a ’ comes back as ', ＯＰＥＮ as OPEN.
+    OCR models return either form whatever the image shows: ’ may come back as ', ＯＰＥＮ as OPEN.
     """
     return unicodedata.normalize("NFKC", text).translate(_STRAIGHT)
 
@@ -117,16 +118,16 @@ def _plain(text: str) -> str:
 
 
 def edit_distance(recognized: str, target: str) -> int:
-    """Characters to change, without case and spaces; 0 is an exact match."""
+    """Characters to change, ignoring case and spaces; 0 is an exact match."""
     return Levenshtein.distance(_plain(recognized), _plain(target))
 
 
 @dataclass(frozen=True)
 class OcrReward:
-    """How much of the text its prompt asks for an image shows, by `ocr_score`.
+    """How much of its prompt's target text an image shows, by `ocr_score`.
 
     Evidence: `text` (boxes joined in reading order), `confidence` (mean over boxes, None without a box) and `lines`
-    (text, confidence and box of four (x, y) corners of each). Uses OMP_NUM_THREADS threads, by default one a core.
+    (text, confidence and box of four (x, y) corners of each). Uses OMP_NUM_THREADS threads, by default one per core.
     """
 
     strict: bool = False
