@@ -18,6 +18,7 @@ from run_files import rows
 from toy_groups import GUIDANCE, HEIGHT, LENGTH, SAMPLING, WIDTH, write_toy
 
 import gdro
+from gdro.cli import _parsers
 from gdro.common.prompts import Prompt
 from gdro.common.yaml import parse_yaml
 from gdro.models import load_model, loading
@@ -25,6 +26,7 @@ from gdro.models.base import FlowModel
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.runner.config import validate
 from gdro.stages.train import train
+from gdro.tools.comparison.table import END, START
 from gdro.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +142,23 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
     inside = [link for link in links if not re.match(r"\w+:", link)]
     assert not [link for link in inside if not (page.parent / link).exists()]
+
+
+def test_the_readme_says_the_verdict_as_the_report_does() -> None:
+    said = re.search(r'verdict in its report: "(.*?)"', (ROOT / "README.md").read_text(), re.DOTALL)
+    assert said is not None
+    assert " ".join(said[1].split()) in texts()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_those_of_the_command_line(page: Path) -> None:
+    named = re.findall(r"(?:^|`|-m )gdro ([a-z]+)", page.read_text(), re.MULTILINE)
+    assert not set(named) - set(_parsers()[1])
+
+
+def test_the_bench_finds_its_place() -> None:
+    text = (DOCS / "results.md").read_text()
+    assert text.count(START) == text.count(END) == 1
 
 
 def test_the_readme_is_a_page() -> None:
