@@ -152,7 +152,8 @@ def test_the_readme_says_the_verdict_as_the_report_does() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_those_of_the_command_line(page: Path) -> None:
-    named = re.findall(r"(?:^|`|-m )gdro ([a-z]+)", page.read_text(), re.MULTILINE)
+    fenced = "".join(re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE))
+    named = re.findall(r"^gdro ([a-z]+)", fenced, re.MULTILINE) + re.findall(r"`gdro ([a-z]+)", page.read_text())
     assert not set(named) - set(_parsers()[1])
 
 
