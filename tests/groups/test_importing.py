@@ -148,7 +148,7 @@ def test_missing_and_empty_metadata(tmp_path: Path, flux: Any) -> None:
     with pytest.raises(UserError, match=r"metadata.jsonl not found"):
         run(tmp_path, flux)
     write_rows(tmp_path / "source", [""])
-    with pytest.raises(UserError, match=r"has no row"):
+    with pytest.raises(UserError, match=r"has no rows"):
         run(tmp_path, flux)
 
 

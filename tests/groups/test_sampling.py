@@ -120,7 +120,7 @@ def test_a_store_begun_otherwise_is_refused(flux: FluxModel, tmp_path: Path):
     refusal("begun with 2 prompts, now there are 1", prompts=PROMPTS[:1])
     refusal('begun with other prompts from "p1" on', prompts=PROMPTS[1:3])
     refusal('two prompts with the id "p0"', prompts=[PROMPTS[0], PROMPTS[0]])
-    refusal("no prompt given", prompts=[])
+    refusal("no prompts given", prompts=[])
     refusal("height: 33 does not fit", SETTINGS.model_copy(update={"height": 33}))
     flux.add_adapter(rank=2, alpha=2, targets="attention", seed=0)
     refusal("fingerprint: ")

@@ -73,7 +73,7 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path, kept: float | Non
         (tmp_path / SECOND).write_bytes(data[: int(kept * len(data))])
     for reader in (lambda: GroupStore(tmp_path), lambda: GroupWriter(tmp_path).has_shard(1)):
         with pytest.raises(
-            UserError, match=rf"{SECOND} (not found|is damaged).*the file that groups-00001.parquet was written with"
+            UserError, match=rf"{SECOND} (not found|is damaged).*the file written with groups-00001.parquet"
         ):
             reader()
     (tmp_path / "groups-00001.parquet").unlink()  # as the message says

@@ -78,11 +78,11 @@ def test_a_weighted_sum_of_standardized_scores(toy: tuple[Path, str], tmp_path: 
 def test_constants_must_be_there_and_of_this_reward(toy: tuple[Path, str], tmp_path: Path) -> None:
     groups, module = toy
     spec = [f"{module}:brightness", f"{module}:redness"]
-    with pytest.raises(UserError, match=r"has no constants of the reward"):
+    with pytest.raises(UserError, match=r"has no constants for the reward"):
         scored(spec, groups, tmp_path / "rewards", standard=tmp_path / "standard.json")
     scored(spec, groups, tmp_path / "rewards", standard=tmp_path / "standard.json", fit=True)
     other = [{"name": spec[0], "weight": 2}, spec[1]]
-    with pytest.raises(UserError, match=r"has no constants of the reward"):
+    with pytest.raises(UserError, match=r"has no constants for the reward"):
         scored(other, groups, tmp_path / "rewards", standard=tmp_path / "standard.json")
     scored(other, groups, tmp_path / "rewards", standard=tmp_path / "standard.json", fit=True)
     scored(spec, groups, tmp_path / "later", standard=tmp_path / "standard.json")  # a sum scored later takes none away

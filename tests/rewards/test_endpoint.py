@@ -272,11 +272,11 @@ def test_check_gives_up_on_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"url": "localhost:8000"}, "no address"),
-        ({"url": "ftp://host/v1"}, "no address"),
-        ({"url": "http://host:port/v1"}, "no address"),
-        ({"url": "http://"}, "no address"),
-        ({"url": "http://host/v1?key=1"}, "no address"),
+        ({"url": "localhost:8000"}, "not an address"),
+        ({"url": "ftp://host/v1"}, "not an address"),
+        ({"url": "http://host:port/v1"}, "not an address"),
+        ({"url": "http://"}, "not an address"),
+        ({"url": "http://host/v1?key=1"}, "not an address"),
         ({"url": "http://me:secret@host/v1"}, "user or password"),
         ({"model": ""}, "judge model"),
         ({"concurrency": 0}, "judge concurrency: 0"),

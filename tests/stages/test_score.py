@@ -147,7 +147,7 @@ def test_new_images_and_new_versions_are_scored_again(groups: Path, tmp_path: Pa
     path = score(config, load_reward(f"{name}:brightness"), groups, out)
     calls()
     write_shard(groups, 1, SHARDS[1], offset=50)
-    with pytest.raises(UserError, match=r"has rewards of another groups-00001.parquet"):
+    with pytest.raises(UserError, match=r"has rewards for a different groups-00001.parquet"):
         read_rewards(path, GroupStore(groups))
     score(config, load_reward(f"{name}:brightness"), groups, out)
     assert calls() == ["prompt-c"] * 4
@@ -214,7 +214,7 @@ def test_where_no_image_has_a_score_the_next_run_asks_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for limit in (0.1, 1.0):
-        with pytest.raises(UserError, match=r'"moody" gave 13 of 13 images no score; of the first it says .*asleep'):
+        with pytest.raises(UserError, match=r'"moody" gave 13 of 13 images no score; for the first it says .*asleep'):
             score(ScoreConfig(max_missing=limit), Moody(answers=False), groups, tmp_path / "rewards")
         assert not list((tmp_path / "rewards").rglob("*.parquet"))
     path = score(ScoreConfig(), Moody(answers=True), groups, tmp_path / "rewards")
@@ -294,8 +294,8 @@ def damage(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.slice(1), r'no reward of image "a/0"'),
-        (lambda t: pa.concat_tables([t, t.slice(0, 1)]), r'two rewards of image "a/0"'),
+        (lambda t: t.slice(1), r'no reward for image "a/0"'),
+        (lambda t: pa.concat_tables([t, t.slice(0, 1)]), r'two rewards for image "a/0"'),
         (lambda t: t.set_column(4, "score", pa.array([float("nan")] * len(t))), r'reward nan for image "a/0"'),
         (
             lambda t: pa.concat_tables([t, t.slice(0, 1).set_column(0, "image_id", pa.array(["x/0"]))]),

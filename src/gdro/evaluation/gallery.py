@@ -11,21 +11,21 @@ from PIL import Image
 from gdro.common.images import to_rgb
 from gdro.common.rng import numpy_rng
 
-SHOWN = 320  # longest side of an embedded image; larger ones are reduced and kept as JPEG
+SHOWN = 320  # longest side of an embedded image, in pixels; larger ones are downscaled and stored as JPEG
 PIXEL_ART = 160  # images up to this size are embedded as they are (PNG) and enlarged without smoothing
 
 
 def choose_prompts(base: np.ndarray, tuned: np.ndarray, *, seed: int) -> list[tuple[str, list[int]]]:
-    """Titled places of prompts from per-prompt mean rewards (P,): most improved, most worsened, and random ones.
+    """(title, prompt indices) from per-prompt mean rewards (P,): random, most improved and most worsened prompts.
 
-    The random ones are drawn from all prompts before looking at any reward; only they are representative.
+    The random ones are drawn from all prompts without looking at rewards; only they are representative.
     """
     gain = tuned - base
     order = np.argsort(-gain, kind="stable")
     order = order[np.isfinite(gain[order])]
     drawn = numpy_rng(seed, "report prompts").permutation(len(gain))[:6]
     return [
-        ("Drawn at random: the representative ones", [int(i) for i in drawn]),
+        ("Drawn at random: representative", [int(i) for i in drawn]),
         ("The most improved: the best cases", [int(i) for i in order[:3] if gain[i] > 0]),
         ("The most worsened: the worst cases", [int(i) for i in order[::-1][:3] if gain[i] < 0]),
     ]
@@ -38,8 +38,8 @@ def choose_groups(rewards: dict[str, np.ndarray], *, seed: int, count: int = 3) 
 
 
 def figure(image: Image.Image, reward: float, evidence: dict[str, Any], alt: str) -> dict[str, Any]:
-    """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, and in `text` what was recognized (None:
-    the reward recognizes nothing): words, or GenEval's objects."""
+    """One image of the page: `uri`, `width`, `height`, `alt`, `reward`, and in `text` what was recognized: words or
+    GenEval's objects (None: the reward recognizes nothing)."""
     image = to_rgb(image)
     buffer = io.BytesIO()
     if is_pixel_art(image):
@@ -68,7 +68,7 @@ def is_pixel_art(image: Image.Image) -> bool:
 
 
 def mark_ends(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures by falling reward, the first marked as best, the last as worst; those without one at the end."""
+    """The figures by descending reward, the first marked best and the last worst; those without a reward come last."""
     ordered = sorted((f for f in figures if f["reward"] is not None), key=lambda f: -f["reward"])
     ordered[0]["mark"], ordered[-1]["mark"] = "mark", "low"
     return [*ordered, *(f for f in figures if f["reward"] is None)]

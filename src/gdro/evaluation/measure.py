@@ -1,4 +1,4 @@
-"""One measurement of a model on a set of prompts: images, reward, judge axes, image statistics.
+"""One measurement of a model on a set of prompts: images, reward, judge axes and image statistics.
 
 Used for the test prompts (base and tuned) and for validation during training.
 """
@@ -34,31 +34,29 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    prompts: str = Field(min_length=1, description="Held-out prompts, as sample.prompts.")
+    prompts: str = Field(min_length=1, description="Held-out prompts, like sample.prompts.")
     images_per_prompt: int = Field(
-        4, ge=1, le=10_000, description="Images of each prompt, from the same noise for both models."
+        4, ge=1, le=10_000, description="Images per prompt, from the same noise for both models."
     )
     num_inference_steps: int = Field(
-        28, ge=1, le=1000, description="Steps of the solver; the rest is as in section sample."
+        28, ge=1, le=1000, description="Solver steps; everything else is as in section sample."
     )
     judge: str | dict[str, Any] | None = Field(
-        "tiny", description="A judge's name, module:function or {name: ...}; null goes without corrected score."
+        "tiny", description="A judge's name, module:function or {name: ...}; null: no judge and no corrected score."
     )
     reward: str | dict[str, Any] | list[str | dict[str, Any]] | None = Field(
-        None, description="What validation and evaluation measure; null is score.reward."
+        None, description="The reward for validation and evaluation; null: score.reward."
     )
     corrected_axes: list[Literal["alignment", "coherence", "style"]] | None = Field(
-        None, min_length=1, description="Axes of the corrected score; null is all three, without alignment for GenEval."
+        None, min_length=1, description="Axes of the corrected score; null: all, without alignment for GenEval."
     )
     bootstrap_samples: int = Field(
-        10_000, ge=100, le=100_000, description="Resamples of the prompts' distinct texts behind the 95 % intervals."
+        10_000, ge=100, le=100_000, description="Resamples of the prompts' distinct texts for the 95 % intervals."
     )
-    batch_size: int = Field(
-        16, ge=1, le=10**6, description="Images generated at once; another number rounds otherwise."
-    )
+    batch_size: int = Field(16, ge=1, le=10**6, description="Images generated at once; changes rounding.")
 
     def generation(self, sample: Generation) -> Generation:
-        """How the images to measure are made: by the ODE, otherwise as section `sample` says."""
+        """Settings for the images to measure: the ODE, otherwise as in section `sample`."""
         return sample.deterministic(
             images_per_prompt=self.images_per_prompt,
             num_inference_steps=self.num_inference_steps,
@@ -68,9 +66,9 @@ class EvaluateConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Measured:
-    """P prompts x n images, in order; arrays (P, n), the two diversities among `image_stats` (P, 1); NaN is missing.
+    """P prompts x n images, in order; arrays are (P, n), the two diversities in `image_stats` (P, 1); NaN is missing.
 
-    `verdicts`: GenEval's `strict` and `soft`, whichever of them is the reward; empty for other rewards.
+    `verdicts`: GenEval's `strict` and `soft` if either is the reward, otherwise empty.
     """
 
     prompt_ids: list[str]
@@ -88,7 +86,7 @@ class Measured:
 
     @property
     def missing(self) -> int:
-        """Images that a judge was asked about and gave no complete score."""
+        """Number of images that the judge did not score completely."""
         return int(np.isnan(np.sum(list(self.axes.values()), axis=0)).sum())
 
     def scores(self) -> dict[str, np.ndarray]:
@@ -97,11 +95,11 @@ class Measured:
 
     @property
     def unscored(self) -> int:
-        """Images that the reward gave no score."""
+        """Number of images without a reward."""
         return int(np.isnan(self.reward).sum())
 
     def means(self) -> dict[str, float]:
-        """Mean of each score and sign over the images that have it; a score nobody has is left out."""
+        """Mean of each score and statistic over the images that have it; one that no image has is left out."""
         values = self.scores() | self.image_stats
         return {name: float(np.nanmean(v)) for name, v in values.items() if np.isfinite(v).any()}
 
@@ -121,11 +119,11 @@ def make_scored(
     standard: Path | None = None,
     label: str = "evaluate",
 ) -> Path:
-    """Generate (by the ODE) and score images of `prompts` by the model as it is now; returns the file of rewards.
+    """Generate (with the ODE) and score images of `prompts` with the current model; returns the file of rewards.
 
-    Several processes share the work; resumable, images kept in `folder`. The noise depends on (seed, prompt id, image
-    index) only, so any two models are measured on the same seeds. Images that other weights left are removed first.
-    Raises UserError for a reward's wrong output.
+    Several processes share the work; resumable, images are kept in `folder`. The noise depends only on (seed, prompt
+    id, image index), so any two models are measured on the same seeds. Images by other weights are removed first.
+    Raises UserError for invalid output of the reward.
     """
     if distributed.is_first():
         _discard_other_weights(folder, model)
@@ -153,16 +151,17 @@ def measure(
     max_missing: float = MAX_MISSING,
     label: str = "evaluate",
 ) -> Measured:
-    """Judge the images that `make_scored` left, `rewards` being the file it returned, and put all figures together.
+    """Judge the images from `make_scored`, which returned the file `rewards`, and collect all results.
 
-    The work of one process. Raises UserError for a judge's wrong output, or none for more than `max_missing` of them.
+    Runs in one process. Raises UserError for invalid output of the judge, or if it leaves more than the share
+    `max_missing` of images without scores.
     """
     store = GroupStore(rewards.parent.parent)
     scores, evidence = read_rewards(rewards, store), read_evidence(rewards)
     axes = {axis: np.full((len(prompts), config.images_per_prompt), np.nan) for axis in AXES}
     image_stats: dict[str, list[np.ndarray]] = {}
     boxed = all("lines" in found for found in evidence.values())
-    at_once = max(1, score_batch_size // config.images_per_prompt)  # prompts, so that a judge far away is kept busy
+    at_once = max(1, score_batch_size // config.images_per_prompt)  # prompts, so a remote judge is kept busy
     with Progress(f"{label}: {'image statistics' if judge is None else 'judge'}", len(prompts), "prompt") as progress:
         for start in range(0, len(prompts), at_once):
             some = prompts[start : start + at_once]
@@ -205,7 +204,7 @@ def _verdicts(
 
 
 def read_evidence(path: Path) -> dict[str, dict[str, Any]]:
-    """Image id -> what its score in the file of rewards rests on."""
+    """Image id -> the evidence for its score in the file of rewards."""
     evidence: dict[str, dict[str, Any]] = {}
     for place in range(len(read_header(path).contents)):
         table = read_scored(path, place).select(["image_id", "evidence"])
@@ -215,7 +214,7 @@ def read_evidence(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _judged(judge: Judge, images: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-    """The judge's axes (P, n) of P prompts' n images each; UserError naming the image it failed on."""
+    """The judge's axes (P, n) for n images of each of P prompts; UserError naming the image it failed on."""
     count = len(images[0])
     try:
         found = judge([image for own in images for image in own], [p for p in prompts for _ in range(count)])
@@ -226,7 +225,7 @@ def _judged(judge: Judge, images: Sequence[Sequence[Image.Image]], prompts: Sequ
 
 
 def _discard_other_weights(folder: Path, model: FlowModel) -> None:
-    """Remove what other weights left in `folder`: an evaluation is of the model at hand, and easily made again."""
+    """Remove images by other weights from `folder`: an evaluation is of the current model and easily repeated."""
     begun = read_begun(folder / STARTED) if folder.is_dir() else None
     if begun is not None and begun[0].get("fingerprint") != model.fingerprint:
         discard(folder)

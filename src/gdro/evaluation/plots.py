@@ -1,4 +1,4 @@
-"""The report's plots, as inline SVG that takes its colors and its font from the page's style sheet."""
+"""The report's plots, as inline SVG with colors and font from the page's style sheet."""
 
 import io
 import re
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
-# Colors drawn -> CSS variables of the page, so that one plot serves the light and the dark theme.
+# Drawn colors -> CSS variables of the page, so one plot works in the light and the dark theme.
 INK, GRID, BASE, TUNED, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {INK: "--muted", GRID: "--line", BASE: "--base", TUNED: "--tuned", THIRD: "--third"}
 STYLE = {
@@ -39,7 +39,7 @@ STYLE = {
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element: no namespaces or metadata (so no address at all), ids unique to `name`."""
+    """The figure as an <svg> element without namespaces or metadata (hence no URLs), with ids unique to `name`."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
@@ -68,7 +68,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
 
 
 def curves(name: str, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, str]) -> str | None:
-    """Training curves of the `fields` (name -> label) that `rows` carry against `step`; None if they carry none.
+    """Training curves of the `fields` (name -> label) in `rows` against `step`; None if there are none.
 
     Series of more than 20 points are drawn pale, with their running mean on top.
     """
@@ -110,7 +110,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
-    """Share of the images (any shape) in each of ten bands of reward, base beside tuned."""
+    """Share of images in each of ten bands of reward, base beside tuned; rewards of any shape."""
     base, tuned = base[np.isfinite(base)], tuned[np.isfinite(tuned)]
     both = np.concatenate([base, tuned])
     low, high = (0.0, 1.0) if both.min() >= 0 and both.max() <= 1 else (float(both.min()), float(both.max()))
@@ -130,7 +130,7 @@ def reward_histogram(base: np.ndarray, tuned: np.ndarray) -> str:
 
 
 def prompt_scatter(base: np.ndarray, tuned: np.ndarray) -> str:
-    """Mean reward of each prompt (P,) tuned against base; above the diagonal the prompt got better."""
+    """Mean reward of each prompt (P,), tuned against base; prompts above the diagonal improved."""
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(5.6, 2.6)
         both = np.concatenate([base, tuned])
@@ -145,7 +145,7 @@ def prompt_scatter(base: np.ndarray, tuned: np.ndarray) -> str:
 
 
 def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
-    """Density of images over (reward, judged quality u), one panel a side; None when nothing was judged."""
+    """Density of images over (reward, judged quality u), one panel per side; None if nothing was judged."""
     pairs = {}
     for name, (reward, quality) in sides.items():
         kept = np.isfinite(reward) & np.isfinite(quality)
@@ -169,5 +169,5 @@ def reward_against_quality(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
 
 
 def _ramp(color: str) -> ListedColormap:
-    """One color from faint to full, so that density reads on any background."""
+    """One color from faint to full, so density is readable on any background."""
     return ListedColormap([(*to_rgb(color), alpha) for alpha in np.linspace(0.18, 1, 32)])

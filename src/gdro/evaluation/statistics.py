@@ -1,7 +1,7 @@
-"""The corrected score, and paired bootstrap over the texts of prompts. Shapes: (P, n) = prompts, images per prompt.
+"""The corrected score, and a paired bootstrap over prompt texts. Shapes: (P, n) = prompts, images per prompt.
 
-Files of prompts repeat texts (GenEval's four times). Means are over prompts, but what repeats a text is not independent
-of it, so intervals resample distinct texts, each with all its prompts.
+Prompt files repeat texts (GenEval's four times). Means are over prompts, but prompts with the same text are not
+independent, so intervals resample distinct texts, each with all its prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from gdro.common.prompts import same_text
 from gdro.common.rng import numpy_rng
 from gdro.rewards.base import AXES
 
-_BLOCK = 1000  # resamples drawn by one generator; part of the definition of the draw, not a tuning knob
+_BLOCK = 1000  # resamples per generator; part of the definition of the draws, not a tuning knob
 
 
 def corrected_axes(reward: str) -> tuple[str, ...]:
-    """Judge axes that u averages for a reward of this name: those with "geneval" in it leave alignment out.
+    """Judge axes that u averages for a reward of this name; those with "geneval" in it exclude alignment.
 
     Alignment rises with hacking there (the GDRO paper, on GenEval).
     """
@@ -26,14 +26,14 @@ def corrected_axes(reward: str) -> tuple[str, ...]:
 
 
 def corrected_score(reward: np.ndarray, axes: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """r (u - 3) + 0.2 elementwise, u the mean of the `names` axes (1 to 5); NaN where a judge score is missing."""
+    """r (u - 3) + 0.2 elementwise, where u is the mean of the axes `names` (1 to 5); NaN where a grade is missing."""
     quality = np.mean([axes[name] for name in names], axis=0)
     return np.asarray(reward, dtype=np.float64) * (quality - 3.0) + 0.2
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over prompts, their difference, and its 95 % interval over texts; NaN where nothing can be said."""
+    """Means over prompts, their difference, and its 95 % interval over texts; NaN where undefined."""
 
     base: float
     tuned: float
@@ -49,7 +49,7 @@ def _finite(value: float) -> float | None:
 
 
 def pair_means(base: np.ndarray, tuned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per-prompt means (P,) of two (P, n) arrays over the images that have a value in both; NaN where none has."""
+    """Per-prompt means (P,) of two (P, n) arrays over the images with a value in both; NaN if there are none."""
     present = np.isfinite(base) & np.isfinite(tuned)
     count = present.sum(axis=1)
     safe = np.maximum(count, 1)
@@ -58,7 +58,7 @@ def pair_means(base: np.ndarray, tuned: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def text_numbers(texts: Sequence[str]) -> np.ndarray:
-    """(P,): the number of each prompt's text, counted from 0 in the order in which distinct ones appear."""
+    """The number (P,) of each prompt's text, counting distinct texts from 0 in order of appearance."""
     seen: dict[str, int] = {}
     return np.array([seen.setdefault(same_text(text), len(seen)) for text in texts], dtype=np.int64)
 
@@ -68,8 +68,8 @@ def resampled_means(values: np.ndarray, numbers: np.ndarray, *, samples: int, se
 
     `numbers` (P,) are the prompts' `text_numbers`.
 
-    One draw serves all columns, so any function of the columns keeps their pairing. NaN cells are left out
-    of their column's mean; a resample that meets only NaN is NaN.
+    All columns share each draw, so any function of the columns keeps their pairing. NaN cells are left out of their
+    column's mean; a resample with only NaN is NaN.
     """
     present = np.isfinite(values)
     filled = np.where(present, values, 0.0)
@@ -90,7 +90,7 @@ def resampled_means(values: np.ndarray, numbers: np.ndarray, *, samples: int, se
 def interval(draws: np.ndarray, texts: int) -> tuple[float, float]:
     """95 % percentile interval of bootstrap draws (B,).
 
-    NaN for fewer than two distinct texts: one says nothing about how texts differ, however often it is repeated, and
+    NaN for fewer than two distinct texts: one text, however often repeated, says nothing about how texts differ, and
     its bootstrap interval of width zero would claim certainty.
     """
     draws = draws[np.isfinite(draws)]
@@ -129,7 +129,7 @@ def relative_change(
 ) -> tuple[float, float, float]:
     """(tuned mean - base mean) / |base mean| of per-prompt values (P,), with its paired 95 % interval.
 
-    NaN where the base mean is zero: nothing is relative to nothing.
+    NaN where the base mean is zero.
     """
     pairs = np.stack([base, tuned], axis=1).astype(np.float64)
     there = np.isfinite(pairs).all(axis=1)

@@ -1,8 +1,8 @@
 """Groups from a folder of images made elsewhere, with their rewards.
 
-`metadata.jsonl` in the folder has one row an image: `file_name` (relative to the folder), `prompt`, `reward` (a
-number) and `group` (the images of one prompt that are compared). Other keys go into the prompt's record; they and the
-prompt must be the same throughout a group.
+`metadata.jsonl` in the folder has one row per image: `file_name` (relative to the folder), `prompt`, `reward` (a
+number) and `group` (shared by the images of one prompt that are compared). Other keys go into the prompt's record; they
+and the prompt must be the same throughout a group.
 """
 
 import math
@@ -29,7 +29,7 @@ from gdro.rewards.base import Scores
 
 BEGUN = "_importing.json"
 GROUPS_PER_SHARD = 16
-SHOWN = 3  # mistakes that are told in full, of any number
+SHOWN = 3  # mistakes reported in full
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def import_folder(
     max_sequence_length: int,
     reward_name: str = "imported",
 ) -> Path:
-    """Make a store of what `read_metadata` found in `groups`, and `rewards/<reward_name>.parquet`; returns the latter.
+    """Make the store `groups` and `rewards/<reward_name>.parquet` from `read_metadata`'s rows; returns the latter.
 
-    Latents and text embeddings are `model`'s, `guidance_scale` and `max_sequence_length` those training shall use.
-    Goes on where it stopped.
+    Latents and text embeddings are `model`'s; `guidance_scale` and `max_sequence_length` are those for training.
+    Resumes where it stopped.
     """
     for width, height in {rows[0].size for rows in members.values()}:
         model.latent_shape(height, width)
@@ -122,17 +122,17 @@ def import_folder(
 
 
 def read_metadata(folder: Path) -> dict[str, list[Row]]:
-    """Group id -> its rows, all of them checked and every image opened once.
+    """Group id -> its rows, after checking all of them and opening every image once.
 
     Raises UserError naming the line of the first SHOWN mistakes in the folder: a bad row, an image that is missing,
-    damaged or of another size than its group's first, a group of one image.
+    damaged or of a different size than its group's first, a group of one image.
     """
     path = folder / "metadata.jsonl"
     mistakes: list[str] = []
     groups: dict[str, list[Row]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     seen: dict[Path, str] = {}
-    for number, line in read_lines(path, "one JSON object an image: file_name, prompt, reward, group"):
+    for number, line in read_lines(path, "one JSON object per image: file_name, prompt, reward, group"):
         try:
             row = _parse(line, f"{path}:{number}", folder)
             if row.path in seen:
@@ -160,7 +160,7 @@ def read_metadata(folder: Path) -> dict[str, list[Row]]:
         rest = f"; and {len(mistakes) - SHOWN} more mistakes in {path}" if len(mistakes) > SHOWN else ""
         raise UserError("; also ".join(mistakes[:SHOWN]) + rest)
     if not groups:
-        raise UserError(f"{path} has no row; expected one JSON object an image")
+        raise UserError(f"{path} has no rows; expected one JSON object per image")
     return groups
 
 
@@ -180,7 +180,7 @@ def _parse(line: str, where: str, folder: Path) -> Row:
     if isinstance(group, bool) or not isinstance(group, str | int) or str(group) == "":
         raise UserError(f'{where} has "group" {show(group)}; expected a string or an integer')
     if "id" in row:
-        raise UserError(f'{where} has "id" {show(row["id"])}; expected the group\'s id in "group" only')
+        raise UserError(f'{where} has "id" {show(row["id"])}; expected the group\'s id only in "group"')
     path = path_inside(folder, name)
     if path is None:
         raise UserError(f'{where} has "file_name" {show(name)}; expected a file inside the folder')
@@ -189,9 +189,9 @@ def _parse(line: str, where: str, folder: Path) -> Row:
 
 
 def _begin(groups: Path, begun: dict[str, Any]) -> None:
-    """Note what the store is made from; refuse a store made from something else."""
+    """Record what the store is made from; refuse a store made from something else."""
     path = groups / BEGUN
-    if groups.is_dir() and any(groups.glob("*.parquet")):  # else there is nothing yet, and it may be begun anew
+    if groups.is_dir() and any(groups.glob("*.parquet")):  # otherwise it is empty and may be started over
         if not path.exists():
             raise UserError(f"{groups} holds groups of another origin; expected an empty or new folder")
         before = read_record(path)

@@ -1,4 +1,4 @@
-"""Groups of images of prompts, written shard by shard into a store; shared by sampling and evaluation."""
+"""Sampling groups of images into a store, shard by shard; shared by sampling and evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,19 +43,19 @@ def sample_groups(
     label: str = "sample",
     make: "MakeShards | None" = None,
 ) -> None:
-    """Fill the store in `folder` with `settings.images_per_prompt` images of every prompt; going on where it stopped.
+    """Fill the store in `folder` with `settings.images_per_prompt` images of every prompt; resumes where it stopped.
 
     The noise of an image is a function of (seed, purpose, group, index), and a batch never crosses a shard: an
-    interrupted job ends with the same bits, and another batch size or order of prompts changes rounding only. The same
-    store may be extended by appending prompts. Stochastic steps draw likewise from (seed, purpose, group, index, step);
-    the trajectories go into the store. A group's size, if there are several, is a function of (seed, group). Several
+    interrupted job ends with the same bits, and another batch size or order of prompts only changes rounding. Appending
+    prompts extends the store. Noise of stochastic steps is a function of (seed, purpose, group, index, step); the
+    trajectories go into the store. If there are several sizes, a group's is a function of (seed, group). Several
     processes share the files. Raises UserError, naming `label`'s field, if the store was begun with other settings,
     prompts or weights, or if a setting does not suit the model.
 
-    `make` makes the files that are missing elsewhere than in this process.
+    `make` creates the missing files outside of this process.
     """
     if not prompts:
-        raise UserError(f"{label}.prompts: no prompt given; expected at least one")
+        raise UserError(f"{label}.prompts: no prompts given; expected at least one")
     check_unique_ids(prompts, f"{label}.prompts")
     for height, width in settings.sizes:
         model.scheduler(settings.scheduler, settings.num_inference_steps, height, width)
@@ -64,7 +64,7 @@ def sample_groups(
     _check_weights(model)
 
     def missing() -> list[tuple[int, int, int]]:
-        """(number, first prompt, the one after its last) of each file that is not there."""
+        """(number, first prompt, one past its last) of each missing file."""
         ends = _plan(begun, prompts, settings.prompts_per_shard, folder, label)
         sweep(folder)
         writer = GroupWriter(folder)
@@ -104,20 +104,20 @@ def _check_weights(model: FlowModel) -> None:
 
 
 def _batches_short(jobs: Sequence["ShardJob"]) -> int:
-    """How many batches fewer than another process this one makes: a sharded model computes in all or in none."""
+    """How many fewer batches this process makes than another: a sharded model computes in all processes or none."""
     made = distributed.gather(sum(len(batches(job.settings, job.groups, job.seed)) for job in jobs))
     return max(made) - made[distributed.rank()]
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """File `number` of the store in `folder`, and all that decides its bits but the model itself; picklable."""
+    """File `number` of the store in `folder`, with everything that decides its bits except the model; picklable."""
 
     folder: Path
     number: int
     prompts: tuple[Prompt, ...]
     settings: Generation
-    fingerprint: str  # `FlowModel.fingerprint` of the model it is to be made by
+    fingerprint: str  # `FlowModel.fingerprint` of the model that must make it
     seed: int
     purpose: str
     round: int
@@ -128,13 +128,13 @@ class ShardJob:
 
 
 MakeShards = Callable[[Sequence[ShardJob], Callable[[int], None]], None]
-"""Writes the file of every job and tells of images that are done, how many at a time."""
+"""Writes the file of every job and calls back after each image."""
 
 
 def _make_shards(jobs: Sequence[ShardJob], model: FlowModel, made: Callable[[], None]) -> None:
-    """`make_shard` of every job, each file being encoded and written while the next one's images are made.
+    """`make_shard` for every job; each file is encoded and written while the next one's images are made.
 
-    PNG takes a core a sixth of the time that a fast GPU takes to make the image.
+    Encoding a PNG takes one core a sixth of the time that a fast GPU takes to make the image.
     """
     with ThreadPoolExecutor(1) as writer:
         written: Future[None] | None = None
@@ -148,15 +148,15 @@ def _make_shards(jobs: Sequence[ShardJob], model: FlowModel, made: Callable[[], 
 
 
 def make_shard(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> None:
-    """Make the images of a file of groups and write it, whole or not at all; `made()` is called after each image.
+    """Make the images of a file of groups and write it atomically; `made()` is called after each image.
 
-    The same job gives the same bits on any machine of the same kind, whatever else is being made there.
+    The same job gives the same bits on any machine of the same kind, whatever else runs there.
     """
     _made(job, model, made)()
 
 
 def _made(job: ShardJob, model: FlowModel, made: Callable[[], None]) -> Callable[[], None]:
-    """The images of a file of groups, made; what is returned writes them."""
+    """Make the images of a file of groups; returns a function that writes them."""
     settings, groups = job.settings, job.groups
     text = model.encode_text([prompt.text for prompt in job.prompts], settings.max_sequence_length)
     with naming(model.name, [f'prompt "{prompt.id}"' for prompt in job.prompts]):
@@ -214,7 +214,7 @@ class Made:
 def _images(
     settings: Generation, model: FlowModel, groups: Sequence[str], text: Text, seed: int, purpose: str, round: int
 ) -> Iterator[Made]:
-    """Every image of `groups`, whose texts are `text`'s rows."""
+    """Make every image of `groups`, whose text embeddings are the rows of `text`."""
     for (height, width), batch in batches(settings, groups, seed):
         shape = model.latent_shape(height, width)
 
@@ -256,7 +256,7 @@ def _images(
 def batches(
     settings: Generation, groups: Sequence[str], seed: int
 ) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
-    """((height, width), its (place of the group, index) pairs) of each batch: at most `batch_size`, of one size."""
+    """((height, width), its (group place, index) pairs) of each batch: at most `batch_size` images, of one size."""
     sizes = [settings.sizes[_dealt(len(settings.sizes), seed, group)] for group in groups]
     found = []
     for size in dict.fromkeys(sizes):
@@ -271,7 +271,7 @@ def _dealt(sizes: int, seed: int, group: str) -> int:
 
 
 def _split(whole: Trajectory) -> list[Trajectory]:
-    """The trajectory of each image by itself."""
+    """One trajectory (K = 1) per image."""
     images = zip(whole.states.split(1), whole.log_probs.split(1), strict=True)
     return [Trajectory(states, log_probs, whole.times) for states, log_probs in images]
 
@@ -298,12 +298,12 @@ def _rows(text: Text, places: list[int]) -> Text:
 
 
 def group_id(prompt: Prompt, round: int) -> str:
-    """The id of the prompt's group; a later round's group of the same prompt is another one."""
+    """The id of the prompt's group in this round; each round has its own."""
     return prompt.id if round == 0 else f"{prompt.id}@{round}"
 
 
 def check_round_ids(prompts: Sequence[Prompt], field: str) -> None:
-    """Raise UserError if a prompt's group of a later round could have the id of another prompt's."""
+    """Raise UserError if a prompt's group could, in a later round, have the id of another prompt's."""
     ids = {prompt.id for prompt in prompts}
     for one in ids:
         other, at, number = one.rpartition("@")
@@ -317,7 +317,7 @@ def check_round_ids(prompts: Sequence[Prompt], field: str) -> None:
 def _plan(
     begun: dict[str, Any], prompts: Sequence[Prompt], prompts_per_shard: int, folder: Path, label: str
 ) -> list[int]:
-    """Where each file's prompts end: those the store was begun with as they were, then any new ones."""
+    """Where each file's prompts end: first the store's original files, unchanged, then any new ones."""
     path = folder / STARTED
     filled = folder.is_dir() and any(folder.glob("*.parquet"))
     old = read_begun(path) if filled else (begun, [])  # nothing yet: begun anew

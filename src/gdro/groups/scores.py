@@ -1,7 +1,7 @@
-"""Files of rewards: parquet, one row an image, one row group a file of groups.
+"""Files of rewards: parquet, one row per image, one row group per file of groups.
 
-The metadata names the reward, its version, and the digest of every file of groups that was scored, so a file tells
-which images its scores belong to.
+The metadata holds the reward's name and version and the digest of every scored file of groups, so a file knows which
+images its scores belong to.
 """
 
 import json
@@ -38,7 +38,7 @@ WHOLE = "a whole file of rewards, as `gdro score` writes it"
 
 
 class Images(Protocol):
-    """What is asked of a store of groups (`gdro.groups.store.GroupStore`)."""
+    """The part of a store of groups (`gdro.groups.store.GroupStore`) used here."""
 
     group_ids: list[str]
 
@@ -50,7 +50,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file of rewards says of itself; `contents`: file of groups -> digest of its images, in row group order."""
+    """Metadata of a file of rewards; `contents`: file of groups -> digest of its images, in row group order."""
 
     name: str
     version: str
@@ -58,7 +58,7 @@ class Header:
 
 
 def rewards_table(header: Header, image_ids: Sequence[str], scores: Scores) -> pa.Table:
-    """Rows of one file of groups, NaN (a missing score) as null. Raises ValueError for infinity or a wrong number."""
+    """Rows for one file of groups, NaN (a missing score) as null. Raises ValueError for infinity or a wrong count."""
     values = np.asarray(scores.values, np.float64)
     if values.shape != (len(image_ids),) or len(scores.evidence) != len(image_ids) or np.isinf(values).any():
         raise ValueError(f"{len(image_ids)} images have {values.shape} scores, or one that is infinite")
@@ -87,7 +87,7 @@ def write_rewards(path: Path, header: Header, tables: Iterable[pa.Table]) -> Non
 
 
 def read_header(path: Path) -> Header:
-    """UserError if the file is missing, damaged, truncated or not one of rewards."""
+    """A file's metadata; UserError if it is missing, damaged, truncated or not a file of rewards."""
     with reading(path, WHOLE), pq.ParquetFile(path) as file:
         schema, row_groups = file.schema_arrow, file.num_row_groups
         if b"gdro.rewards" in (schema.metadata or {}):
@@ -105,29 +105,29 @@ def read_header(path: Path) -> Header:
 
 
 def read_scored(path: Path, place: int) -> pa.Table:
-    """The rows of the `place`-th of `read_header(path).contents`."""
+    """The rows for the `place`-th entry of `read_header(path).contents`."""
     with reading(path, WHOLE), pq.ParquetFile(path, page_checksum_verification=True) as file:
         return file.read_row_group(place)
 
 
 def read_rewards(path: Path, store: Images) -> dict[str, Tensor]:
-    """Group id -> (K,) float64 scores of `store`'s images, NaN where the file says that there is none (null).
+    """Group id -> (K,) float64 scores of `store`'s images, NaN for missing scores (null).
 
-    Raises UserError if the file is damaged, was given for other images, or has an image not at all, twice, or with a
-    score that is not finite.
+    Raises UserError if the file is damaged, belongs to other images, lacks an image, has one twice, or has a score that
+    is not finite.
     """
     header = read_header(path)
     for name, content in header.contents.items():
         if name not in store.contents:
-            raise UserError(f"{path} has rewards of {name}, which the groups lack; expected them (`gdro sample`)")
+            raise UserError(f"{path} has rewards for {name}, which is not among the groups; run `gdro sample`")
         if store.contents[name] != content:
-            raise UserError(f'{path} has rewards of another {name} than the groups have; score again ("gdro score")')
+            raise UserError(f'{path} has rewards for a different {name}; score again ("gdro score")')
     scores: dict[str, float] = {}
     for place in range(len(header.contents)):
         table = read_scored(path, place)
         for image_id, score in zip(table["image_id"].to_pylist(), table["score"].to_pylist(), strict=True):
             if image_id in scores:
-                raise UserError(f'{path} has two rewards of image "{image_id}"; expected one')
+                raise UserError(f'{path} has two rewards for image "{image_id}"; expected one')
             if score is not None and not np.isfinite(score):
                 raise UserError(f'{path} has the reward {score} for image "{image_id}"; expected a finite number')
             scores[image_id] = float("nan") if score is None else score
@@ -136,7 +136,7 @@ def read_rewards(path: Path, store: Images) -> dict[str, Tensor]:
         try:
             rewards[group] = torch.tensor([scores.pop(i) for i in store.image_ids(group)], dtype=torch.float64)
         except KeyError as error:
-            raise UserError(f'{path} has no reward of image "{error.args[0]}"; score again ("gdro score")') from None
+            raise UserError(f'{path} has no reward for image "{error.args[0]}"; score again ("gdro score")') from None
     if scores:
-        raise UserError(f'{path} has a reward of image "{next(iter(scores))}", which is not among the groups')
+        raise UserError(f'{path} has a reward for image "{next(iter(scores))}", which is not among the groups')
     return rewards

@@ -1,7 +1,7 @@
-"""A reward's score of every image of a store of groups; shared by the score stage and the evaluation.
+"""Scoring every image in a store of groups; shared by the score stage and the evaluation.
 
-Finished files of groups lie in `.<reward>/` until the last is scored; then they are merged into `<reward>.parquet`.
-A derived reward is made of the files of its terms.
+Scores of finished files of groups are kept in `.<reward>/` until the last is done, then merged into `<reward>.parquet`.
+A derived reward is computed from the files of its terms.
 """
 
 import os
@@ -25,10 +25,10 @@ from gdro.rewards.base import Reward, Scores
 from gdro.rewards.derived import DerivedReward, Scorer
 
 MAX_MISSING = 0.1
-PER_PROCESS = 128  # images whose scoring pays for starting a process
+PER_PROCESS = 128  # images that make starting a process worthwhile
 
 ScoreFiles = Callable[..., None]
-"""`score_files`, or what does the same elsewhere."""
+"""`score_files`, or a function that does the same on other machines."""
 
 
 def score_groups(
@@ -45,17 +45,17 @@ def score_groups(
 ) -> Path:
     """Score the store in `groups`, `batch_size` images at once; returns `out/<reward.name>.parquet`.
 
-    `standard` is the file of a derived reward's constants; with `fit` they are those of these images, and written.
+    `standard` is the file of a derived reward's constants; with `fit` they are computed from these images and written.
 
-    `workers` 0 is a process a core, fewer for few images, if the reward may be run so (`parallel`), else one in all.
-    `score` scores the files elsewhere than on this machine.
+    `workers` 0 means a process per core, fewer for few images, if the reward allows it (`parallel`), otherwise one.
+    `score` scores the files on other machines.
 
-    Several processes share the files of groups; the first joins what they leave.
+    Several processes share the files of groups; the first one merges the results.
 
-    A rerun scores what is missing: after an interruption the unfinished files of groups, after an extension the new
-    ones, with another version of the reward everything. Raises UserError if the store is damaged, a prompt does not
-    suit the reward, an image cannot be scored, or more than the share `max_missing` has no score; the next run then
-    scores the files that lack some again.
+    A rerun scores what is missing: unfinished files of groups after an interruption, new ones after an extension,
+    everything for a new version of the reward. Raises UserError if the store is damaged, a prompt does not suit the
+    reward, an image cannot be scored, or more than the share `max_missing` has no score; the next run then rescores the
+    files that lack scores.
     """
     if isinstance(reward, DerivedReward):
         paths = [
@@ -129,9 +129,9 @@ def score_files(
     workers: int,
     batch_size: int,
 ) -> None:
-    """Score files of groups; each leaves its part in the folder `parts`, whole or not at all, once it is done.
+    """Score files of groups; each one's scores appear atomically in the folder `parts` when it is done.
 
-    `scored` is given scores as they come, in any order. `workers` 0 is as `score_groups` says.
+    `scored` receives scores as they come, in any order. `workers` is as in `score_groups`.
     """
     images = sum(sum(shard.groups.values()) for shard in shards)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -150,11 +150,11 @@ def score_files(
 def _derive(
     reward: DerivedReward, store: GroupStore, paths: list[Path], out: Path, standard: Path | None, *, fit: bool
 ) -> Path:
-    """Combine the terms' files; the evidence of an image is its terms' own scores."""
+    """Combine the terms' files; an image's evidence is the scores of its terms."""
     scores = [{group: r.numpy() for group, r in read_rewards(path, store).items()} for path in paths]
     constants = reward.constants(scores) if fit or not reward.standardizes else _read_constants(reward, standard)
     if fit and standard is not None and distributed.is_first():
-        write_record(standard, {**(find_record(standard) or {}), reward.version: constants})  # other sums keep theirs
+        write_record(standard, {**(find_record(standard) or {}), reward.version: constants})  # others keep theirs
     combined = reward.combined(scores, constants)
     header = Header(reward.name, reward.version, store.contents)
 
@@ -180,8 +180,8 @@ def _read_constants(reward: DerivedReward, standard: Path | None) -> list[tuple[
     saved = None if standard is None else find_record(standard)
     if saved is None or reward.version not in saved:
         raise UserError(
-            f'{standard} has no constants of the reward "{reward.name}"; expected those that scoring the first '
-            'round\'s images leaves there ("gdro score")'
+            f'{standard} has no constants for the reward "{reward.name}"; expected those from scoring the first '
+            'round\'s images ("gdro score")'
         )
     return [(mean, std) for mean, std in saved[reward.version]]
 
@@ -196,9 +196,9 @@ def _number(value: float) -> float | None:
 
 
 def _check_missing(name: str, tables: Iterable[pa.Table], parts: Path, most: float) -> int:
-    """How many images have no score. If they are too many, the `parts` that lack some are removed: a rerun asks again.
+    """How many images have no score. If too many, `parts` that lack scores are removed, so a rerun asks again.
 
-    A win rate that rests on some of its comparisons counts as missing by the share of the others.
+    A win rate with missing comparisons counts as missing by their share.
     """
     lost, lacking, total, why, unfinished = 0.0, 0, 0, "", []
     for table in tables:
@@ -222,14 +222,14 @@ def _check_missing(name: str, tables: Iterable[pa.Table], parts: Path, most: flo
 
 
 def check_missing(who: str, lost: float, total: int, most: float, why: str = "") -> None:
-    """Raise UserError if `lost` of `total` answers are more than the share `most`, or all; one alone is no share."""
+    """Raise UserError if `lost` of `total` answers exceed the share `most`, or are all; a single one is tolerated."""
     allowed = max(1.0, most * total) if most else 0.0
     if not lost or (lost <= allowed and lost < total):
         return
-    first = f"; of the first it says {why:.300}" if why else ""
+    first = f"; for the first it says {why:.300}" if why else ""
     raise UserError(
         f"{who} gave {lost:.0f} of {total} images no score{first}; expected at most {100 * most:g} % "
-        "(score.max_missing), and what is missing is asked for again by the next run"
+        "(score.max_missing); the next run asks again for those missing"
     )
 
 

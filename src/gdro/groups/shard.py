@@ -1,8 +1,8 @@
 """One parquet file of the store of groups: its schema, its checks, its images. Needs no torch.
 
-A row is an image and a row group is a group, so one group is read without touching its neighbors. Pages carry
-checksums, the footer is sealed (`gdro.common.sealed`), and its metadata have a digest of the images, by which rewards
-know what they were given for, and one of every file beside it.
+A row is an image and a row group is a group, so a group is read without touching its neighbors. Pages have checksums,
+the footer is sealed (`gdro.common.sealed`), and its metadata hold digests of the images, which tie rewards to them, and
+of every file beside it.
 """
 
 import json
@@ -23,8 +23,8 @@ from gdro.common.reading import parse_json, reading
 from gdro.common.sealed import check_footer
 
 SETTINGS = ("guidance_scale", "max_sequence_length", "generator", "revision")
-"""Columns that hold one value throughout a store: training must use the same."""
-AXES = ["height", "width"]  # of one value throughout a group
+"""Columns with one value throughout a store; training must use the same."""
+AXES = ["height", "width"]  # columns with one value throughout a group
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FIELDS: list[tuple[str, pa.DataType]] = [
@@ -54,7 +54,7 @@ _FIELDS: list[tuple[str, pa.DataType]] = [
 
 
 def _huggingface() -> str:
-    """The features by which `datasets` knows that `image` is a picture."""
+    """The features that tell `datasets` that the column `image` holds images."""
     features: dict[str, Any] = {}
     for name, kind in _FIELDS:
         if name == "image":
@@ -71,11 +71,11 @@ SCHEMA = pa.schema(_FIELDS, metadata={"huggingface": _huggingface()})
 
 @dataclass(frozen=True)
 class Shard:
-    """What the store keeps in memory of a checked file."""
+    """What the store keeps in memory about a checked file."""
 
     path: Path
     content: str  # digest of its images and latents
-    beside: dict[str, str]  # name of each file that holds what its groups were made with: digest of its bytes
+    beside: dict[str, str]  # companion file (text embeddings, trajectories) -> digest of its bytes
     groups: dict[str, int]  # group id -> number of images; the n-th group is the n-th row group
     prompts: dict[str, Prompt]
     sizes: dict[str, tuple[int, int]]  # group id -> height and width of its images
@@ -89,17 +89,17 @@ class Shard:
 
 
 def is_stochastic(sampler: str | None) -> bool:
-    """Whether images were sampled with noise in the steps; then each group has a trajectory."""
+    """Whether the sampling steps were stochastic; then each group has a trajectory."""
     return sampler not in (None, "ode")
 
 
 def whole(path: Path) -> str:
-    """What is expected of a file of groups."""
-    return "a whole file, as gdro wrote it" + remake(path, "run what made it (`gdro sample` or `import`) again")
+    """For error messages: what is expected of a file of groups."""
+    return "a whole file, as gdro wrote it" + remake(path, "run `gdro sample` (or `import`) again")
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """The file, memory-mapped, with its footer read and its page checksums armed; inside `reading`."""
+    """The file, memory-mapped, footer read, page checksums enabled; call it within `reading`."""
     return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
@@ -128,7 +128,7 @@ def read_shard(path: Path) -> Shard:
         group = first["group_id"]
         expected = [{"image_id": f"{group}/{i}", "group_id": group, "index": i} for i in range(size)]
         if rows != expected or group in groups:
-            raise UserError(f'{path} does not hold group "{group}" whole, once and in order')
+            raise UserError(f'{path} does not hold group "{group}" exactly once, complete and in order')
         measured = {(row["height"], row["width"]) for row in table.slice(start, size).select(AXES).to_pylist()}
         if len(measured) > 1:
             told = " and ".join(f"{width}x{height}" for height, width in sorted(measured))
@@ -138,7 +138,7 @@ def read_shard(path: Path) -> Shard:
         prompts[group] = Prompt(record.pop("id"), record.pop("prompt"), record)
         start += size
     if not groups:
-        raise UserError(f"{path} holds no group; expected at least one")
+        raise UserError(f"{path} holds no groups; expected at least one")
     settings = {}
     for name in ("sampler", *SETTINGS):
         values = table[name].unique().to_pylist()
@@ -169,20 +169,20 @@ class Piece:
     shard: Path
     places: range
     groups: dict[str, int]
-    prompts: list[Prompt]  # of each group
+    prompts: list[Prompt]  # one per group
 
     def image_ids(self) -> list[str]:
         return [f"{group}/{i}" for group, size in self.groups.items() for i in range(size)]
 
     def load(self) -> tuple[list[str], list[Image.Image], list[Prompt]]:
-        """(image ids, images, the prompt of each image)."""
+        """(image ids, images, each image's prompt)."""
         images = [image for place in self.places for image in read_images(self.shard, place)]
         sizes = self.groups.values()
         return self.image_ids(), images, [p for p, size in zip(self.prompts, sizes, strict=True) for _ in range(size)]
 
 
 def pieces(shard: Shard, images: int) -> Iterator[Piece]:
-    """A file's groups in runs of at most `images` images, or of one group."""
+    """A file's groups in runs of at most `images` images, but at least one group."""
     ids = list(shard.groups)
     start = 0
     while start < len(ids):

@@ -1,9 +1,9 @@
-"""The store of groups: a folder of parquet files with the text embeddings of each beside it.
+"""The store of groups: a folder of parquet files, each with its text embeddings beside it.
 
-`groups-00000.parquet` holds whole groups, one row an image, one row group a group; `_embeddings-00000.safetensors`
-holds, for each of its groups, the tensors `<group_id>/<name>`. If the images were sampled stochastically,
-`_trajectories-00000.safetensors` holds how, in the same manner, until they are discarded. Both are written first, so a
-parquet file exists only when everything it refers to does.
+`groups-00000.parquet` holds whole groups, one row per image, one row group per group; `_embeddings-00000.safetensors`
+holds the tensors `<group_id>/<name>` of each of its groups. If the images were sampled stochastically,
+`_trajectories-00000.safetensors` holds their trajectories in the same way until they are discarded. Both are written
+first, so a parquet file exists only if everything it refers to does.
 """
 
 import hashlib
@@ -33,13 +33,13 @@ from gdro.groups.shard import SCHEMA, Shard, is_stochastic, read_images, read_ro
 from gdro.models.base import Text
 from gdro.samplers.trajectory import Trajectory
 
-EMPTIED = save({}, {"gdro": "discarded"})  # a file of trajectories that are needed no more
+EMPTIED = save({}, {"gdro": "discarded"})  # a file of discarded trajectories
 PARTS = ("states", "log_probs", "times")
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image of a group, its latent (tokens, channels), and everything needed to make it again.
+    """One image of a group, its latent (tokens, channels), and everything needed to reproduce it.
 
     `seed`, `scheduler`, `num_inference_steps` and `sampler` are None for an imported image.
     """
@@ -63,13 +63,13 @@ class ImageRow:
 
 
 class GroupWriter:
-    """Writes a store file by file; each appears whole or not at all. Several may write different files of one store."""
+    """Writes a store file by file, each atomically. Several writers may write different files of one store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def has_shard(self, i: int) -> bool:
-        """Whether file i is there and whole; UserError if it is there but damaged."""
+        """Whether file i exists; UserError if it is damaged."""
         path = self.folder / groups_name(i)
         if not path.exists():
             return False
@@ -83,10 +83,10 @@ class GroupWriter:
         text: Mapping[str, Text],
         trajectories: Mapping[str, Trajectory] | None = None,
     ) -> None:
-        """Write whole groups, with the text embeddings (first axis 1) and, if sampled so, the trajectory of each.
+        """Write whole groups, each with its text embeddings (first axis 1) and, if sampled stochastically, trajectory.
 
-        Raises ValueError if a group is incomplete or its images have another size than its rows say, and UserError if
-        the disk is full; the file that was there before then stays as it was.
+        Raises ValueError if a group is incomplete or its images do not have the size in its rows, and UserError if the
+        disk is full; an existing file then stays unchanged.
         """
         groups: dict[str, list[ImageRow]] = {}
         for row in rows:
@@ -132,10 +132,10 @@ class GroupWriter:
 
 
 class GroupStore:
-    """Reads a store. Opening it checks every file; images, latents and embeddings are read when asked for.
+    """Reads a store. Opening it checks every file; images, latents and embeddings are read on demand.
 
-    Raises UserError naming the folder or the file if it is missing, damaged, truncated, not a store's, or made with
-    other settings than the rest.
+    Raises UserError naming the folder or file if it is missing, damaged, truncated, not part of a store, or made with
+    settings that differ from the rest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -161,7 +161,7 @@ class GroupStore:
                     raise UserError(f'{shard.path} holds group "{group}", which {self._places[group][0].path.name} has')
                 self._places[group] = (shard, place)
         self.group_ids: list[str] = list(self._places)
-        # as of opening: whether every group was sampled stochastically and its trajectory is still there
+        # at the time of opening: whether every group was sampled stochastically and still has its trajectory
         self.has_trajectories: bool = all(s.stochastic and not _discarded(s.path) for s in self.shards)
 
     @property
@@ -223,7 +223,7 @@ class GroupStore:
 
 
 def discard_trajectories(folder: Path) -> None:
-    """Empty a store's trajectory files, which outweigh its images; the groups stay, and the store stays whole."""
+    """Empty a store's trajectory files, which are larger than its images; the groups and the store stay valid."""
     for path in sorted(folder.glob("_trajectories-*.safetensors")):
         write_bytes(path, EMPTIED)
 
@@ -262,18 +262,18 @@ def _discarded(groups: Path) -> bool:
 
 
 def _owner(key: str) -> str:
-    """The group of a tensor `<group_id>/<name>`; names hold no slash, group ids may."""
+    """The group of a tensor `<group_id>/<name>`; group ids may contain slashes, names do not."""
     return key.rpartition("/")[0]
 
 
 def check_shard(path: Path) -> Shard:
-    """A parquet file and what lies beside it: the text embeddings and, unless discarded, the trajectories."""
+    """Check a parquet file, its text embeddings and, unless discarded, trajectories; UserError if one is damaged."""
     shard = read_shard(path)
     for name, digest in shard.beside.items():
         file = path.with_name(name)
         if name != _trajectories_path(path).name or not _discarded(path):
-            again = remake(path, "run what made it (`gdro sample` or `import`) again")
-            check_bytes(file, digest, f"the file that {path.name} was written with{again}")
+            again = remake(path, "run `gdro sample` (or `import`) again")
+            check_bytes(file, digest, f"the file written with {path.name}{again}")
     return shard
 
 
@@ -285,7 +285,7 @@ def _table(rows: Sequence[ImageRow], text: str, digest: Any) -> pa.Table:
                 f"image {row.group_id}/{row.index} is {row.image.size}, its row says {row.width, row.height}"
             )
         png = io.BytesIO()
-        # level 6, the default, takes twice the time, on the GPU's clock, for a tenth fewer bytes
+        # level 6, the default, takes twice as long, while the GPU waits, to save a tenth of the bytes
         to_rgb(row.image).save(png, "PNG", compress_level=1)
         latent = row.latent.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
         image_id = f"{row.group_id}/{row.index}"

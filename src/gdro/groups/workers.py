@@ -1,4 +1,4 @@
-"""Scoring in several processes. Imports no torch, so a worker starts fast and stays small."""
+"""Scoring in several processes. Does not import torch, so workers start fast and stay small."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ from gdro.common.prompts import Prompt
 from gdro.rewards.base import ImageFailure, Reward, Scores
 
 Loaded = tuple[list[str], list[Image.Image], list[Prompt]]
-"""Image ids, images, the prompt of each."""
+"""Image ids, images, each image's prompt."""
 
 
 class ScoreJob(Protocol):
@@ -31,7 +31,7 @@ J = TypeVar("J", bound=ScoreJob)
 
 
 def score_images(reward: Reward, loaded: Loaded, batch_size: int) -> tuple[list[str], Scores]:
-    """(image ids, scores), `batch_size` images at a time, or a group at a time. A failure names the image."""
+    """(image ids, scores), `batch_size` images or one group at a time. Raises ImageFailure naming the image."""
     ids, images, prompts = loaded
     values, evidence = [], []
     for part in _parts(ids, None if getattr(reward, "grouped", False) else batch_size):
@@ -49,7 +49,7 @@ def score_images(reward: Reward, loaded: Loaded, batch_size: int) -> tuple[list[
 
 
 def _parts(ids: Sequence[str], size: int | None) -> Iterator[slice]:
-    """Runs of `size` images, or of one group each; ids are `<group>/<index>`, groups whole and in a row."""
+    """Runs of `size` images, or one per group; ids are `<group>/<index>`, with each group's images adjacent."""
     start = 0
     while start < len(ids):
         stop = start + (size or 1)
@@ -63,7 +63,7 @@ def _parts(ids: Sequence[str], size: int | None) -> Iterator[slice]:
 def score_all(
     reward: Reward, jobs: Sequence[J], batch_size: int, workers: int
 ) -> Iterator[tuple[J, list[str], Scores]]:
-    """(job, image ids, scores) of every job, in the order they finish; one worker is this process itself.
+    """(job, image ids, scores) of every job, in the order they finish; a single worker is this process itself.
 
     Raises UserError if a worker process dies.
     """
@@ -71,7 +71,7 @@ def score_all(
         for job in jobs:
             yield job, *score_images(reward, job.load(), batch_size)
         return
-    context = multiprocessing.get_context("spawn")  # forked processes inherit locked locks of torch and ONNX Runtime
+    context = multiprocessing.get_context("spawn")  # forked processes inherit locks that torch and ONNX Runtime hold
     with ProcessPoolExecutor(workers, context, _start, (reward, batch_size)) as pool:
         futures = {pool.submit(_score, job): job for job in jobs}
         try:
@@ -79,7 +79,7 @@ def score_all(
                 yield futures[future], *future.result()
         except BrokenProcessPool:
             raise UserError(
-                "score: a worker process died, out of memory perhaps; finished work is kept, run again or with fewer "
+                "score: a worker process died, perhaps out of memory; finished work is kept, run again or with fewer "
                 "score.workers"
             ) from None
         except BaseException:
@@ -99,7 +99,7 @@ def _start(reward: Reward, batch_size: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """A parent that was killed cannot end its workers: they would wait for work for ever."""
+    """A killed parent cannot end its workers, which would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
