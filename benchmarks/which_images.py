@@ -72,13 +72,14 @@ def one(task: str, store: Path, name: str, seed: int, results: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from gdro.run.config import load_config
+
     from gdro.evaluation.measure import make_scored, measure
     from gdro.groups.scores import Header, read_rewards, rewards_table, write_rewards
     from gdro.groups.store import GroupStore
     from gdro.models import load_model
     from gdro.rewards.base import Scores
     from gdro.rewards.registry import load_judge, load_reward
-    from gdro.run.config import load_config
     from gdro.stages.train import train
     from gdro.tiny.prompts import tiny_prompts
     from gdro.training.config import TrainConfig
@@ -111,11 +112,12 @@ def one(task: str, store: Path, name: str, seed: int, results: Path) -> None:
             seen = read_rewards(store / "rewards" / f"{reward.name}.parquet", groups)
             header = Header(reward.name, reward.version, groups.contents)
             values = {group: np.where(np.arange(len(r)) < most, r.numpy(), np.nan) for group, r in seen.items()}
-            ids = [f"{group}/{i}" for group in groups.group_ids for i in range(groups.size(group))]
-            flat = np.concatenate([values[group] for group in groups.group_ids])
-            write_rewards(
-                folder / "first.parquet", header, [rewards_table(header, ids, Scores(flat, [{} for _ in ids]))]
-            )
+            tables = []
+            for shard in groups.shards:
+                ids = [f"{group}/{i}" for group, size in shard.groups.items() for i in range(size)]
+                flat = np.concatenate([values[group] for group in shard.groups])
+                tables.append(rewards_table(header, ids, Scores(flat, [{} for _ in ids])))
+            write_rewards(folder / "first.parquet", header, tables)
             own = {
                 n: v
                 for n, v in config.train.flat().items()
