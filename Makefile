@@ -11,7 +11,7 @@ demo: .venv/installed
 
 # The methods side by side, hours: the table goes into the README, its figures and plots beside it. It resumes.
 tables: .venv/installed
-	$(BIN)/gdro compare --out runs/bench --results benchmarks/results/bench.json --readme README.md --pictures docs
+	$(BIN)/gdro compare --out runs/comparison --results benchmarks/results/comparison.json --readme docs/results.md --pictures docs
 
 test: .venv/installed
 	$(BIN)/ruff check

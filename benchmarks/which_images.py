@@ -72,14 +72,13 @@ def one(task: str, store: Path, name: str, seed: int, results: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from gdro.run.config import load_config
-
     from gdro.evaluation.measure import make_scored, measure
     from gdro.groups.scores import Header, read_rewards, rewards_table, write_rewards
     from gdro.groups.store import GroupStore
     from gdro.models import load_model
     from gdro.rewards.base import Scores
     from gdro.rewards.registry import load_judge, load_reward
+    from gdro.runner.config import load_config
     from gdro.stages.train import train
     from gdro.tiny.prompts import tiny_prompts
     from gdro.training.config import TrainConfig

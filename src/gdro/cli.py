@@ -23,7 +23,7 @@ from gdro.common.validation import MAX_SEED, integer, number
 Override = tuple[str, str]
 Act = Callable[[argparse.Namespace, list[Override]], int | None]  # the exit code; None is 0
 # Commands that take no field of a run's configuration.
-WITHOUT_FIELDS = ("prompts", "compare", "rewards", "benchmark", "geneval", "arena", "calibrate", "verify")
+WITHOUT_FIELDS = ("prompts", "compare", "rewards", "unigenbench", "geneval", "arena", "calibrate", "verify")
 
 STAGES = {
     "sample": "make groups of images of the prompts",
@@ -158,7 +158,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     for stage in (run, *stages):
         stage.add_argument("config", nargs="?", type=_path, help="YAML; without it the run directory's config.yaml")
         stage.add_argument(
-            "--out", required=True, type=_path, help="the run directory; an unfinished run goes on there"
+            "--out", required=True, type=_path, help="the run directory; an unfinished run resumes there"
         )
         stage.epilog = dotted
     run.add_argument("--until", choices=list(STAGES), default="report", help="the last stage to do (report)")
@@ -183,9 +183,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     imports.epilog = dotted
 
     compare = command("compare", "run methods side by side on the same work: table, plots, page", _compare)
-    compare.add_argument("config", nargs="?", type=_path, help="YAML of the bench; without it the packaged one")
+    compare.add_argument("config", nargs="?", type=_path, help="YAML of the comparison; without it the packaged one")
     compare.add_argument(
-        "--out", type=_path, help="the bench's folder (runs/bench, or runs/bench-quick); it goes on there"
+        "--out",
+        type=_path,
+        help="its folder (runs/comparison, or runs/comparison-quick); an unfinished one resumes there",
     )
     compare.add_argument("--quick", action="store_true", help="the shape of it: one seed, small budgets, no search")
     compare.add_argument("--status", action="store_true", help="start nothing; what is done, and the results so far")
@@ -197,31 +199,30 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     command("rewards", "what can be named as reward, judge or comparator, and what each needs", _rewards)
 
-    bench = command("benchmark", "measure a model, or images made elsewhere, on a public benchmark", _benchmark)
-    bench.add_argument("name", choices=["unigenbench"], help="unigenbench")
-    bench.add_argument("file", type=_path, help="UniGenBench's data/test_prompts_*.csv")
-    bench.add_argument("--out", required=True, type=_path, help="the benchmark's folder; it goes on there")
-    bench.add_argument("--model", help='"tiny", a folder, or a Hub id')
-    bench.add_argument("--adapter", type=_path, help="a run directory or an adapter's folder")
-    bench.add_argument("--images-from", type=_path, help="a folder of INDEX_I.png, instead of --model")
-    bench.add_argument("--judge-url", help="an OpenAI-compatible endpoint; without it the images are made only")
-    bench.add_argument("--judge-model", help="the model's name there")
-    bench.add_argument("--judge-prompt", type=_path, help="UniGenBench's eval/src/eval_common.py, for its words")
-    bench.add_argument("--judge-api-key-env", help="environment variable that holds the key")
-    bench.add_argument("--judge-revision", help="noted in the results")
-    bench.add_argument("--judge-concurrency", type=integer(1, 1024), default=8, help="requests at once (8)")
-    bench.add_argument("--judge-max-tokens", type=integer(1, 10**6), default=4096, help="of a reply (4096)")
-    bench.add_argument("--images", type=integer(1, 10_000), default=4, help="images a prompt (4)")
-    bench.add_argument("--steps", type=integer(1, 1000), default=30, help="steps of the solver (30)")
-    bench.add_argument("--guidance", type=number(0, 100), default=3.5, help="guidance scale (3.5)")
-    bench.add_argument("--height", type=integer(1, 8192), default=1024, help="pixels (1024)")
-    bench.add_argument("--width", type=integer(1, 8192), default=1024, help="pixels (1024)")
-    bench.add_argument("--max-sequence-length", type=integer(1, 512), default=512, help="text tokens (512)")
-    bench.add_argument("--batch-size", type=integer(1, 10**6), default=4, help="images generated at once (4)")
-    bench.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="of the noise (0)")
-    bench.add_argument("--repair", action="store_true", help="put in commas that FILE lacks, and say so in the results")
-    bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto")
-    bench.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="of the model's weights (no)")
+    unigen = command("unigenbench", "measure a model, or images made elsewhere, on UniGenBench", _unigenbench)
+    unigen.add_argument("file", type=_path, help="UniGenBench's data/test_prompts_*.csv")
+    unigen.add_argument("--out", required=True, type=_path, help="its folder; an unfinished one resumes there")
+    unigen.add_argument("--model", help='"tiny", a folder, or a Hub id')
+    unigen.add_argument("--adapter", type=_path, help="a run directory or an adapter's folder")
+    unigen.add_argument("--images-from", type=_path, help="a folder of INDEX_I.png, instead of --model")
+    unigen.add_argument("--judge-url", help="an OpenAI-compatible endpoint; without it the images are made only")
+    unigen.add_argument("--judge-model", help="the model's name there")
+    unigen.add_argument("--judge-prompt", type=_path, help="UniGenBench's eval/src/eval_common.py, for its words")
+    unigen.add_argument("--judge-api-key-env", help="environment variable that holds the key")
+    unigen.add_argument("--judge-revision", help="noted in the results")
+    unigen.add_argument("--judge-concurrency", type=integer(1, 1024), default=8, help="requests at once (8)")
+    unigen.add_argument("--judge-max-tokens", type=integer(1, 10**6), default=4096, help="of a reply (4096)")
+    unigen.add_argument("--images", type=integer(1, 10_000), default=4, help="images a prompt (4)")
+    unigen.add_argument("--steps", type=integer(1, 1000), default=30, help="steps of the solver (30)")
+    unigen.add_argument("--guidance", type=number(0, 100), default=3.5, help="guidance scale (3.5)")
+    unigen.add_argument("--height", type=integer(1, 8192), default=1024, help="pixels (1024)")
+    unigen.add_argument("--width", type=integer(1, 8192), default=1024, help="pixels (1024)")
+    unigen.add_argument("--max-sequence-length", type=integer(1, 512), default=512, help="text tokens (512)")
+    unigen.add_argument("--batch-size", type=integer(1, 10**6), default=4, help="images generated at once (4)")
+    unigen.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="of the noise (0)")
+    unigen.add_argument("--repair", action="store_true", help="put in commas that FILE lacks; the results say so")
+    unigen.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto")
+    unigen.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="of the model's weights (no)")
 
     engines = command("calibrate", "compare the engines behind a reward on the same images", _calibrate)
     engines.add_argument("what", choices=["ocr"], help="ocr")
@@ -340,10 +341,10 @@ def _compare(args: argparse.Namespace, _: list[Override]) -> int:
     from gdro.tools.comparison.compare import compare
 
     with ExitStack() as stack:
-        packaged = resources.as_file(resources.files("gdro") / "recipes" / "bench.yaml")
+        packaged = resources.as_file(resources.files("gdro") / "recipes" / "comparison.yaml")
         lines, fine = compare(
             args.config or stack.enter_context(packaged),
-            args.out or Path("runs/bench-quick" if args.quick else "runs/bench"),
+            args.out or Path("runs/comparison-quick" if args.quick else "runs/comparison"),
             quick=args.quick,
             status=args.status,
             workers=args.jobs,
@@ -362,8 +363,8 @@ def _rewards(args: argparse.Namespace, _: list[Override]) -> None:
     put(listing())
 
 
-def _benchmark(args: argparse.Namespace, _: list[Override]) -> None:
-    from gdro.tools.unigenbench.benchmark import unigenbench
+def _unigenbench(args: argparse.Namespace, _: list[Override]) -> None:
+    from gdro.tools.unigenbench.run import unigenbench
 
     own = {name: value for name, value in vars(args).items() if name not in ("act", "name", "file", "out")}
     put(unigenbench(args.file, args.out, **own))

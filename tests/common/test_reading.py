@@ -25,7 +25,7 @@ from gdro.runner.directory import alone
 from gdro.tools.calibrate_ocr import pictures_of_folder
 from gdro.tools.geneval_results import read_official
 from gdro.tools.unigenbench.published import published_prompt
-from gdro.tools.unigenbench.reading import read_benchmark
+from gdro.tools.unigenbench.reading import read_prompt_file
 from gdro.training.log import read_metrics
 
 DEEP, LONG = "[" * 200_000, "1" * 5_000
@@ -38,7 +38,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "pictures": ("metadata.jsonl", lambda path: pictures_of_folder(path.parent)),
     "geneval": ("x.jsonl", read_official),
     "metrics": ("metrics.jsonl", lambda path: read_metrics(path)),
-    "benchmark": ("x.csv", read_benchmark),
+    "benchmark": ("x.csv", read_prompt_file),
     "judge prompt": ("x.py", lambda path: published_prompt(path, "en")),
     "template": ("x.txt", lambda path: template_text("", str(path))),
     "phrases": ("x.txt", lambda path: read_phrases(path, "safe")),

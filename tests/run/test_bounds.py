@@ -19,7 +19,7 @@ from gdro.models import load_model
 from gdro.objectives.registry import OBJECTIVES, hyperparameter_model
 from gdro.runner.config import RunConfig, validate
 from gdro.stages.train import train
-from gdro.tools.comparison import bench
+from gdro.tools.comparison import spec
 from gdro.training.config import TrainConfig
 
 BASE: dict[str, Any] = {
@@ -60,7 +60,7 @@ def test_there_are_numbers_to_look_at() -> None:
     assert {"seed", "sample.height", "train.learning_rate", "evaluate.bootstrap_samples", "rounds.keep"} <= set(FIELDS)
 
 
-@pytest.mark.parametrize("kind", [RunConfig, bench.Task, bench.Method, bench.Search, bench.Quick])
+@pytest.mark.parametrize("kind", [RunConfig, spec.Task, spec.Method, spec.Search, spec.Quick])
 def test_every_number_has_both_bounds(kind: type[BaseModel]) -> None:
     for name, field in numbers(kind):
         bounds = {type(one) for one in field.metadata}

@@ -11,7 +11,7 @@ from gdro.objectives.forward.dpo import Dpo
 from gdro.objectives.forward.gdro import Gdro, Rank
 from gdro.objectives.forward.sft import Sft
 from gdro.runner.config import CONFIG, RENAMED, RunConfig, check_unchanged, load_config, save_config, savings, validate
-from gdro.tools.comparison.bench import load_bench
+from gdro.tools.comparison.spec import load_spec
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = """
@@ -37,7 +37,7 @@ def config(**sections: dict) -> RunConfig:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_reads_the_same_by_any_yaml_reader(path: Path) -> None:
-    load_bench(path) if path.stem == "bench" else load_config(path)
+    load_spec(path) if path.stem == "comparison" else load_config(path)
     assert yaml.safe_load(path.read_text()) == parse_yaml(path.read_text(), str(path))
 
 

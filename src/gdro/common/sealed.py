@@ -28,7 +28,7 @@ AGAIN = {
     "stopped.json": "run `gdro train` again",
     "made_with.json": "run `gdro compare` again",
     "failed.json": "run `gdro compare` again",
-    "images.json": "run `gdro benchmark` again",
+    "images.json": "run `gdro unigenbench` again",
 }
 """What makes each record again."""
 _FOLDERS = ("_sampling.json", "_importing.json", "made_with.json")  # records of their whole folder

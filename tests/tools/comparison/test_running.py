@@ -1,4 +1,4 @@
-"""Processes of a bench: order, failures, and their end with the process that started them."""
+"""Processes of a comparison: order, failures, and their end with the process that started them."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ import pytest
 
 from gdro.common.errors import UserError
 from gdro.common.sealed import read_record
-from gdro.tools.comparison.bench import Job
 from gdro.tools.comparison.running import FAILED, LOG, note_end, run_jobs
+from gdro.tools.comparison.spec import Job
 
 
 def job(name: str, *after: str) -> Job:

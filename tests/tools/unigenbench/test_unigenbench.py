@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_judge import JudgeServer, judge_server
 from PIL import Image
+from unigenbench_judge import JudgeServer, judge_server
 
 from gdro.common.errors import UserError
-from gdro.tools.unigenbench.benchmark import unigenbench
 from gdro.tools.unigenbench.criteria import ENGLISH, MEANINGS, PRIMARIES
 from gdro.tools.unigenbench.judging import own_prompt, read_scores
 from gdro.tools.unigenbench.published import published_prompt
-from gdro.tools.unigenbench.reading import read_benchmark
+from gdro.tools.unigenbench.reading import read_prompt_file
+from gdro.tools.unigenbench.run import unigenbench
 from gdro.tools.unigenbench.scores import aggregate, markdown
 
 KEYS = {"en": ("Testpoints", "Testpoint Description"), "zh": ("考点", "考点对应描述")}
@@ -70,7 +70,7 @@ def test_ten_primary_criteria_have_27_sub_criteria_in_both_languages() -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_reads_the_published_form_with_quotes_and_newlines_in_cells(tmp_path: Path, language: str) -> None:
-    found = read_benchmark(write_benchmark(tmp_path / "a.csv", language))
+    found = read_prompt_file(write_benchmark(tmp_path / "a.csv", language))
     assert (found.language, found.repairs) == (language, [])
     read = [(int(p.id), p.text, p.fields["points"], p.fields["descriptions"]) for p in found.prompts]
     assert read == ROWS[language]  # two rows may share a text
@@ -78,7 +78,7 @@ def test_reads_the_published_form_with_quotes_and_newlines_in_cells(tmp_path: Pa
 
 def test_a_description_too_many_is_passed_over_as_the_published_code_does(tmp_path: Path) -> None:
     path = write_benchmark(tmp_path / "a.csv", rows=[(0, "x", ["Style"], ["ink", "more"])])
-    assert read_benchmark(path).prompts[0].fields["descriptions"] == ["ink"]
+    assert read_prompt_file(path).prompts[0].fields["descriptions"] == ["ink"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_bad_file_is_refused_naming_row_and_column(tmp_path: Path, text: str, 
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        read_benchmark(path)
+        read_prompt_file(path)
     assert str(path) in str(error.value)
     assert told in str(error.value)
 
@@ -121,7 +121,7 @@ def test_a_bad_file_is_refused_naming_row_and_column(tmp_path: Path, text: str, 
 )
 def test_bad_test_points_are_refused(tmp_path: Path, rows: Sequence[Any], told: str) -> None:
     with pytest.raises(UserError, match=r".*") as error:
-        read_benchmark(write_benchmark(tmp_path / "bad.csv", rows=rows))
+        read_prompt_file(write_benchmark(tmp_path / "bad.csv", rows=rows))
     assert told in str(error.value)
 
 
@@ -130,7 +130,7 @@ def test_bad_test_points_are_refused(tmp_path: Path, rows: Sequence[Any], told: 
 
 def test_the_question_holds_the_prompt_and_each_point_with_meaning_and_description(tmp_path: Path) -> None:
     for language in ("en", "zh"):
-        for prompt in read_benchmark(write_benchmark(tmp_path / f"{language}.csv", language)).prompts:
+        for prompt in read_prompt_file(write_benchmark(tmp_path / f"{language}.csv", language)).prompts:
             text = own_prompt(language).question(prompt)
             assert text.count(prompt.text) == 2
             assert f"<checkpoint>{prompt.fields['points']}</checkpoint>" in text
@@ -161,7 +161,7 @@ def test_the_published_prompt_is_taken_word_for_word_from_the_script(tmp_path: P
     script = tmp_path / "eval.py"
     script.write_text(SCRIPT, encoding="utf-8")
     rows = [(0, "a {wall}", ["Style", "Text Generation"], ["ink", "{NO}"])]
-    (prompt,) = read_benchmark(write_benchmark(tmp_path / "a.csv", rows=rows)).prompts
+    (prompt,) = read_prompt_file(write_benchmark(tmp_path / "a.csv", rows=rows)).prompts
     published = published_prompt(script, "en")
     assert published.question(prompt) == (
         "Of 「a {wall}」\n            look at ['Style', 'Text Generation']; "
@@ -169,7 +169,7 @@ def test_the_published_prompt_is_taken_word_for_word_from_the_script(tmp_path: P
         "Asked:「\nStyle: ink\nText Generation: {NO}\n」; {answer}"
     )
     published.check([prompt])
-    others = read_benchmark(write_benchmark(tmp_path / "b.csv")).prompts
+    others = read_prompt_file(write_benchmark(tmp_path / "b.csv")).prompts
     with pytest.raises(UserError, match=r'does not define "Attribute - Color"'):
         published.check(others)
 
@@ -206,14 +206,14 @@ def test_the_prompts_of_both_languages_are_taken_from_the_common_script(tmp_path
     script = tmp_path / "eval_common.py"
     script.write_text(COMMON, encoding="utf-8")
     rows = [(0, "a {wall}", ["Style", "Text Generation"], ["ink", "{NO}"])]
-    (prompt,) = read_benchmark(write_benchmark(tmp_path / "a.csv", rows=rows)).prompts
+    (prompt,) = read_prompt_file(write_benchmark(tmp_path / "a.csv", rows=rows)).prompts
     assert published_prompt(script, "en").question(prompt) == (
         "Of 「a {wall}」\n            look at ['Style', 'Text Generation']; "
         "Meanings:「\nStyle: how {it} looks\nText Generation: words\n」; "
         "Asked:「\nStyle: ink\nText Generation: {NO}\n」; {answer}"
     )
     rows = [(0, "红", ["风格", "属性-颜色"], ["水墨", "红色"])]
-    (prompt,) = read_benchmark(write_benchmark(tmp_path / "b.csv", "zh", rows)).prompts
+    (prompt,) = read_prompt_file(write_benchmark(tmp_path / "b.csv", "zh", rows)).prompts
     chinese = published_prompt(script, "zh")
     chinese.check([prompt])
     assert chinese.question(prompt) == (
@@ -257,15 +257,15 @@ def test_a_script_without_the_prompt_is_refused(tmp_path: Path, text: str) -> No
 def test_a_missing_comma_is_put_in_if_wanted_and_told_of(tmp_path: Path, old: str, new: str, before: str) -> None:
     rows = [(0, "x", ["Style"], ["ink"]), (509, 'A, "work.', ["Style", "World Knowledge"], ["i", "j"])]
     path = write_benchmark(tmp_path / "en_long.csv", rows=rows)
-    whole, text = read_benchmark(path).prompts, path.read_text()
+    whole, text = read_prompt_file(path).prompts, path.read_text()
     head, row = text[: text.index("509")], text[text.index("509") :]
     assert old in row
     path.write_text(head + row.replace(old, new))
     told = f"index 509, column sub_dims_en: a comma is missing before {before}..."
     with pytest.raises(UserError) as error:
-        read_benchmark(path)
+        read_prompt_file(path)
     assert f"row 2 (ending at line 3), {told}; put it into the file, or give --repair" in str(error.value)
-    found = read_benchmark(path, repair=True)
+    found = read_prompt_file(path, repair=True)
     assert found.prompts == whole
     assert found.repairs == [told]
 
@@ -277,7 +277,7 @@ def test_what_no_comma_mends_is_not_repaired(tmp_path: Path, dims: str) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(f'index,prompt_en,sub_dims_en\n0,x,"{dims}"\n')
     with pytest.raises(UserError, match="column sub_dims_en"):
-        read_benchmark(path, repair=True)
+        read_prompt_file(path, repair=True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What all runs of a bench must share: by name the same base model, reward and judge, down to the version."""
+"""What all runs of a comparison must share: by name the same base model, reward and judge, down to the version."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,7 +49,7 @@ def check_agreement(records: Iterable[tuple[str, Mapping[str, str]]]) -> None:
             (one, here), (other, there) = list(found.items())[:2]
             raise UserError(
                 f"{name} is {one} in {_places(list(here))}, but {other} in {_places(list(there))}; expected one "
-                "version for the whole bench: delete the folders of the one that is not meant, or take another --out"
+                "version for the whole spec: delete the folders of the one that is not meant, or take another --out"
             )
 
 

@@ -1,6 +1,6 @@
-"""The bench: every method on the same base, prompts, reward, seeds and machine; table, page and figures of it.
+"""The comparison: every method on the same base, prompts, reward, seeds and machine; table, page and figures of it.
 
-A job is a run directory below the bench's and a `gdro run` of its own, so it resumes as any run does. Methods are
+A job is a run directory below the comparison's and a `gdro run` of its own, so it resumes as any run does. Methods are
 tuned by the same search on validation prompts; test prompts are met only by the runs with the chosen values.
 """
 
@@ -22,10 +22,10 @@ from gdro.rewards.registry import title
 from gdro.runner.config import RunConfig, flat, saved_config, validate
 from gdro.runner.directory import Clock, alone
 from gdro.tools.comparison.agreement import MADE_WITH, Versions, check_agreement, made_with, measured_by, recorded
-from gdro.tools.comparison.bench import Bench, Job, load_bench, run_name
 from gdro.tools.comparison.choice import RULE, choose, figures, validations
 from gdro.tools.comparison.results import collect
 from gdro.tools.comparison.running import FAILED, LOG, run_jobs
+from gdro.tools.comparison.spec import ComparisonSpec, Job, load_spec, run_name
 from gdro.tools.comparison.table import markdown, put_into
 from gdro.training.checkpoint import steps_saved, stopped_at
 
@@ -49,18 +49,18 @@ def compare(
     readme: Path | None = None,
     pictures: Path | None = None,
 ) -> tuple[str, bool]:
-    """Do what the bench file `path` asks for in the folder `out`; going on where it stopped.
+    """Do what the comparison file `path` asks for in the folder `out`; going on where it stopped.
 
     Returns lines that say what came out, and whether no job failed. `status` starts nothing and shows the results so
     far; while another process works in `out` it writes none. `results`, `readme` and `pictures` are further places for
     the figures, the table (between markers) and the plots. Raises UserError before any work for a bad file, and where
     runs were begun with another base model, reward or judge than those begun now would be.
     """
-    bench = load_bench(path, quick=quick)
-    if task is not None and task not in bench.tasks:
-        raise UserError(f'--task is "{task}", no task of {path}{did_you_mean(task, bench.tasks)}')
-    bed = Comparison(bench, out, default_workers(bench) if workers is None else workers)
-    jobs = bench.plan([task] if task else list(bench.tasks))
+    spec = load_spec(path, quick=quick)
+    if task is not None and task not in spec.tasks:
+        raise UserError(f'--task is "{task}", no task of {path}{did_you_mean(task, spec.tasks)}')
+    bed = Comparison(spec, out, default_workers(spec) if workers is None else workers)
+    jobs = spec.plan([task] if task else list(spec.tasks))
     failed: dict[str, str] = {}
     lines = bed.status(jobs) if status else []
     with ExitStack() as stack:
@@ -80,21 +80,21 @@ def compare(
     return "\n".join(lines), not failed
 
 
-def default_workers(bench: Bench) -> int:
+def default_workers(spec: ComparisonSpec) -> int:
     """As many jobs at once as there are cores; one where they would share a GPU."""
     import torch
 
-    devices = {bench.run_config(t, m, 0, bench.candidates(m)[0]).device for t in bench.tasks for m in bench.methods}
+    devices = {spec.run_config(t, m, 0, spec.candidates(m)[0]).device for t in spec.tasks for m in spec.methods}
     if devices != {"cpu"} and torch.cuda.is_available():
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Comparison:
-    """The bench in its folder: which job is done, how one starts, what came out."""
+    """The comparison in its folder: which job is done, how one starts, what came out."""
 
-    def __init__(self, bench: Bench, out: Path, workers: int) -> None:
-        self.bench, self.out, self.workers = bench, out, workers
+    def __init__(self, spec: ComparisonSpec, out: Path, workers: int) -> None:
+        self.spec, self.out, self.workers = spec, out, workers
         self.clock = Clock(out / "seconds.json")
         self._versions: Versions = {}
 
@@ -103,10 +103,10 @@ class Comparison:
     def config(self, job: Job) -> RunConfig:
         """The job's configuration; UserError while the method's choice cannot be made."""
         if job.candidate is not None:
-            values = self.bench.candidates(job.method)[job.candidate]
-            config = self.bench.search_config(job.task, job.method, values)
+            values = self.spec.candidates(job.method)[job.candidate]
+            config = self.spec.search_config(job.task, job.method, values)
         else:
-            config = self.bench.run_config(job.task, job.method, job.seed, self.chosen(job.task, job.method))
+            config = self.spec.run_config(job.task, job.method, job.seed, self.chosen(job.task, job.method))
         if self.workers == 1:
             return config
         return config.model_copy(update={"score": config.score.model_copy(update={"workers": 1})})
@@ -134,7 +134,7 @@ class Comparison:
 
     def failures(self) -> dict[str, str]:
         """Job -> how it failed, of all that did and were not started again."""
-        found = {job.name: self.failure(job) for job in self.bench.plan(list(self.bench.tasks))}
+        found = {job.name: self.failure(job) for job in self.spec.plan(list(self.spec.tasks))}
         return {name: error for name, error in found.items() if error is not None}
 
     def start(self, job: Job) -> list[str]:
@@ -156,7 +156,7 @@ class Comparison:
 
     def _before(self, job: Job) -> Job | None:
         """The job whose finished run this one goes on with."""
-        parent = self.bench.methods[job.method].continues
+        parent = self.spec.methods[job.method].continues
         return None if parent is None else replace(job, name=run_name(job.task, parent, job.seed), method=parent)
 
     def _check_limits(self, job: Job, config: RunConfig) -> None:
@@ -176,14 +176,14 @@ class Comparison:
 
     def check_versions(self, jobs: Sequence[Job]) -> None:
         """Raise UserError if a run was begun with another model, reward or judge than `jobs` begun now would be."""
-        names = [job.name for job in self.bench.plan(list(self.bench.tasks))]
+        names = [job.name for job in self.spec.plan(list(self.spec.tasks))]
         records = [(name, versions) for name in names for versions in recorded(self.out / name)]
         for job in jobs:
-            values = self.bench.candidates(job.method)[job.candidate or 0]
+            values = self.spec.candidates(job.method)[job.candidate or 0]
             if job.candidate is None:
-                config = self.bench.run_config(job.task, job.method, job.seed, values)
+                config = self.spec.run_config(job.task, job.method, job.seed, values)
             else:
-                config = self.bench.search_config(job.task, job.method, values)
+                config = self.spec.search_config(job.task, job.method, values)
             records.append(("what is installed", made_with(config, self._versions)))
         check_agreement(records)
 
@@ -193,7 +193,7 @@ class Comparison:
         The store they make knows the weights and settings it is of, so evaluation finds it finished, or starts over.
         """
         target = self.out / job.name / "evaluation" / "base"
-        for method in self.bench.methods:
+        for method in self.spec.methods:
             donor = self.out / run_name(job.task, method, job.seed)
             if target.exists() or not (donor / "evaluation.json").exists():
                 continue
@@ -209,20 +209,20 @@ class Comparison:
 
     def chosen(self, task: str, method: str) -> dict[str, Any]:
         """The values of the method's searched fields in its runs."""
-        method = self.bench.methods[method].continues or method
-        values = self.bench.candidates(method)
+        method = self.spec.methods[method].continues or method
+        values = self.spec.candidates(method)
         return values[0] if len(values) == 1 else values[self._choice(task, method)]
 
     def _choice(self, task: str, method: str) -> int:
         """The candidate a seed of the method was begun with, else the one to take: what was begun is not rechosen."""
-        searched = self.bench.searched(task)
-        for other in (name for name in self.bench.tasks if self.bench.searched(name) == searched):
-            for seed in self.bench.seeds:
+        searched = self.spec.searched(task)
+        for other in (name for name in self.spec.tasks if self.spec.searched(name) == searched):
+            for seed in self.spec.seeds:
                 saved = saved_config(self.out / run_name(other, method, seed))
                 if saved is None:
                     continue
-                for place, values in enumerate(self.bench.candidates(method)):
-                    if _of(saved, values) == _of(self.bench.run_config(other, method, seed, values), values):
+                for place, values in enumerate(self.spec.candidates(method)):
+                    if _of(saved, values) == _of(self.spec.run_config(other, method, seed, values), values):
                         return place
         try:
             return choose(self.candidates(task, method))
@@ -233,11 +233,11 @@ class Comparison:
         """Every candidate's values and figures; "error" in place of figures for one that has none, and "left" if it may
         yet have them."""
         found = []
-        for job in self.bench.plan([task]):
+        for job in self.spec.plan([task]):
             if job.candidate is None or job.method != method:
                 continue
             run, config = self.out / job.name, self.config(job)
-            candidate: dict[str, Any] = {"values": self.bench.candidates(method)[job.candidate]}
+            candidate: dict[str, Any] = {"values": self.spec.candidates(method)[job.candidate]}
             found.append(candidate)
             if not self.is_done(job):
                 error = self.failure(job)
@@ -253,9 +253,9 @@ class Comparison:
     def choices(self) -> dict[str, Any]:
         """Task -> method -> what was searched and chosen, for the methods whose choice is made or cannot be."""
         found: dict[str, Any] = {}
-        for task in self.bench.tasks:
-            for name, method in self.bench.methods.items():
-                if method.continues is not None or len(self.bench.candidates(name)) == 1:
+        for task in self.spec.tasks:
+            for name, method in self.spec.methods.items():
+                if method.continues is not None or len(self.spec.candidates(name)) == 1:
                     continue
                 candidates = self.candidates(task, name)
                 chosen: int | None = None
@@ -295,16 +295,16 @@ class Comparison:
     def write(
         self, failed: dict[str, str], *, results: Path | None, readme: Path | None, pictures: Path | None
     ) -> list[Path]:
-        """Write what the finished jobs say, in the bench's folder and wherever else asked; the files written.
+        """Write what the finished jobs say, in the comparison's folder and wherever else asked; the files written.
 
         Raises UserError, and writes nothing, if they do not agree on model, reward and judge.
         """
-        plan = self.bench.plan(list(self.bench.tasks))
+        plan = self.spec.plan(list(self.spec.tasks))
         check_agreement((job.name, one) for job in plan if self._is_run(job) for one in recorded(self.out / job.name))
         runs = {job.name: job for job in plan if job.candidate is None}
         choices = self.choices()
         found = collect(
-            self.bench,
+            self.spec,
             self.out,
             lambda name: self._is_run(runs[name]),
             choices=choices,
@@ -313,7 +313,7 @@ class Comparison:
                 "jobs": self.workers,
                 "threads": "one thread" if self.workers > 1 else "all threads",
                 "wall_seconds": round(sum(self.clock.seconds.values())),
-                "bench": self._described(),
+                "spec": self._described(),
             },
         )
         text = markdown(found)
@@ -344,14 +344,14 @@ class Comparison:
         return files + drawn
 
     def _described(self) -> dict[str, Any]:
-        bench = self.bench
+        spec = self.spec
         return {
-            "seeds": bench.seeds,
-            "common": bench.common,
-            "tasks": {name: task.model_dump() for name, task in bench.tasks.items()},
-            "methods": {name: method.model_dump() for name, method in bench.methods.items()},
-            "search": bench.search.model_dump(),
-            "quick": None if bench.quick is None else bench.quick.model_dump(),
+            "seeds": spec.seeds,
+            "common": spec.common,
+            "tasks": {name: task.model_dump() for name, task in spec.tasks.items()},
+            "methods": {name: method.model_dump() for name, method in spec.methods.items()},
+            "search": spec.search.model_dump(),
+            "quick": None if spec.quick is None else spec.quick.model_dump(),
         }
 
 

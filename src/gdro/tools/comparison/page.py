@@ -1,4 +1,4 @@
-"""bench.html: table, plots and images of the bench on one self-contained page."""
+"""comparison.html: table, plots and images of the comparison on one self-contained page."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -23,7 +23,7 @@ SHOWN_PROMPTS = 6
 
 
 def write_page(results: Mapping[str, Any], out: Path) -> Path:
-    """Write `out`/bench.html from the results, and from the images of the runs below `out` that are there."""
+    """Write `out`/comparison.html from the results, and from the images of the runs below `out` that are there."""
     tasks = []
     for name, task in results["tasks"].items():
         svg = cost_svg(name, task)
@@ -43,8 +43,8 @@ def write_page(results: Mapping[str, Any], out: Path) -> Path:
             }
         )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("gdro.tools.comparison") / "bench.html").read_text(encoding="utf-8"))
-    path = out / "bench.html"
+    template = environment.from_string((files("gdro.tools.comparison") / "comparison.html").read_text(encoding="utf-8"))
+    path = out / "comparison.html"
     page = {
         "tasks": tasks,
         "results": results,
@@ -52,7 +52,7 @@ def write_page(results: Mapping[str, Any], out: Path) -> Path:
         "search_note": search_note(results),
         "searches": searches(results),
         "wall": duration(results["wall_seconds"]),
-        "settings": dump_yaml({name: results[name] for name in ("bench", "machine", "versions")}),
+        "settings": dump_yaml({name: results[name] for name in ("spec", "machine", "versions")}),
     }
     write_bytes(path, template.render(page).encode())
     return path

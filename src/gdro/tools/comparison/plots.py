@@ -36,7 +36,7 @@ def cost_svg(name: str, task: Mapping[str, Any]) -> str | None:
 
 
 def write_pictures(name: str, task: Mapping[str, Any], folder: Path) -> list[Path]:
-    """`folder`/bench-<task>.svg and .png on white; [] without a finished run."""
+    """`folder`/spec-<task>.svg and .png on white; [] without a finished run."""
     style = {key: _ON_WHITE.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()}
     paths = []
     for kind in ("svg", "png"):
@@ -47,7 +47,7 @@ def write_pictures(name: str, task: Mapping[str, Any], folder: Path) -> list[Pat
         with matplotlib.rc_context({**style, "svg.hashsalt": name}):
             metadata = {"Date": None} if kind == "svg" else None
             figure.savefig(buffer, format=kind, dpi=160, facecolor="white", bbox_inches="tight", metadata=metadata)
-        paths.append(folder / f"bench-{name}.{kind}")
+        paths.append(folder / f"spec-{name}.{kind}")
         write_bytes(paths[-1], buffer.getvalue())
     return paths
 

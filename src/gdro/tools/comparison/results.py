@@ -1,4 +1,4 @@
-"""The bench's results as data: what each run's files say, and what follows over seeds."""
+"""The comparison's results as data: what each run's files say, and what follows over seeds."""
 
 import math
 import os
@@ -13,8 +13,8 @@ import numpy as np
 from gdro.common.errors import UserError
 from gdro.common.sealed import read_record
 from gdro.evaluation.statistics import AXES
-from gdro.tools.comparison.bench import Bench, run_name
 from gdro.tools.comparison.choice import validations
+from gdro.tools.comparison.spec import ComparisonSpec, run_name
 
 COSTS = ("nfe", "seconds")
 SCORES = ("reward", "corrected", *AXES)
@@ -158,7 +158,7 @@ def compare_to_first(methods: Mapping[str, dict[str, Any]]) -> None:
 
 
 def collect(
-    bench: Bench,
+    spec: ComparisonSpec,
     out: Path,
     is_done: Callable[[str], bool],
     *,
@@ -168,12 +168,12 @@ def collect(
 ) -> dict[str, Any]:
     """The results of every finished run below `out`; `failed` maps names of jobs to their error."""
     tasks = {}
-    for task, section in bench.tasks.items():
+    for task, section in spec.tasks.items():
         methods: dict[str, Any] = {}
-        for name, method in bench.methods.items():
+        for name, method in spec.methods.items():
             seeds: dict[str, Any] = {}
             errors = {}
-            for seed in bench.seeds:
+            for seed in spec.seeds:
                 job = run_name(task, name, seed)
                 if job in failed:
                     errors[str(seed)] = failed[job]
@@ -182,7 +182,7 @@ def collect(
             methods[name] = {
                 "title": method.title,
                 "continues": method.continues,
-                "budget": bench.budget(task, name),
+                "budget": spec.budget(task, name),
                 "choice": choices.get(task, {}).get(method.continues or name),
                 "seeds": seeds,
                 "over_seeds": summarize(seeds) if seeds else None,
@@ -192,15 +192,15 @@ def collect(
         bases = {seed: run for m in reversed(methods.values()) for seed, run in m["seeds"].items()}
         tasks[task] = {
             "target_reward": section.target_reward,
-            "budget": bench.budget(task),
-            "searched_on": bench.searched(task),
+            "budget": spec.budget(task),
+            "searched_on": spec.searched(task),
             "base": summarize(bases, "base") if bases else None,
             "methods": methods,
         }
     return {
         "tasks": tasks,
-        "seeds": bench.seeds,
-        "quick": bench.quick is not None,
+        "seeds": spec.seeds,
+        "quick": spec.quick is not None,
         **settings,
         "machine": {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

@@ -12,8 +12,8 @@ from gdro.common.errors import UserError
 from gdro.common.progress import duration
 from gdro.common.sealed import write_record
 from gdro.common.terminal import tell
-from gdro.tools.comparison.bench import Job
 from gdro.tools.comparison.child import GRACE_SECONDS
+from gdro.tools.comparison.spec import Job
 
 LOG = "job.log"
 FAILED = (

@@ -27,11 +27,11 @@ INTERVALS = (
     "seed, with the ends of its 95 % t-interval (of the logarithm). Axes, diversity and seconds per stage carry none, "
     "nor do lower bounds, marked >, and single seeds."
 )
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+START, END = "<!-- comparison:start -->", "<!-- comparison:end -->"
 
 
 def rows(task: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of one task's table under HEAD: the base, then the methods in the bench's order.
+    """The cells of one task's table under HEAD: the base, then the methods in the comparison's order.
 
     Costs to the target carry their ratio to the first method's; ">" marks a lower bound (a seed never got there). A
     method with another budget than the task's says so.
@@ -132,7 +132,7 @@ def geneval_rows(task: Mapping[str, Any]) -> list[list[str]]:
 
 
 def put_into(path: Path, text: str) -> None:
-    """Replace what stands between the bench's markers in the Markdown file `path`."""
+    """Replace what stands between the comparison's markers in the Markdown file `path`."""
     page = read_text(path, f"a Markdown file with {START} and {END}")
     if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
         raise UserError(f"{path} has no one place for the table; expected {START} and then {END}, once each")

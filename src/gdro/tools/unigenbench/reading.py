@@ -18,7 +18,7 @@ KEYS = {"en": ("Testpoints", "Testpoint Description"), "zh": ("考点", "考点�
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class PromptFile:
     """A file's language ("en" or "zh"), its prompts, and in words what was repaired in it."""
 
     language: str
@@ -26,7 +26,7 @@ class Benchmark:
     repairs: list[str]
 
 
-def read_benchmark(path: Path, *, repair: bool = False) -> Benchmark:
+def read_prompt_file(path: Path, *, repair: bool = False) -> PromptFile:
     """A CSV file with `index`, `prompt_en`, `sub_dims_en` (or `_zh`).
 
     A prompt's id is its index; its fields are `points` (names as in the file) and `descriptions`, one a point. Raises
@@ -55,7 +55,7 @@ def read_benchmark(path: Path, *, repair: bool = False) -> Benchmark:
         raise UserError(f"{path}:{rows.line_num} is not CSV ({error})") from None
     if not prompts:
         raise UserError(f"{path} holds no row; expected at least one prompt")
-    return Benchmark(language, list(prompts.values()), repairs)
+    return PromptFile(language, list(prompts.values()), repairs)
 
 
 def _language(path: Path, columns: Any) -> str:

@@ -1,4 +1,4 @@
-"""The bench file: merging, the order of jobs, refusals in one line."""
+"""The comparison file: merging, the order of jobs, refusals in one line."""
 
 from importlib import resources
 from pathlib import Path
@@ -10,10 +10,10 @@ import yaml
 from gdro.common.errors import UserError
 from gdro.objectives.forward.gdro import Gdro, Rank
 from gdro.runner.config import flat
-from gdro.tools.comparison.bench import load_bench, merged, nested
+from gdro.tools.comparison.spec import load_spec, merged, nested
 
 
-def bench_data() -> dict[str, Any]:
+def spec_data() -> dict[str, Any]:
     run: dict[str, Any] = {
         "sample": {"prompts": "train.jsonl", "num_inference_steps": 2, "images_per_prompt": 4},
         "train": {"k": 3, "validation_prompts": "validation.jsonl", "learning_rate": 1e-3},
@@ -49,7 +49,7 @@ def bench_data() -> dict[str, Any]:
 
 
 def write(folder: Path, data: Any) -> Path:
-    path = folder / "bench.yaml"
+    path = folder / "comparison.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     return path
 
@@ -64,53 +64,53 @@ def test_later_parts_win_and_lists_are_replaced_whole() -> None:
 
 
 def test_a_run_is_common_task_method_per_task_choice(tmp_path: Path) -> None:
-    bench = load_bench(write(tmp_path, bench_data()))
-    assert bench.candidates("gdro") == [
+    spec = load_spec(write(tmp_path, spec_data()))
+    assert spec.candidates("gdro") == [
         {"train.learning_rate": 1e-4, "train.gamma": 0.5},
         {"train.learning_rate": 1e-3, "train.gamma": 0.5},
     ]
-    config = bench.run_config("ocr", "gdro", 1, bench.candidates("gdro")[0])
+    config = spec.run_config("ocr", "gdro", 1, spec.candidates("gdro")[0])
     assert (config.seed, config.train.objective, config.train.learning_rate) == (1, Gdro(beta=3.0), 1e-4)
     assert (config.train.max_nfe, config.train.target_reward) == (1000, 0.6)
-    assert bench.run_config("other", "gdro", 1, {}).train.objective == Gdro(beta=4.0)
+    assert spec.run_config("other", "gdro", 1, {}).train.objective == Gdro(beta=4.0)
 
-    tried = bench.search_config("ocr", "gdro", bench.candidates("gdro")[1])
+    tried = spec.search_config("ocr", "gdro", spec.candidates("gdro")[1])
     assert (tried.seed, tried.train.max_nfe, tried.train.target_reward) == (7, 500, None)
     assert tried.sample.images_per_prompt == 3
 
 
 def test_a_continued_run_has_the_choice_and_more_budget(tmp_path: Path) -> None:
-    bench = load_bench(write(tmp_path, bench_data()))
-    values = bench.candidates("rank_over")[1]
-    config = bench.run_config("ocr", "rank_over", 0, values)
+    spec = load_spec(write(tmp_path, spec_data()))
+    values = spec.candidates("rank_over")[1]
+    config = spec.run_config("ocr", "rank_over", 0, values)
     assert (config.train.objective, config.train.learning_rate, config.train.export) == (Rank(), 1e-2, "last")
     assert (config.train.max_nfe, config.train.target_reward) == (2000, None)
 
 
 def test_a_run_that_stopped_at_the_target_may_go_on_within_its_budget(tmp_path: Path) -> None:
-    data = bench_data()
+    data = spec_data()
     data["methods"]["gdro_on"] = {"title": "GDRO, whole budget", "continues": "gdro"}
-    bench = load_bench(write(tmp_path, data))
-    config = bench.run_config("ocr", "gdro_on", 0, {})
+    spec = load_spec(write(tmp_path, data))
+    config = spec.run_config("ocr", "gdro_on", 0, {})
     assert (config.train.max_nfe, config.train.target_reward) == (1000, None)
-    assert bench.plan(["ocr"])[7].nfe == 1000  # its parent may have stopped at once
+    assert spec.plan(["ocr"])[7].nfe == 1000  # its parent may have stopped at once
 
 
 def test_one_search_may_serve_every_task(tmp_path: Path) -> None:
-    data = bench_data()
+    data = spec_data()
     data["search"]["task"] = "other"
-    bench = load_bench(write(tmp_path, data))
-    searches = [job.name for job in bench.plan(["ocr", "other"]) if job.candidate is not None]
+    spec = load_spec(write(tmp_path, data))
+    searches = [job.name for job in spec.plan(["ocr", "other"]) if job.candidate is not None]
     assert searches == [f"other/{name}/search/{i}" for name in ("gdro", "rank") for i in (0, 1)]
-    assert {job.name: job.after for job in bench.plan(["ocr"])}["ocr/rank/seed-1"] == tuple(searches[2:])
+    assert {job.name: job.after for job in spec.plan(["ocr"])}["ocr/rank/seed-1"] == tuple(searches[2:])
     data["search"]["task"] = "otter"
     with pytest.raises(UserError, match=r'search.task is "otter"; did you mean "other"'):
-        load_bench(write(tmp_path, data))
+        load_spec(write(tmp_path, data))
 
 
 def test_the_first_seed_of_everything_comes_first(tmp_path: Path) -> None:
-    bench = load_bench(write(tmp_path, bench_data()))
-    jobs = bench.plan(["ocr"])
+    spec = load_spec(write(tmp_path, spec_data()))
+    jobs = spec.plan(["ocr"])
     assert [job.name for job in jobs] == [
         "ocr/gdro/search/0",
         "ocr/gdro/search/1",
@@ -130,20 +130,20 @@ def test_the_first_seed_of_everything_comes_first(tmp_path: Path) -> None:
 
 
 def test_quick_is_one_seed_a_share_of_the_budget_and_no_search(tmp_path: Path) -> None:
-    bench = load_bench(write(tmp_path, bench_data()), quick=True)
-    assert [job.name for job in bench.plan(["ocr"])] == ["ocr/gdro/seed-0", "ocr/rank/seed-0", "ocr/rank_over/seed-0"]
-    config = bench.run_config("ocr", "rank", 0, bench.candidates("rank")[0])
+    spec = load_spec(write(tmp_path, spec_data()), quick=True)
+    assert [job.name for job in spec.plan(["ocr"])] == ["ocr/gdro/seed-0", "ocr/rank/seed-0", "ocr/rank_over/seed-0"]
+    config = spec.run_config("ocr", "rank", 0, spec.candidates("rank")[0])
     assert (config.train.max_nfe, config.train.learning_rate) == (100, 1e-4)
     assert config.sample.prompts == "few.jsonl"
-    assert (bench.budget("ocr"), bench.budget("ocr", "rank_over")) == (100, 200)
+    assert (spec.budget("ocr"), spec.budget("ocr", "rank_over")) == (100, 200)
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_packaged_bench_is_sound(quick: bool) -> None:
-    with resources.as_file(resources.files("gdro") / "recipes" / "bench.yaml") as path:
-        bench = load_bench(path, quick=quick)
-    assert set(bench.tasks) == {"ocr", "geneval"}
-    assert next(iter(bench.methods)) == "gdro_offline"
+    with resources.as_file(resources.files("gdro") / "recipes" / "comparison.yaml") as path:
+        spec = load_spec(path, quick=quick)
+    assert set(spec.tasks) == {"ocr", "geneval"}
+    assert next(iter(spec.methods)) == "gdro_offline"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_packaged_bench_is_sound(quick: bool) -> None:
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str | None) -> None:
-    data = bench_data()
+    data = spec_data()
     for name, value in change.items():
         *sections, field = name.split(".")
         place = data
@@ -186,10 +186,10 @@ def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: 
         place[field] = value
     path = write(tmp_path, data)
     if message is None:
-        load_bench(path)
+        load_spec(path)
         return
     with pytest.raises(UserError) as refused:
-        load_bench(path)
+        load_spec(path)
     line = str(refused.value)
     assert message in line
     assert line.startswith(str(path))

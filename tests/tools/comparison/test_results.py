@@ -39,7 +39,7 @@ def validation(step: int, reward: float, nfe: int) -> dict[str, Any]:
 def run(
     folder: Path, rewards: list[float], *, geneval: bool = False, outcome: str = "improved", alarm: bool = False
 ) -> dict[str, Any]:
-    """Write what a finished run directory holds of figures, and read it as the bench does."""
+    """Write what a finished run directory holds of figures, and read it as the comparison does."""
     (folder / "checkpoints").mkdir(parents=True)
     last = {"base": 0.4, "tuned": rewards[-1], "gain": rewards[-1] - 0.4, "ci95": [0.0, 0.1]}
     sign = {"base": 0.2, "tuned": 0.1, "gain": -0.1, "ci95": [-0.2, 0.0], "relative": -0.5, "relative_ci95": [-1, 0]}
@@ -92,7 +92,7 @@ def results(tmp_path: Path, title: str = "GDRO <b>|x", *, geneval: bool = False)
         "base": summarize(methods["gdro"]["seeds"], "base"),
         "methods": methods,
     }
-    settings = {"jobs": 2, "threads": "one thread", "quick": False, "wall_seconds": 60, "bench": {}}
+    settings = {"jobs": 2, "threads": "one thread", "quick": False, "wall_seconds": 60, "spec": {}}
     return {"tasks": {"ocr": task}, "seeds": [0, 1], "machine": {}, "versions": {}, **settings}
 
 

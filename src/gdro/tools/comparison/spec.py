@@ -1,7 +1,7 @@
-"""What a bench file says: tasks, methods and their search, merged into the configuration of every run.
+"""What a comparison file says: tasks, methods and their search, merged into the configuration of every run.
 
 Each run's configuration is common < task < method < method.per_task[task] < chosen values (< quick), plus what the
-bench itself decides: the seed, the budget (`train.max_nfe`) and the target (`train.target_reward`).
+spec itself decides: the seed, the budget (`train.max_nfe`) and the target (`train.target_reward`).
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from gdro.rewards.registry import IN_UNIT
 from gdro.runner.config import MAY_CHANGE, RunConfig, flat, validate
 
 Fields = dict[str, Any]
-# What the bench sets itself in every run, and where a bench file says it.
+# What the comparison sets itself in every run, and where a comparison file says it.
 DECIDED = {
     "seed": "seeds",
     "train.max_nfe": "tasks.<task>.budget",
@@ -32,7 +32,7 @@ class _Section(BaseModel):
 
 
 class Task(_Section):
-    """One task of the bench."""
+    """One task of the comparison."""
 
     target_reward: float = Field(
         ge=-1e6, le=1e6, description="The cost of a method is counted up to this validation reward."
@@ -82,7 +82,7 @@ class _File(_Section):
 
 @dataclass(frozen=True)
 class Job:
-    """One run directory, `name` below the bench's; started once the jobs `after` have ended."""
+    """One run directory, `name` below the comparison's; started once the jobs `after` have ended."""
 
     name: str
     task: str
@@ -94,15 +94,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A checked bench file."""
+class ComparisonSpec:
+    """A checked comparison file."""
 
     seeds: list[int]
     common: Fields
     tasks: dict[str, Task]
     methods: dict[str, Method]
     search: Search
-    quick: Quick | None  # given where the bench is to be quick
+    quick: Quick | None  # given where the comparison is to be quick
 
     def candidates(self, method: str) -> list[Fields]:
         """Every combination of the method's search lists, as dotted fields; one empty combination without a search."""
@@ -178,14 +178,14 @@ class Bench:
 
 
 def run_name(task: str, method: str, seed: int) -> str:
-    """The run directory of one seed, below the bench's."""
+    """The run directory of one seed, below the comparison's."""
     return f"{task}/{method}/seed-{seed}"
 
 
-def load_bench(path: Path, *, quick: bool = False) -> Bench:
-    """The bench in the YAML file `path`, every configuration in it checked; UserError for the first thing wrong."""
+def load_spec(path: Path, *, quick: bool = False) -> ComparisonSpec:
+    """The comparison in the file `path`, with every configuration checked; UserError for the first thing wrong."""
     file = _section(_File, read_yaml(path), f"{path}: ", "")
-    bench = Bench(
+    spec = ComparisonSpec(
         seeds=file.seeds,
         common=file.common,
         tasks={name: _section(Task, value, f"{path}: ", f"tasks.{name}.") for name, value in file.tasks.items()},
@@ -194,12 +194,12 @@ def load_bench(path: Path, *, quick: bool = False) -> Bench:
         quick=_section(Quick, file.quick, f"{path}: ", "quick."),
     )
     try:
-        _check(bench)
-        bench = _quickened(bench) if quick else replace(bench, quick=None)
-        _check_configurations(bench)
+        _check(spec)
+        spec = _quickened(spec) if quick else replace(spec, quick=None)
+        _check_configurations(spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return bench
+    return spec
 
 
 def merged(*parts: Mapping[str, Any]) -> Fields:
@@ -241,43 +241,43 @@ def _section(kind: type[S], data: Any, where: str, prefix: str) -> S:
     raise UserError(f"{where}{name.rstrip('.')} is {problem['input']!r}; expected {message}")
 
 
-def _check(bench: Bench) -> None:
+def _check(spec: ComparisonSpec) -> None:
     """What the parts must be to one another, before any configuration is merged."""
-    repeated = sorted({seed for seed in bench.seeds if bench.seeds.count(seed) > 1})
+    repeated = sorted({seed for seed in spec.seeds if spec.seeds.count(seed) > 1})
     if repeated:
         raise UserError(f"seeds has {repeated[0]} more than once; expected different seeds")
-    if bench.search.seed in bench.seeds:
-        raise UserError(f"search.seed is {bench.search.seed}, which is one of seeds; expected a seed of its own")
-    if bench.search.task is not None and bench.search.task not in bench.tasks:
-        raise UserError(f'search.task is "{bench.search.task}"{did_you_mean(bench.search.task, list(bench.tasks))}')
-    for name in (*bench.tasks, *bench.methods):
+    if spec.search.seed in spec.seeds:
+        raise UserError(f"search.seed is {spec.search.seed}, which is one of seeds; expected a seed of its own")
+    if spec.search.task is not None and spec.search.task not in spec.tasks:
+        raise UserError(f'search.task is "{spec.search.task}"{did_you_mean(spec.search.task, list(spec.tasks))}')
+    for name in (*spec.tasks, *spec.methods):
         if not name.replace("_", "").replace("-", "").isalnum():
             raise UserError(f"the name {name!r}; expected letters, digits, - and _ (it becomes a folder)")
     titles: dict[str, str] = {}
-    for name, method in bench.methods.items():
+    for name, method in spec.methods.items():
         other = titles.setdefault(method.title, name)
         if other != name:
             raise UserError(f'methods.{name}.title is "{method.title}", as methods.{other}.title; expected another')
-    parts = {"common": bench.common, "search.set": bench.search.set}
-    parts |= {f"tasks.{name}.set": task.set for name, task in bench.tasks.items()}
-    overlaid: list[tuple[str, dict[str, Fields]]] = [("search", bench.search.per_task)]
-    if bench.quick is not None:
-        parts["quick.set"] = bench.quick.set
-        overlaid.append(("quick", bench.quick.per_task))
-    for name, method in bench.methods.items():
-        _check_method(bench, name, method)
+    parts = {"common": spec.common, "search.set": spec.search.set}
+    parts |= {f"tasks.{name}.set": task.set for name, task in spec.tasks.items()}
+    overlaid: list[tuple[str, dict[str, Fields]]] = [("search", spec.search.per_task)]
+    if spec.quick is not None:
+        parts["quick.set"] = spec.quick.set
+        overlaid.append(("quick", spec.quick.per_task))
+    for name, method in spec.methods.items():
+        _check_method(spec, name, method)
         parts |= {f"methods.{name}.set": method.set, f"methods.{name}.search": nested(method.search)}
         overlaid.append((f"methods.{name}", method.per_task))
     for where, per_task in overlaid:
         for task, fields in per_task.items():
-            if task not in bench.tasks:
-                raise UserError(f'{where}.per_task: "{task}" is no task{did_you_mean(task, bench.tasks)}')
+            if task not in spec.tasks:
+                raise UserError(f'{where}.per_task: "{task}" is no task{did_you_mean(task, spec.tasks)}')
             parts[f"{where}.per_task.{task}"] = fields
     for where, fields in parts.items():
         for field, _ in flat(fields):
             if field in DECIDED:
                 raise UserError(f"{where} sets {field}; expected it from {DECIDED[field]}, the same for every method")
-    counts = {name: len(bench.candidates(name)) for name, m in bench.methods.items() if m.continues is None}
+    counts = {name: len(spec.candidates(name)) for name, m in spec.methods.items() if m.continues is None}
     first = next(iter(counts))
     for name, count in counts.items():
         if count != counts[first]:
@@ -287,19 +287,19 @@ def _check(bench: Bench) -> None:
             )
 
 
-def _check_method(bench: Bench, name: str, method: Method) -> None:
+def _check_method(spec: ComparisonSpec, name: str, method: Method) -> None:
     for field, values in method.search.items():
         if not values:
             raise UserError(f"methods.{name}.search.{field} is []; expected at least one value")
     if method.continues is None:
         return
-    parents = [other for other, m in bench.methods.items() if m.continues is None]
+    parents = [other for other, m in spec.methods.items() if m.continues is None]
     if method.continues not in parents:
         hint = did_you_mean(method.continues, parents)
         raise UserError(f'methods.{name}.continues: "{method.continues}" is no method that can be taken on from{hint}')
     if method.search:
         raise UserError(f"methods.{name}.search: it continues {method.continues}; expected that method's choice")
-    parent = bench.methods[method.continues]
+    parent = spec.methods[method.continues]
     goes_on = parent.stop_at_target and not method.stop_at_target  # past the target, to the end of the same budget
     if method.budget < parent.budget or (method.budget == parent.budget and not goes_on):
         raise UserError(
@@ -308,28 +308,28 @@ def _check_method(bench: Bench, name: str, method: Method) -> None:
         )
 
 
-def _quickened(bench: Bench) -> Bench:
+def _quickened(spec: ComparisonSpec) -> ComparisonSpec:
     methods = {
         name: method.model_copy(update={"search": {field: values[:1] for field, values in method.search.items()}})
-        for name, method in bench.methods.items()
+        for name, method in spec.methods.items()
     }
-    return replace(bench, seeds=bench.seeds[:1], methods=methods)
+    return replace(spec, seeds=spec.seeds[:1], methods=methods)
 
 
-def _check_configurations(bench: Bench) -> None:
+def _check_configurations(spec: ComparisonSpec) -> None:
     """Every configuration that may come up, so that a mistake is told of before the hours of work."""
-    for task, settings in bench.tasks.items():
-        for name, method in bench.methods.items():
-            candidates = bench.candidates(name)
+    for task, settings in spec.tasks.items():
+        for name, method in spec.methods.items():
+            candidates = spec.candidates(name)
             for values in candidates:
-                config = bench.run_config(task, name, bench.seeds[0], values)
+                config = spec.run_config(task, name, spec.seeds[0], values)
                 if len(candidates) > 1:
-                    bench.search_config(task, name, values)
+                    spec.search_config(task, name, values)
                 _check_target(task, settings.target_reward, config)
                 if config.train.validates is False:
                     raise UserError(f"methods.{name}, task {task}: train.validation_prompts is null; expected prompts")
                 if method.continues is not None:
-                    parent = bench.run_config(task, method.continues, bench.seeds[0], values)
+                    parent = spec.run_config(task, method.continues, spec.seeds[0], values)
                     _check_continues(name, task, config, parent)
 
 

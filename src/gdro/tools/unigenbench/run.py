@@ -1,4 +1,4 @@
-"""`gdro benchmark unigenbench`: images of the benchmark's prompts, the judge's verdicts on them, the table."""
+"""`gdro unigenbench`: images of the benchmark's prompts, the judge's verdicts on them, the table."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ from gdro.tools.unigenbench.criteria import ENGLISH
 from gdro.tools.unigenbench.images import Folder, Sampled, find_adapter
 from gdro.tools.unigenbench.judging import JudgePrompt, own_prompt, read_scores
 from gdro.tools.unigenbench.published import published_prompt
-from gdro.tools.unigenbench.reading import read_benchmark
+from gdro.tools.unigenbench.reading import read_prompt_file
 from gdro.tools.unigenbench.scores import aggregate, markdown, notes, percent, rows
 
 AT_ONCE = 64  # images in memory while the judge is asked about them
@@ -75,14 +75,14 @@ def unigenbench(
     published ones: 4 images, 30 steps, guidance 3.5, 1024x1024, at most 4096 tokens of reply. Raises UserError for bad
     input, an endpoint that does not answer among it, before any image is made; and if no image got a verdict.
     """
-    benchmark = read_benchmark(file, repair=repair)
+    benchmark = read_prompt_file(file, repair=repair)
     language, prompts = benchmark.language, benchmark.prompts
     question = own_prompt(language) if judge_prompt is None else published_prompt(judge_prompt, language)
     question.check(prompts)
     source: Folder | Sampled
     if (model is None) == (images_from is None):
         found = "neither" if model is None else "both"
-        raise UserError(f"gdro benchmark: {found} of --model and --images-from; expected one of them")
+        raise UserError(f"gdro unigenbench: {found} of --model and --images-from; expected one of them")
     generation = _generation(images, steps, guidance, height, width, max_sequence_length, batch_size)
     if model is not None:
         folder = None if adapter is None else find_adapter(adapter)
@@ -93,7 +93,7 @@ def unigenbench(
         assert images_from is not None
         source = Folder(images_from, images)
     if (judge_url is None) != (judge_model is None):
-        raise UserError("gdro benchmark: one of --judge-url and --judge-model; expected both, or none for images only")
+        raise UserError("gdro unigenbench: one of --judge-url and --judge-model; expected both, or neither")
     source.check(prompts)
     with alone(out):
         if judge_url is None or judge_model is None:
