@@ -216,7 +216,7 @@ def test_resumed_runs_end_bit_for_bit_like_uninterrupted_ones(
 def test_what_leaves_the_bits_as_they_are(
     flux: Any, toy: tuple[Path, Path], tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """The README's list; stopping is tested here too, scoring's workers and batches in test_score.py."""
+    """The list in docs/running.md; stopping is tested here too, scoring's workers and batches in test_score.py."""
     assert {f"train.{name}" for name in change} <= MAY_CHANGE
     for out, changes in (("as it is", {}), ("changed", change)):
         run(flux, toy, tmp_path / out, **({"group_gradient": "one_pass"} | changes))
