@@ -29,14 +29,14 @@ FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAll
             OUT_OF_MEMORY,
             "gdro: sample: out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.); expected "
             "sample.batch_size below 16, or mixed_precision: bf16, or quantization: int8, or smaller images; then the "
-            "same command goes on\n",
+            "same command resumes\n",
         ),
         (
             "train",
             ILLEGAL,
             "gdro: train: CUDA error: an illegal memory access was encountered; likely a kernel that fails on this "
-            "GPU, of attention or a compiled or quantized one: expected compile: false, quantization: null or "
-            "mixed_precision: no where it is otherwise; CUDA_LAUNCH_BLOCKING=1 in the environment tells where it "
+            "GPU: attention, compiled or quantized: expected compile: false, quantization: null or "
+            "mixed_precision: no, where set otherwise; set CUDA_LAUNCH_BLOCKING=1 in the environment to see where it "
             "happens\n",
         ),
         ("train", OUT_OF_MEMORY, "expected train.group_gradient: two_pass with train.images_per_pass: 1, or train.gra"),

@@ -96,5 +96,5 @@ def test_a_hub_that_cannot_be_asked_is_one_line_with_the_variable(name: str, val
         [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True, text=True, check=False
     )
     error = ended.stderr.splitlines()[-1]
-    assert error.startswith("gdro.common.errors.UserError: model: no-one/nothing is no folder here, nor on the Hub (")
+    assert error.startswith("gdro.common.errors.UserError: model: no-one/nothing is neither a folder nor on the Hub (")
     assert re.search(rf"[;,] {name}.* set\); expected a folder$", error)

@@ -46,7 +46,7 @@ def test_rate_after_resumption_counts_only_new_work(
     with Progress("sample", 1000, "img", done=900) as progress:
         progress.advance(20)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "sample: 900/1000 img done before, going on"
+    assert lines[0] == "sample: 900/1000 img done earlier, resuming"
     assert lines[1] == "sample: 920/1000 img (92 %), 2.0 img/s, 40 s left"  # 20 in 10 s, not 920
 
 

@@ -69,7 +69,7 @@ def test_what_is_no_file_of_text_is_refused_by_name(kind: str, tmp_path: Path) -
     assert f"{path} is a folder" in line(lambda: read(path))
     path.rmdir()
     os.mkfifo(path)
-    assert f"{path} is no regular file" in line(lambda: read(path))
+    assert f"{path} is not a regular file" in line(lambda: read(path))
     path.unlink()
     path.write_bytes(b"\x00\xff\xfe\x01 no text")
     assert str(path) in line(lambda: read(path))
@@ -108,11 +108,11 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "x:5: more than 10,000 values, aliases expanded"),
         ("a: &a [*a]", "x:1: an alias inside what it stands for"),
         (DEEP[:5000], "x:1: nested more than 100 deep"),
-        (f"a: {LONG}", "x:1: no int (an integer of 5000 digits; expected at most 300)"),
-        ("a: 1\nb: !!float x", "x:2: no float (could not convert string to float: 'x')"),
+        (f"a: {LONG}", "x:1: not a valid int (an integer of 5000 digits; expected at most 300)"),
+        ("a: 1\nb: !!float x", "x:2: not a valid float (could not convert string to float: 'x')"),
         ("a: !!int [1]", "x:1: expected a scalar node, but found sequence"),
-        ("a: !!bool 7", "x:1: no bool (KeyError '7')"),
-        ("a: !!timestamp 7", "x:1: no timestamp"),
+        ("a: !!bool 7", "x:1: not a valid bool (KeyError '7')"),
+        ("a: !!timestamp 7", "x:1: not a valid timestamp"),
         ('a: "\\ud800"', "x:1: half of a surrogate pair"),
         ("a: !!python/name:os.system", "x:1: could not determine a constructor"),
         ("a: !!map 7", "x:1: expected a mapping node, but found scalar"),

@@ -86,7 +86,7 @@ def test_every_bad_row_is_named(tmp_path: Path, flux: Any, monkeypatch: pytest.M
         (good | {"prompt": " "}, 'has "prompt" " "; expected text'),
         (good | {"group": None}, 'has "group" null'),
         (good | {"file_name": "none.png"}, "none.png not found"),
-        (good | {"file_name": "text.png"}, "text.png is no image"),
+        (good | {"file_name": "text.png"}, "text.png is not an image"),
         (good | {"file_name": "../source2/0.png"}, "expected a file inside the folder"),
         (good | {"file_name": "square.png"}, 'square.png is 32x32; the first of group "g1" is 64x32'),
         (good, "names 0.png again, after"),

@@ -208,7 +208,7 @@ def test_hub_repository_at_a_commit(folder: Path, tmp_path: Path, monkeypatch: p
     local = clipscore(model=str(folder), device="cpu")
     np.testing.assert_array_equal(reward(images(), PROMPTS).values, local(images(), PROMPTS).values)
     assert reward.version not in (local.version, clipscore(model=str(folder), device="cpu", dtype="bfloat16").version)
-    with pytest.raises(UserError, match=r"score\.reward\.model: someone/clip is no folder here, nor on the Hub"):
+    with pytest.raises(UserError, match=r"score\.reward\.model: someone/clip is neither a folder nor on the Hub"):
         clipscore(model="someone/clip", revision="b" * 40).check(PROMPTS)
 
 

@@ -206,7 +206,7 @@ def test_a_killed_process_ends_the_run_under_torchrun_and_the_run_goes_on(
     assert killed.returncode == 1
     assert f"Signal {signal.SIGKILL.value} (SIGKILL)" in killed.stderr
     assert ended["killed goes on"].codes == [0], ended["killed goes on"].said
-    assert "train: 2/6 step done before, going on" in ended["killed goes on"].said
+    assert "train: 2/6 step done earlier, resuming" in ended["killed goes on"].said
     one, other = weights(folder / "one", 6), weights(folder / "killed", 6)
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, rtol=1e-3, atol=2e-5, msg=key)

@@ -177,7 +177,7 @@ def test_a_run_goes_on_on_the_cluster_at_its_address(config: Path, local: Path, 
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "sample: 12/16 img done before, going on" in done.stderr
+    assert "sample: 12/16 img done earlier, resuming" in done.stderr
     assert kept.stat().st_mtime_ns == before
     assert files(tmp_path / "groups") == files(local / "groups")
 

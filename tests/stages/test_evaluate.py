@@ -258,7 +258,7 @@ def test_the_training_alarm_is_evidence_of_the_verdict() -> None:
     rung = {"step": 150, "on": True, "excess": 0.053}
     line = (
         "training alarm on at step 150: velocity error of the best images 5.3 % above the base's, "
-        "so their likelihood fell"
+        "so they became less likely"
     )
     found = compare_measured(base, tuned, samples=200, seed=0, alarm=rung)
     assert found["alarm"] == rung
@@ -290,7 +290,7 @@ def test_one_text_has_no_interval_however_often() -> None:
     assert found["distinct_texts"] == 1
     assert all(result["ci95"] == [None, None] for result in found["results"].values())
     assert found["verdict"]["outcome"] == "unchanged"
-    assert found["verdict"]["lines"] == ["one distinct text: no interval, so no change is certain"]
+    assert found["verdict"]["lines"] == ["only one distinct text: no interval, so no change is certain"]
 
 
 def test_corrected_of_means_is_the_formula_on_means() -> None:

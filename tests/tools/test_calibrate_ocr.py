@@ -168,6 +168,6 @@ def test_bad_arguments_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no images to read; expected metadata"):
         calibrate_ocr(tmp_path / "none", out)
     (folder / "c.png").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"metadata\.jsonl:\d: .*c\.png is no image"):
+    with pytest.raises(UserError, match=r"metadata\.jsonl:\d: .*c\.png is not an image"):
         calibrate_ocr(folder, out, engines=["rapidocr"])
     assert not out.exists()

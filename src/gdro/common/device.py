@@ -1,4 +1,4 @@
-"""Errors of the GPU, and want of memory, in one line: the stage, the likely cause, what to change."""
+"""GPU and out-of-memory errors in one line: the stage, the likely cause, what to change."""
 
 import os
 import re
@@ -11,11 +11,11 @@ import torch
 from gdro.common.errors import UserError
 
 _OF_DEVICE = re.compile(r"CUDA|HIP error|cuDNN|CUDNN|CUBLAS|NCCL|mha_graph|DefaultCPUAllocator")
-# What an error that is not of memory says, what it comes from as a rule, and what helps.
+# Errors other than out of memory: what the message says, the usual cause, and what helps.
 _CAUSES = (
     (
         r"mha_graph|cudnn",
-        "cuDNN fails on this GPU, perhaps for want of memory; gdro keeps it out of attention",
+        "cuDNN fails on this GPU, perhaps for lack of memory; gdro does not use it for attention",
         "no DIFFUSERS_ATTN_BACKEND in the environment, or smaller batches",
     ),
     (
@@ -25,14 +25,14 @@ _CAUSES = (
     ),
     (
         r"device-side assert",
-        "a number outside of a table, as from a tokenizer that is not its text encoder's",
-        "the tokenizers and text encoders that the model was published with",
+        "an index outside of a table, for example from a tokenizer that is not its text encoder's",
+        "the tokenizers and text encoders published with the model",
     ),
     (r"NCCL", "the GPUs cannot reach each other", "NCCL_DEBUG=WARN, which says why, or fewer processes"),
     (
         r"",
-        "a kernel that fails on this GPU, of attention or a compiled or quantized one",
-        "compile: false, quantization: null or mixed_precision: no where it is otherwise",
+        "a kernel that fails on this GPU: attention, compiled or quantized",
+        "compile: false, quantization: null or mixed_precision: no, where set otherwise",
     ),
 )
 _MEMORY = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED")
@@ -40,7 +40,7 @@ _MEMORY = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_
 
 @contextmanager
 def telling(stage: str, change: Sequence[str] = ()) -> Iterator[None]:
-    """Raise UserError for an error of the device inside; `change`: settings with which the stage needs less memory."""
+    """Turn device errors inside into a UserError; `change`: settings that make the stage need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -51,11 +51,11 @@ def telling(stage: str, change: Sequence[str] = ()) -> Iterator[None]:
 
 
 def failure(stage: str, error: BaseException, change: Sequence[str] = ()) -> str | None:
-    """The line for an error of the device, None for another one."""
+    """The line for a device error; None for any other error."""
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (is_of_device(error) and _MEMORY.search(text)):
         wanted = ", or ".join(change) or "smaller batches or images"
-        return f"{stage}: out of memory ({text}); expected {wanted}; then the same command goes on"
+        return f"{stage}: out of memory ({text}); expected {wanted}; then the same command resumes"
     if not is_of_device(error):
         return None
     cause, help_ = next((cause, help_) for sign, cause, help_ in _CAUSES if re.search(sign, text, re.IGNORECASE))
@@ -63,12 +63,12 @@ def failure(stage: str, error: BaseException, change: Sequence[str] = ()) -> str
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"it happened in {frame.name}, {frame.filename}:{frame.lineno}"
     else:
-        where = "CUDA_LAUNCH_BLOCKING=1 in the environment tells where it happens"
+        where = "set CUDA_LAUNCH_BLOCKING=1 in the environment to see where it happens"
     return f"{stage}: {text}; likely {cause}: expected {help_}; {where}"
 
 
 def is_of_device(error: BaseException) -> bool:
-    """Whether it is the GPU's, or the host's memory's."""
+    """Whether the error comes from the GPU or from lack of host memory."""
     return isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and _OF_DEVICE.search(str(error)) is not None
     )

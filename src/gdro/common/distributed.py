@@ -1,8 +1,8 @@
-"""More than one process (torchrun, accelerate launch): which one this is, and what the processes tell each other.
+"""Several processes (torchrun, accelerate launch): which one this is, and how they communicate.
 
-The model's tensors travel by NCCL on GPUs; everything else is JSON over gloo, which waits as long as it takes, because
-one process may judge images for an hour while the others have nothing to do. A process that fails says why in one
-line, unless another has done so before; the others end when they miss it. With one process nothing here does anything.
+The model's tensors travel by NCCL on GPUs; everything else is JSON over gloo, without a timeout, because one process
+may judge images for an hour while the others wait. A process that fails reports why in one line, unless another already
+has; the others end when they notice. With a single process, all of this does nothing.
 """
 
 import json
@@ -27,14 +27,14 @@ PATIENCE = timedelta(days=7)
 FAILED = "failed"
 
 _store: dist.Store | None = None
-_patient: dist.ProcessGroup | None = None  # of gloo; only beside other processes
+_patient: dist.ProcessGroup | None = None  # gloo's; None if there is only one process
 
 
 @contextmanager
 def started() -> Iterator[None]:
-    """Join the other processes of the run, if a launcher's environment variables say that there are any.
+    """Join the other processes of the run, if a launcher's environment variables indicate any.
 
-    Raises UserError for variables that are missing or make no sense.
+    Raises UserError for missing or invalid variables.
     """
     global _store, _patient
     environment.check()
@@ -55,7 +55,7 @@ def started() -> Iterator[None]:
             f"{os.environ['WORLD_SIZE']} processes did not find each other ({str(error).splitlines()[0]})"
         ) from None
     yield
-    dist.destroy_process_group()  # not after an error: the others may be waiting for this process
+    dist.destroy_process_group()  # not after an error, when the others may be waiting for this process
     _store = _patient = None
 
 
@@ -70,7 +70,7 @@ def size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints, and writes what there is only one of."""
+    """Whether this is the process that prints and writes shared files."""
     return rank() == 0
 
 
@@ -80,17 +80,17 @@ def local_size() -> int:
 
 
 def of_first(label: str) -> str:
-    """`label` of progress that counts the first process's share only."""
+    """`label` for progress that counts only the first process's share."""
     return f"{label}, first of {size()} processes" if _patient else label
 
 
 def mine(items: Sequence[T]) -> list[T]:
-    """This process's share of work that every process knows."""
+    """This process's share of `items`, which must be the same in all processes."""
     return list(items[rank() :: size()])
 
 
 def gather(value: T) -> list[T]:
-    """Every process's JSON-able value, in order; all wait for the last."""
+    """Every process's JSON-able value, in order of rank; all wait for the last."""
     if not _patient:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -105,26 +105,26 @@ def gather(value: T) -> list[T]:
 
 
 def wait() -> None:
-    """Go on when all processes have come here: what each has written before, the others can read."""
+    """Wait until all processes get here; each can then read what the others wrote before."""
     gather(None)
 
 
 def first(act: Callable[[], T]) -> T:
-    """What `act` returns, JSON-able, in the first process, which alone calls it."""
+    """Call `act` in the first process only and return its JSON-able result in all."""
     return gather(act() if is_first() else None)[0]  # type: ignore[return-value]
 
 
 def summed(values: Mapping[str, float]) -> dict[str, float]:
-    """The sums over the processes of values that each of them has; the same bits in all."""
+    """The sums of `values` over the processes, which must have the same keys; the same bits in all."""
     found = gather(dict(values))
     return {name: sum(one[name] for one in found) for name in values}
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients over the processes, in one message, in place. Which parameters have one is the same in all.
+    """Sum the gradients over the processes, in one message, in place. The same parameters must have one in all.
 
-    This is what DDP does beside the backward pass, here after the last of a step: each step's many passes then need no
-    wrapper around the model, and the gradients of a LoRA are small.
+    DDP does this during the backward pass; here it happens after a step's last one, so its many passes need no wrapper
+    around the model, and a LoRA's gradients are small.
     """
     if not _patient:
         return
@@ -139,8 +139,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
     """Spread a frozen transformer over the processes' devices (FSDP2); a block is gathered while it computes.
 
-    `module` is on the CPU, so that no device ever holds the whole. Every process must call it equally often. What is
-    added to it later, as a LoRA is, stays whole in each process.
+    `module` is on the CPU, so no device ever holds all of it. Every process must call it equally often. Anything added
+    later, such as a LoRA, stays whole in each process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -162,18 +162,18 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def fails_first() -> bool:
-    """Whether this process is the first of several to end with an error, and so the one to say why. Ask once."""
+    """Whether this process is the first to end with an error, and thus the one to report it. Call it once."""
     store = _store
     if store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return os.environ.get("RANK", "0") == "0"  # the processes have not met, nor has their launcher a store
+        return os.environ.get("RANK", "0") == "0"  # the processes never met, and their launcher has no store
     try:
         return bool((store or _rendezvous()[0]).add(FAILED, 1) == 1)
     except (RuntimeError, ValueError):
-        return False  # the store is gone, with the process that kept it
+        return False  # the store is gone, together with the process that kept it
 
 
 def _rendezvous() -> tuple[dist.Store, int, int]:
-    """(what the processes of this start share, rank, size)."""
+    """(the store shared by the processes of this launch, rank, size)."""
     store, rank, size = next(iter(dist.rendezvous("env://")))
     return dist.PrefixStore(f"gdro/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
 
@@ -183,9 +183,9 @@ def _missing_no_one() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_of_device(error) and "NCCL" not in str(error):  # of a kernel begun before: told of here, being late
+        if is_of_device(error) and "NCCL" not in str(error):  # from an earlier kernel, reported late
             raise
         raise LostProcess(
             f"process {rank()} of {size()} lost another one ({str(error).splitlines()[0]}); if none has said why, it "
-            "was killed: out of memory, perhaps"
+            "was killed, perhaps out of memory"
         ) from None

@@ -1,4 +1,4 @@
-"""Variables of the environment that gdro or its libraries read numbers in: a wrong one is one line, before any work."""
+"""Environment variables that gdro or its libraries read as numbers: a wrong one is reported before any work."""
 
 import os
 import re
@@ -15,7 +15,7 @@ READ = re.compile(r"""(?:environ(?:\.get)?|getenv)[\[(]\s*["']([A-Za-z0-9_]+)["'
 
 
 def check() -> None:
-    """Raise UserError for a variable that holds no number where one is read."""
+    """Raise UserError for a variable that is not a number where one is read."""
     threads()
     for name in NUMBERS:
         whole(name, 0)
@@ -38,18 +38,18 @@ def check() -> None:
 
 
 def world_size() -> int:
-    """How many processes a launcher has started; 1 without one."""
+    """How many processes the launcher started; 1 without one."""
     return whole("WORLD_SIZE", 1) or 1 if os.environ.get("WORLD_SIZE") else 1
 
 
 def is_first() -> bool:
-    """Whether this is the first of several processes or the only one, as far as a launcher's variables can be read."""
+    """Whether this is the first or only process, as far as the launcher's variables can be read."""
     rank, size = (_number(os.environ.get(name, "")) for name in ("RANK", "WORLD_SIZE"))
     return not (rank and size and rank < size)
 
 
 def threads() -> int | None:
-    """OMP_NUM_THREADS; of a list, which OpenMP allows for nested regions, the first. None if it is empty or not set."""
+    """OMP_NUM_THREADS, or the first entry if it is a list (for nested regions). None if it is empty or not set."""
     value = os.environ.get("OMP_NUM_THREADS", "").strip()
     numbers = [_number(part.strip()) for part in value.split(",")]
     if value and not all(numbers):
@@ -58,7 +58,7 @@ def threads() -> int | None:
 
 
 def whole(name: str, least: int, most: int = LARGEST, *, required: str | None = None) -> int | None:
-    """The variable's number; None if it is not set, which is refused with the words of `required`."""
+    """The variable's number; None if not set, which raises UserError with the text of `required` if given."""
     value = os.environ.get(name)
     if value is None and required is None:
         return None
@@ -70,7 +70,7 @@ def whole(name: str, least: int, most: int = LARGEST, *, required: str | None = 
 
 
 def blamed(error: BaseException) -> str | None:
-    """The variable that is set and was being read where a library raised `error`, or that a ValueError speaks of."""
+    """The variable that is set and that a library was reading when it raised `error`, or that a ValueError mentions."""
     lines = [frame.line or "" for frame in reversed(traceback.extract_tb(error.__traceback__))]
     names = [name for line in lines for name in READ.findall(line)]
     if isinstance(error, ValueError):

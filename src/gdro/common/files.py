@@ -1,4 +1,4 @@
-"""Whole files or none: every file is written beside its place, synced, then renamed over it."""
+"""Atomic files: every file is written to a temporary path beside it, synced, then renamed."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from gdro.common.errors import UserError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it is synced and renamed to `path`, else removed.
+    """Yield a temporary path to write to; on success it is synced and renamed to `path`, otherwise removed.
 
-    Any failure leaves the old file as it was. Raises UserError naming `path` if the system refuses (full disk, no
+    Any failure leaves the old file unchanged. Raises UserError naming `path` if writing fails (full disk, no
     permission).
     """
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     if "\0" in str(path):
-        raise UserError(f"{path} holds a NUL; expected the name of a file")
+        raise UserError(f"{path} contains a NUL; expected a file name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
@@ -38,7 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force its entries to disk. Windows opens no folders, and needs it not."""
+    """Force the folder's entries to disk; not possible, and not needed, on Windows."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, if it is there; renamed first, so that no half of it is ever taken for the whole."""
+    """Delete a folder if it exists; it is renamed first, so no partial folder is ever taken for a complete one."""
     doomed = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():
@@ -66,25 +66,25 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-# What gdro leaves in folders it begins: the copy of a run's configuration, what a store is sampled or imported from.
+# Files gdro leaves in its folders: the copy of a run's configuration, records of what a store was made from.
 MARKS = (".config.yaml", "_sampling.json", "_importing.json")
 
 
 def is_own(path: Path) -> bool:
-    """Whether gdro made what lies at `path`: a mark of its own is in one of the folders around it.
+    """Whether gdro made `path`: one of the folders around it has gdro's mark.
 
-    Asked before anyone is advised to delete it.
+    Checked before advising anyone to delete it.
     """
     return any((folder / mark).is_file() for folder in list(path.absolute().parents)[:4] for mark in MARKS)
 
 
 def remake(path: Path, how: str) -> str:
-    """`: delete PATH and HOW` for what is gdro's own, else nothing."""
+    """`: delete PATH and HOW` if gdro made it, otherwise nothing."""
     return f": delete {path} and {how}" if is_own(path) else ""
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed processes left in `folder` half written or half deleted; no other may be at work in it."""
+    """Delete what killed processes left half written or half deleted in `folder`; no other may be using it."""
     for path in folder.glob(".*"):
         if re.fullmatch(r"\..+\.(tmp|tmp-\d+|deleted)", path.name):
             if path.is_dir():
@@ -94,7 +94,7 @@ def sweep(folder: Path) -> None:
 
 
 def sweep_below(out: Path, folders: Iterable[str]) -> None:
-    """The same for `out`, which may hold other things too, and all of its own `folders`."""
+    """`sweep` for `out`, which may also hold other files, and for all of its own `folders`."""
     for path in out.glob(".*"):
         if re.fullmatch(r"\..+\.tmp-\d+", path.name) and path.is_file():
             path.unlink(missing_ok=True)
@@ -105,6 +105,6 @@ def sweep_below(out: Path, folders: Iterable[str]) -> None:
 
 
 def fingerprint(*parts: Any) -> str:
-    """12 hex digits naming JSON-able values; equal for equal values whatever the key order."""
+    """12 hex digits identifying JSON-able values, regardless of key order."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

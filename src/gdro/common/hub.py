@@ -1,4 +1,4 @@
-"""Where weights come from: a folder, or a Hub repository at one commit."""
+"""Locating weights: in a folder, or in a Hub repository at one commit."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ class Source:
 
     name: str  # folder or Hub id
     commit: str | None
-    index: Path  # the file that was looked for, there
+    index: Path  # the local path of the requested file
 
     @property
     def version(self) -> str:
@@ -28,9 +28,9 @@ class Source:
 
 
 def locate(name: str, file: str, *, field: str, expected: str, revision: str | None = None) -> Source:
-    """The folder or Hub repository `name`, which must hold `file`; downloads that file and nothing else.
+    """The folder or Hub repository `name`, which must hold `file`; downloads only that file.
 
-    Raises UserError naming `field` if there is none of it, without network if the Hub does not have it in its cache.
+    Raises UserError naming `field` if it is not found; offline, if it is not in the Hub's cache.
     """
     folder = Path(os.path.expanduser(name))
     if os.path.exists(folder):
@@ -45,23 +45,23 @@ def locate(name: str, file: str, *, field: str, expected: str, revision: str | N
     commit, cause = None, ""
     try:
         commit = HfApi().model_info(name, revision=revision, timeout=10).sha
-    except Exception as error:  # no network, or no such model: at once, where a download would try again and again
+    except Exception as error:  # no network or no such model: fail at once, whereas a download would keep retrying
         cause = _cause(error)
     try:
         path = Path(hf_hub_download(name, file, revision=commit or revision, local_files_only=commit is None))
     except GatedRepoError:
         raise UserError(
-            f"{field}: {name} is gated; expected its terms accepted on its page of the Hub, and that account's token "
+            f"{field}: {name} is gated; expected its terms accepted on its Hub page, and that account's token "
             "(hf auth login, or HF_TOKEN)"
         ) from None
     except Exception as error:
         cause = cause or _cause(error)
-        raise UserError(f"{field}: {name} is no folder here, nor on the Hub ({cause}); expected {expected}") from None
+        raise UserError(f"{field}: {name} is neither a folder nor on the Hub ({cause}); expected {expected}") from None
     return Source(name, path.parent.name, path)
 
 
 def fetch(source: str, commit: str | None, file: str) -> Path:
-    """The file in the folder `source`, or of a Hub repository at `commit`; OSError or ValueError if it is not there."""
+    """The file in the folder `source`, or in a Hub repository at `commit`; OSError or ValueError if it is missing."""
     if commit is None:
         path = Path(source) / file
         if not path.is_file():
@@ -73,7 +73,7 @@ def fetch(source: str, commit: str | None, file: str) -> Path:
 
 
 def _cause(error: Exception) -> str:
-    """In one line, with the variables of the environment that may have to do with it."""
+    """The error in one line, with environment variables that may be related."""
     proxies = [f"{kind}_proxy" for kind in ("http", "https", "all", "no")]
     names = [*proxies, *map(str.upper, proxies), *CERTIFICATES, "HF_ENDPOINT", "HF_HUB_OFFLINE"]
     given = [name for name in names if os.environ.get(name)]
@@ -82,7 +82,7 @@ def _cause(error: Exception) -> str:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Of the contents of the files, in their order."""
+    """Digest of the files' contents, in order."""
     total = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:

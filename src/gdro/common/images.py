@@ -1,6 +1,6 @@
-"""The one way to open an image: whatever a file holds becomes the RGB pixels that a viewer shows, or one line.
+"""The one way to open an image: a file becomes the RGB pixels that a viewer shows, or a one-line error.
 
-Only decoders of FORMATS are let at a file, whatever its name says: others start programs (EPS runs Ghostscript).
+Only decoders of FORMATS are allowed, whatever the file's name: others start programs (EPS runs Ghostscript).
 """
 
 import io
@@ -20,10 +20,10 @@ GRAY = ("1", "L", "LA", "La", *WIDE)
 
 
 def open_image(source: bytes | Path, name: str) -> Image.Image:
-    """Its pixels alone: 8-bit RGB, upright by EXIF, in sRGB by the file's color profile, transparent parts on white.
+    """Only the pixels: 8-bit RGB, upright by EXIF, in sRGB by the file's color profile, transparent parts on white.
 
-    Raises UserError that begins with `name` for what is no image of FORMATS, damaged, of more than MAX_PIXELS or of
-    several frames or pages (which one is meant?), and for floats and 32-bit integers (how bright is white?).
+    Raises UserError starting with `name` for a file that is not an image of FORMATS, is damaged, has more than
+    MAX_PIXELS or several frames or pages (which one?), or holds floats or 32-bit integers (how bright is white?).
     """
     try:
         if isinstance(source, Path) and not source.is_file():
@@ -35,10 +35,10 @@ def open_image(source: bytes | Path, name: str) -> Image.Image:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"{name} is no image; expected one of {', '.join(FORMATS)}") from None
-    except Exception as error:  # decoders raise whatever their parsing happens to
+        raise UserError(f"{name} is not an image; expected one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise all kinds of exceptions
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is damaged or of a kind that is not read ({reason})") from None
+        raise UserError(f"{name} is damaged or of an unsupported kind ({reason})") from None
     rgb.info = {}
     return rgb
 
@@ -49,7 +49,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floats"
-        raise ValueError(f"its pixels are 32-bit {kind}, whose white nothing tells; expected 8 or 16 bits")
+        raise ValueError(f"its pixels are 32-bit {kind}, with no defined white; expected 8 or 16 bits")
     if image.has_transparency_data:
         colors = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
@@ -57,19 +57,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def path_inside(folder: Path, name: str) -> Path | None:
-    """`folder / name`, or None if the name leads out of the folder. What is there may be a link to anywhere: a
-    snapshot of the Hub is made of links."""
+    """`folder / name`, or None if the name leads out of the folder. The file may be a link to anywhere, as in Hub
+    snapshots."""
     name = os.path.normpath(name)
     return None if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir else folder / name
 
 
 def _refuse(image: Image.Image, name: str) -> None:
-    """Raise UserError for what would be read, but not right."""
+    """Raise UserError for images that would be read incorrectly."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UserError(f"{name} is {width}x{height}; expected at most {MAX_PIXELS:,} pixels")
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with previews behind it
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG followed by previews
         raise UserError(f"{name} has {frames} frames or pages; expected one picture")
     tags = getattr(image, "tag_v2", {})
     bits, white_is_zero = tags.get(258, (16,))[0], tags.get(262) == 0
@@ -79,15 +79,15 @@ def _refuse(image: Image.Image, name: str) -> None:
             f"{name} is a gray TIFF with {found}, which is not supported; expected 8 or 16 bits, black as 0"
         )
     if isinstance(image, PngImageFile) and image.mode != "P" and "transparency" in image.info:
-        depth = image.tile[0][3]  # of the file, unlike the mode
-        if depth != image.mode:  # Pillow compares the color before it scales the pixels, or after
+        depth = image.tile[0][3]  # the file's, unlike the mode
+        if depth != image.mode:  # Pillow may compare the color before or after scaling the pixels
             raise UserError(
                 f"{name} has a transparent color in pixels of {depth}; expected 8 bits, or an alpha channel"
             )
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """RGB pixels by the image's color profile; as they are without one, or with one of another kind of color."""
+    """RGB pixels converted by the image's color profile; unchanged without one, or if it is for another color model."""
     if "icc_profile" not in image.info:
         return to_rgb(image)
     profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))

@@ -1,4 +1,4 @@
-"""Code of the user's own, by name: `module:function` or `module:Class`."""
+"""A user's own code, by name: `module:function` or `module:Class`."""
 
 import importlib
 import inspect
@@ -12,9 +12,9 @@ _EXAMPLES = {"function": "my_rewards:brightness", "class": "my_objectives:Hinge"
 
 
 def load_own(spec: str, field: str, kind: str = "function") -> tuple[Any, str]:
-    """(what `spec`, "module:name", names; its source file). The current directory is searched too.
+    """(the object named by `spec`, "module:name"; its source file). The current directory is searched too.
 
-    kind: "function" or "class", for messages. Raises UserError that begins with `field`.
+    kind: "function" or "class", for messages. Raises UserError starting with `field`.
     """
     module_name, _, function_name = spec.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")) or not function_name.isidentifier():
@@ -36,7 +36,7 @@ def load_own(spec: str, field: str, kind: str = "function") -> tuple[Any, str]:
         raise UserError(f'{field}: "{module_name}" has {what} named "{function_name}"{hint}')
     try:
         source = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # an object that can be called: its class's file
+    except TypeError:  # a callable object: use its class's file
         source = inspect.getsourcefile(type(function)) if type(function).__module__ != "builtins" else None
     if source is None:
         raise UserError(f'{field}: "{spec}" has no Python source; expected a {kind} written in Python')

@@ -1,7 +1,7 @@
 """Progress, rate and time left: a bar on a terminal, plain lines in a log.
 
 Both go to stderr, from the first of several processes only. The rate counts only this session's work, so it stays
-honest after a resumption.
+correct after resuming.
 """
 
 import sys
@@ -29,8 +29,8 @@ def say(line: str) -> None:
 class Progress:
     """`with Progress("sample", 512, "img", done=128) as progress: progress.advance(8, reward=0.6)`.
 
-    `total` and `done` count `unit`s of the whole job; `done` is what earlier sessions left finished. The
-    `values` given to `advance` are the latest figures to show beside the rate.
+    `total` and `done` count `unit`s of the whole job; `done` is what earlier sessions finished. The `values` given to
+    `advance` are the latest metrics, shown beside the rate.
     """
 
     def __init__(self, label: str, total: int, unit: str = "it", done: int = 0) -> None:
@@ -51,7 +51,7 @@ class Progress:
                 leave=True,
             )
         elif self.done:
-            say(f"{self.label}: {self.done}/{self.total} {self.unit} done before, going on")
+            say(f"{self.label}: {self.done}/{self.total} {self.unit} done earlier, resuming")
         return self
 
     def advance(self, n: int = 1, **values: float) -> None:
@@ -87,7 +87,7 @@ class Progress:
 
 
 def interval(ends: Sequence[float | None], digits: int = 3) -> str:
-    """Both ends of an interval with their signs; a dash if there is none (one prompt)."""
+    """Both ends of an interval with their signs; a dash if there is none (a single prompt)."""
     low, high = ends
     return "–" if low is None or high is None else f"{low:+.{digits}f} to {high:+.{digits}f}"
 

@@ -1,4 +1,4 @@
-"""Prompt records: a text, an id, and whatever fields a task or reward needs (GenEval's keys, the tiny scene)."""
+"""Prompt records: a text, an id, and any fields a task or reward needs (GenEval's keys, the tiny scene)."""
 
 import json
 import unicodedata
@@ -15,7 +15,7 @@ from gdro.common.validation import show
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `id` identifies it everywhere (two prompts may share a text, never an id)."""
+    """One prompt. `id` identifies it everywhere; two prompts may share a text but never an id."""
 
     id: str
     text: str
@@ -26,21 +26,21 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a `.txt` (one a line, blank lines skipped) or `.jsonl` (`prompt`, optional `id`, any other keys).
+    """Prompts in a `.txt` (one per line, blank lines skipped) or `.jsonl` (`prompt`, optional `id`, any other keys).
 
     A prompt without an id gets its line number (`000001`). Raises UserError naming file and line.
     """
     path = Path(path)
     lines = read_lines(path, "a .txt or .jsonl file", f"prompts: {path}")
     if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"prompts: {path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl")
+        raise UserError(f"prompts: {path} ends in {path.suffix!r}; expected .txt (one prompt per line) or .jsonl")
     prompts = []
     for number, line in lines:
         where = f"{path}:{number}"
         plain = path.suffix == ".txt"
         prompts.append(Prompt(f"{number:06d}", line.strip()) if plain else _parse_jsonl(line, where, number))
     if not prompts:
-        raise UserError(f"prompts: {path} holds no prompt; expected at least one line")
+        raise UserError(f"prompts: {path} holds no prompts; expected at least one line")
     check_unique_ids(prompts, str(path))
     return prompts
 
@@ -56,9 +56,9 @@ def _parse_jsonl(line: str, where: str, number: int) -> Prompt:
 
 
 def same_text(text: str) -> str:
-    """A form that texts share which differ in case, spacing or the encoding of accents only.
+    """A form shared by texts that differ only in case, spacing or the encoding of accents.
 
-    To a model they are one prompt: trained on one, no other is held out, and together they say as much as one.
+    To a model they are one prompt: after training on one, none of them is held out, and together they count as one.
     """
     return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
@@ -76,5 +76,5 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
-    """What a file of the prompts holds."""
+    """The contents of a .jsonl file with the prompts."""
     return "".join(p.to_json() + "\n" for p in prompts).encode()

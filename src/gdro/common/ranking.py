@@ -1,12 +1,12 @@
-"""Where a score stands among the others of its group."""
+"""A score's rank within its group."""
 
 import numpy as np
 
 
 def win_rate(scores: np.ndarray) -> np.ndarray:
-    """The share of the group's other scores (K,) that each beats, ties half; NaN stays NaN, alone it is 1/2.
+    """The share of the group's other scores (K,) that each beats, ties counting half; NaN stays NaN, one alone is 1/2.
 
-    Pref-GRPO (2508.20751), with the scores in place of a judge of pairs. Mean 1/2 over the group.
+    Pref-GRPO (2508.20751), with scores instead of a judge of pairs. The group's mean is 1/2.
     """
     present = np.isfinite(scores)
     values = scores[present]

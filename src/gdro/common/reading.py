@@ -1,7 +1,7 @@
-"""Files of others, read: whatever is wrong with one is a single line that names it and the place in it.
+"""Reading users' files: anything wrong with one becomes a single line naming the file and the place in it.
 
-Text, JSON and lines are parsed here, YAML in `strict_yaml`; a library that opens a file itself is called inside
-`reading`. The guards are wide, since parsers raise far more than they document; the cause stays in the line.
+Text, JSON and lines are parsed here, YAML in `gdro.common.yaml`; a library that opens a file itself is called within
+`reading`. Exceptions are caught broadly, because parsers raise far more than they document; the line keeps the cause.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 
 from gdro.common.errors import UserError
 
-DEPTH = 100  # of lists and objects in one another: what writes, shows and compares a value takes no more than ~1,000
-DIGITS = 300  # of an integer: a float holds no more
+DEPTH = 100  # of nested lists and objects; code that writes, shows or compares values fails at about 1,000
+DIGITS = 300  # of an integer; a float holds no more
 
 
 def check_regular(path: Path, expected: str, name: str | None = None) -> None:
-    """Raise UserError unless `path` is a file of bytes that can be opened; a FIFO would be waited for, for ever.
+    """Raise UserError unless `path` is a regular file that can be opened; opening a FIFO would wait forever.
 
-    `name` is what the line calls it, else the path.
+    `name` is what the message calls it; default: the path.
     """
     name = name or str(path)
     try:
@@ -31,12 +31,12 @@ def check_regular(path: Path, expected: str, name: str | None = None) -> None:
     except (OSError, ValueError) as error:  # no permission, a name too long, a NUL in it
         raise UserError(f"{name} cannot be read: {cause(error)}; expected {expected}") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected {expected}")
+        raise UserError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}; expected {expected}")
 
 
 @contextmanager
 def reading(path: Path, expected: str, name: str | None = None) -> Iterator[None]:
-    """Around a library's reading of `path`: what it raises inside becomes a UserError."""
+    """Wrap a library's reading of `path`: exceptions inside become a UserError."""
     check_regular(path, expected, name)
     try:
         yield
@@ -55,7 +55,7 @@ def read_bytes(path: Path, expected: str, name: str | None = None) -> bytes:
 
 
 def read_text(path: Path, expected: str, name: str | None = None) -> str:
-    """UTF-8, with a byte order mark or without, line ends as they are."""
+    """The file as UTF-8, with or without a byte order mark, line ends unchanged."""
     try:
         return read_bytes(path, expected, name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,21 +70,21 @@ def read_lines(path: Path, expected: str, name: str | None = None) -> list[tuple
 
 
 def parse_json(text: str | bytes, where: str, expected: str = "JSON") -> Any:
-    """The value, of at most DEPTH levels and integers of at most DIGITS digits, that any file can take as UTF-8."""
+    """The value, with at most DEPTH levels, integers of at most DIGITS digits, and text that UTF-8 can encode."""
     try:
         value = json.loads(text, parse_int=_integer)
         _check_depth(value)
         json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
-        problem = "half of a surrogate pair in a text, such as \\ud800"
+        problem = "half of a surrogate pair in a string, such as \\ud800"
     except Exception as error:
         problem = cause(error)
     raise UserError(f"{where} is not JSON ({problem}); expected {expected}")
 
 
 def read_json(path: Path, expected: str, name: str | None = None) -> dict[str, Any]:
-    """The object that a file holds."""
+    """The JSON object in a file."""
     value = parse_json(read_text(path, expected, name), name or str(path), expected)
     if not isinstance(value, dict):
         raise UserError(f"{name or path} holds a {type(value).__name__}; expected {expected}")
@@ -92,10 +92,10 @@ def read_json(path: Path, expected: str, name: str | None = None) -> dict[str, A
 
 
 def cause(error: BaseException) -> str:
-    """What an exception says, as a part of one line."""
+    """An exception's message, as part of one line."""
     text = (isinstance(error, OSError) and error.strerror) or str(error)
     line = next(iter(text.strip().splitlines()), "")
-    if not line or isinstance(error, LookupError | TypeError | AttributeError):  # whose words say little
+    if not line or isinstance(error, LookupError | TypeError | AttributeError):  # their messages say little
         line = f"{type(error).__name__} {line}".strip()
     return line if len(line) <= 200 else line[:197] + "..."
 

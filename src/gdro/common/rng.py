@@ -1,7 +1,7 @@
-"""Counter-based randomness: every draw is a function of (seed, purpose, index) and of nothing else.
+"""Counter-based randomness: every draw is a function of (seed, purpose, index) only.
 
-No generator is carried from one draw to the next, so what is drawn does not depend on batch size, order, worker count
-or interruption, and there is no RNG state to save in a checkpoint.
+No generator carries over from one draw to the next, so draws do not depend on batch size, order, worker count or
+interruption, and there is no RNG state to save in a checkpoint.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ def _key(seed: int, purpose: str, index: tuple[int | str, ...]) -> int:
 def torch_rng(seed: int, purpose: str, *index: int | str) -> torch.Generator:
     """A fresh CPU generator for the draw named by (seed, purpose, index).
 
-    PyTorch's CPU generator uses the low 32 bits of its seed only, so two of n draws coincide with probability about
-    n^2 / 2^33: 10,000 images all have noise of their own with 99 %. NumPy's generator uses the whole key.
+    PyTorch's CPU generator uses only the low 32 bits of its seed, so two of n draws coincide with probability about
+    n^2 / 2^33: 10,000 images all have different noise with 99 %. NumPy's generator uses the whole key.
     """
     return torch.Generator().manual_seed(_key(seed, purpose, index))
 

@@ -1,8 +1,8 @@
-"""gdro's own files carry a digest of themselves, so what is read is what was written.
+"""gdro's own files contain a digest of themselves, so what is read is what was written.
 
-A *record* is a JSON object with its digest as the last field. A *sealed* parquet file has two in its footer: one of the
-pages and one of the footer itself, which every reader checks, while pages bear checksums of their own and are hashed by
-`gdro verify` alone. Everything else is named, with its digest, by one of these.
+A *record* is a JSON object with its digest as the last field. A *sealed* parquet file has two digests in its footer: of
+the footer itself, which every reader checks, and of the pages, which only `gdro verify` checks (pages also have
+checksums of their own). All other files are listed, with their digests, in one of these.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ DIGEST = "digest"
 AGAIN = {
     "evaluation.json": "run `gdro evaluate` again",
     "summary.json": "run `gdro report` again",
-    "seconds.json": "run again: only the seconds until now are lost",
-    "_sampling.json": "run what made it (`gdro sample` or `evaluate`) again",
+    "seconds.json": "run again: only the seconds so far are lost",
+    "_sampling.json": "run `gdro sample` (or `evaluate`) again",
     "_importing.json": "run `gdro import` again",
     "standard.json": "run `gdro score` again",
     "best.json": "run `gdro train` again",
@@ -30,12 +30,12 @@ AGAIN = {
     "failed.json": "run `gdro compare` again",
     "images.json": "run `gdro unigenbench` again",
 }
-"""What makes each record again."""
-_FOLDERS = ("_sampling.json", "_importing.json", "made_with.json")  # records of their whole folder
+"""How to recreate each record."""
+_FOLDERS = ("_sampling.json", "_importing.json", "made_with.json")  # records about their whole folder
 
 _PAGES, _FOOTER = b"gdro.pages", b"gdro.footer"
 _LENGTH = 64
-_found: dict[Path, tuple[Any, ...]] = {}  # files of which this process knows the digest, and what would change with it
+_found: dict[Path, tuple[Any, ...]] = {}  # known digests of files, with the stat fields that change when a file does
 
 
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
@@ -46,7 +46,7 @@ def write_record(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` wrote. UserError if the file is missing or changed."""
+    """What `write_record` wrote. UserError if the file is missing or altered."""
     again = remake(path.parent if path.name in _FOLDERS else path, AGAIN[path.name])
     data = read_bytes(path, "the file that gdro wrote")
     try:
@@ -75,12 +75,12 @@ def parse_record(data: bytes) -> dict[str, Any]:
 
 
 def row_digest(row: Mapping[str, Any]) -> str:
-    """Of a row of a log, short."""
+    """A short digest of a log's row."""
     return _of(json.loads(json.dumps(row)))[:16]
 
 
 def check_bytes(path: Path, digest: str, what: str) -> None:
-    """Raise UserError unless the file's sha256 is `digest`; hashed once a process, unless it changes."""
+    """Raise UserError unless the file's sha256 is `digest`; hashed once per process, unless it changes."""
     check_regular(path, what)
     status = os.stat(path)
     known = (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -93,7 +93,7 @@ def check_bytes(path: Path, digest: str, what: str) -> None:
 
 
 def forget() -> None:
-    """Hash every file again: one damaged in place may look untouched."""
+    """Hash every file again from now on: one damaged in place may look unchanged."""
     _found.clear()
 
 
@@ -113,7 +113,7 @@ def seal(path: Path) -> None:
 
 
 def check_footer(path: Path) -> None:
-    """Raise ValueError unless the parquet file's footer is the one sealed: schema, metadata, where pages lie."""
+    """Raise ValueError unless the parquet file's footer (schema, metadata, page locations) is as sealed."""
     _, footer = _footer(path)
     place = _place(footer, _FOOTER)
     blank = footer[:place] + b"0" * _LENGTH + footer[place + _LENGTH :]
@@ -122,7 +122,7 @@ def check_footer(path: Path) -> None:
 
 
 def check_pages(path: Path) -> None:
-    """Raise ValueError unless everything before the footer is as it was sealed."""
+    """Raise ValueError unless everything before the footer is as sealed."""
     start, footer = _footer(path)
     place = _place(footer, _PAGES)
     if _of_pages(path, start).encode() != footer[place : place + _LENGTH]:
@@ -134,7 +134,7 @@ def _of(value: Any) -> str:
 
 
 def _footer(path: Path) -> tuple[int, bytes]:
-    """Where a parquet file's footer begins, and its bytes to the end."""
+    """(offset of a parquet file's footer, its bytes to the end)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - 8))
@@ -147,7 +147,7 @@ def _footer(path: Path) -> tuple[int, bytes]:
 
 
 def _place(footer: bytes, name: bytes) -> int:
-    """Where the value of a metadata entry stands: Thrift writes its name, the type and length of the value, it."""
+    """The offset of a metadata entry's value: Thrift writes the name, the value's type and length, then the value."""
     head = name + b"\x18" + bytes([_LENGTH])
     place = footer.rfind(head)
     if place < 0:

@@ -1,4 +1,4 @@
-"""Bounds of numbers, and words for what is wrong: what was found, what was expected."""
+"""Bounds for numbers, and wording for errors: what was found, what was expected."""
 
 import json
 from argparse import ArgumentTypeError
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T", int, float)
 
-MAX_SEED = 2**63 - 1  # what a column of a parquet file holds
+MAX_SEED = 2**63 - 1  # the most that a parquet column holds
 
 _WORDS = {
     "int_type": "an integer",
@@ -25,7 +25,7 @@ _WORDS = {
 
 
 def expected(problem: Any) -> str:
-    """What one of pydantic's errors says was expected."""
+    """What was expected, according to one of pydantic's errors."""
     if problem["type"] in _WORDS:
         return _WORDS[problem["type"]]
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
@@ -56,7 +56,7 @@ def _between(kind: type[T], low: T, high: T, what: str) -> Callable[[str], T]:
             value = kind(text)
         except ValueError:
             raise wrong from None
-        if not low <= value <= high:  # so not of NaN
+        if not low <= value <= high:  # also true for NaN
             raise wrong
         return value
 

@@ -1,6 +1,6 @@
-"""YAML without surprises: duplicate keys refused, `3e-4` a number, `no` a word (YAML 1.2's core scalars).
+"""YAML without surprises: duplicate keys are refused, `3e-4` is a number, `no` a word (YAML 1.2's core scalars).
 
-Aliases may stand for a value again, but what they expand to is limited: 500 bytes of them could fill any memory.
+Aliases are allowed, but their expansion is limited: 500 bytes of them could fill any memory.
 """
 
 import math
@@ -15,8 +15,8 @@ from gdro.common.errors import UserError
 from gdro.common.reading import DEPTH, DIGITS, cause, read_text
 from gdro.common.validation import show
 
-NODES = 10_000  # values of a document, every alias counted as what it stands for
-# tag, pattern, first characters. Neither infinities, sexagesimals, octals, dates nor yes/no/on/off: those stay words.
+NODES = 10_000  # values per document, with aliases expanded
+# tag, pattern, first characters. Infinities, sexagesimals, octals, dates and yes/no/on/off are left out, hence words.
 _SCALARS: list[tuple[str, str, str]] = [
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._sizes: dict[yaml.Node, int] = {}  # of each finished node, aliases expanded
+        self._sizes: dict[yaml.Node, int] = {}  # per finished node, aliases expanded
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
@@ -62,14 +62,14 @@ class _Loader(yaml.SafeLoader):
         except yaml.YAMLError:
             raise
         except UnicodeEncodeError:
-            problem = "half of a surrogate pair in a text, such as \\ud800"
-        except Exception as error:  # `!!float x` and whatever else a tag claims
-            problem = f"no {node.tag.rpartition(':')[2]} ({cause(error)})"
+            problem = "half of a surrogate pair in a string, such as \\ud800"
+        except Exception as error:  # `!!float x` and other false tags
+            problem = f"not a valid {node.tag.rpartition(':')[2]} ({cause(error)})"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # else refused below
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # otherwise refused below
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.MarkedYAMLError(
@@ -84,7 +84,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever these rules or YAML 1.1's would read as another type, so any YAML reader gets the same."""
+    """Quotes anything that these rules or YAML 1.1's would read as another type, so all YAML readers agree."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's way)
         first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_RESOLVERS.get(first, [])]
@@ -116,7 +116,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of one YAML document. UserError names `where`, the line and what is wrong."""
+    """The value of one YAML document. UserError names `where`, the line and the problem."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -127,7 +127,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds."""
+    """The mapping in a YAML file."""
     value = parse_yaml(read_text(path, "a YAML file with the run's configuration"), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {show(value)}; expected sections with fields, such as `train:`")

@@ -1,4 +1,4 @@
-"""Stage 4: base and tuned on the same held-out prompts and seeds; writes `evaluation.json`."""
+"""Stage 4: evaluate base and tuned on the same held-out prompts and seeds; writes `evaluation.json`."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from gdro.rewards.base import AXES, Judge
 from gdro.rewards.derived import Scorer
 from gdro.rewards.geneval.rules import summary
 
-AXIS_FALL = 0.25  # a judge axis (1 to 5) that falls by more, its interval below zero, counts against the tuned model
+AXIS_FALL = 0.25  # a judge axis (1 to 5) counts as worse if it falls by more and its interval is below zero
 
 
 def evaluate(
@@ -39,18 +39,18 @@ def evaluate(
     standard: Path | None = None,
     alarm: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure the adapter in `model` against the model without it; return what `out`/evaluation.json then holds.
+    """Measure the adapter in `model` against the model without it; returns the contents of `out`/evaluation.json.
 
-    Images go to the stores `out`/evaluation/base and /tuned, where an interrupted evaluation goes on. The two sides
+    Images go to the stores `out`/evaluation/base and /tuned, where an interrupted evaluation resumes. The two sides
     share their noise. Means are over images within a prompt, then over prompts; intervals by `statistics.compare`.
-    `alarm` is the training's, part of what the verdict rests on.
-    Raises UserError before any sampling if the reward or the judge cannot use the prompts.
+    `alarm` is the training's, which the verdict considers. Raises UserError before any sampling if the reward or the
+    judge cannot use the prompts.
     """
     reward.check(prompts)
     if judge is not None:
         judge.check(prompts)
     if distributed.is_first():
-        (out / "evaluation.json").unlink(missing_ok=True)  # an older one's images are about to be replaced
+        (out / "evaluation.json").unlink(missing_ok=True)  # the images of any older one are about to be replaced
     rewards = {}
     for side in ("base", "tuned"):
         with model.adapter_disabled() if side == "base" else nullcontext():
@@ -113,9 +113,9 @@ def evaluate(
 def compare_measured(
     base: Measured, tuned: Measured, *, samples: int, seed: int, alarm: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Everything of evaluation.json that follows from the two measurements and from how training ended.
+    """The parts of evaluation.json that follow from the two measurements and the state of training.
 
-    `alarm`: `training.log.DriftAlarm.state` at the checkpoint that was measured. JSON-able, null for missing values.
+    `alarm`: `training.log.DriftAlarm.state` at the measured checkpoint. JSON-able, null for missing values.
     """
     results = compare(
         {name: pair_means(base.scores()[name], tuned.scores()[name]) for name in ("reward", "corrected", *AXES)},
@@ -139,7 +139,7 @@ def compare_measured(
         "corrected_axes": list(base.corrected_axes),
         "alarm": alarm,
         "results": {name: result.to_json() for name, result in results.items()},
-        # r_mean (u_mean - 3) + 0.2, as papers that publish only means have it; `results` averages the images' own
+        # r_mean (u_mean - 3) + 0.2, comparable to papers that publish only means; `results` averages per image
         "corrected_of_means": {"base": _of_means(base), "tuned": _of_means(tuned)},
         "image_stats": image_stats,
         "text_share_from": base.text_share_from,
@@ -154,8 +154,8 @@ def compare_measured(
 
 
 def geneval_section(prompts: Sequence[Prompt], sides: Mapping[str, Measured]) -> dict[str, Any]:
-    """GenEval's official summary of each side, each tag's mean and the `overall` mean of the six: `base` and `tuned`
-    of the strict verdict, and the same of the soft score under `soft`."""
+    """GenEval's official summary of each side (each tag's mean, and `overall`, the mean of the six): `base` and `tuned`
+    for the strict verdict, and the same for the soft score under `soft`."""
     tags = [prompt.fields["tag"] for prompt in prompts]
     strict, soft = (
         {side: summary(measured.verdicts[kind], tags) for side, measured in sides.items()}
@@ -172,11 +172,11 @@ def judge_verdict(
     alarm: Mapping[str, Any] | None = None,
     texts: int,
 ) -> dict[str, Any]:
-    """`outcome` (improved, hacked, suspect, damaged, unchanged), a `headline`, and the `lines` it rests on.
+    """`outcome` (improved, hacked, suspect, damaged, unchanged), a `headline`, and the `lines` that support it.
 
-    *hacked*: the reward rose while the judge saw the pictures get worse. *suspect*: only image statistics moved, or
-    the training's alarm was on and no judge was asked: it tells of a danger to the pictures, at which a judge has
-    looked. Worse means the corrected score's interval below zero, or an axis that fell by more than AXIS_FALL likewise.
+    *hacked*: the reward rose while the judge saw the images get worse. *suspect*: only image statistics moved, or the
+    training alarm was on and no judge was asked (a judge would have seen the harm the alarm warns of). Worse means the
+    corrected score's interval is below zero, or that of an axis that fell by more than AXIS_FALL.
     """
     worse = []
     for name in ("corrected", *AXES):
@@ -187,7 +187,7 @@ def judge_verdict(
     rung = alarm is not None and alarm["on"]
     rose, judged = results["reward"].ci95[0] > 0, np.isfinite(results["corrected"].base)
     if same_images:
-        outcome, headline = "unchanged", "The adapter changes no image: it has not been trained, or is not active."
+        outcome, headline = "unchanged", "The adapter changes no image: it is untrained or not active."
     elif worse:
         outcome = "hacked" if rose else "damaged"
         headline = (
@@ -215,21 +215,21 @@ def judge_verdict(
     else:
         outcome, headline = (
             "unchanged",
-            (f"No certain change of the reward, and the {'pictures held' if judged else 'image statistics held'}."),
+            (f"No certain change in the reward, and the {'pictures held' if judged else 'image statistics held'}."),
         )
     lines = [*worse, *image_stats]
     if rung and alarm is not None:
         lines.append(
             f"training alarm on at step {alarm['step']}: velocity error of the best images "
-            f"{100 * alarm['excess']:.1f} % above the base's, so their likelihood fell"
+            f"{100 * alarm['excess']:.1f} % above the base's, so they became less likely"
         )
     if texts < 2:
-        lines.append("one distinct text: no interval, so no change is certain")
+        lines.append("only one distinct text: no interval, so no change is certain")
     return {"outcome": outcome, "headline": headline, "lines": lines}
 
 
 def summary_section(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of summary.json that an evaluation answers: `verdict`, `alarm`, `reward`, `corrected`, `judge`."""
+    """The parts of summary.json that come from an evaluation: `verdict`, `alarm`, `reward`, `corrected`, `judge`."""
     results = evaluation["results"]
     return {
         "verdict": evaluation["verdict"],

@@ -1,4 +1,4 @@
-"""Last stage: the adapter as plain diffusers reads it (EMA and raw), with a model card."""
+"""Export the adapter (EMA and raw) in the format that plain diffusers reads, with a model card."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ LICENSES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.
 def export(config: Mapping[str, Any], run_dir: Path, out: Path) -> Path:
     """Write `pytorch_lora_weights.safetensors` (EMA), `raw/pytorch_lora_weights.safetensors` and README.md to `out`.
 
-    `config` is that of the run in the folder `run_dir`, as JSON holds it. The weights are those of the checkpoint with
-    the best corrected score, or of the last one if none was validated or train.export says so. Raises UserError if the
-    run has no checkpoint or a damaged one.
+    `config` is that of the run in the folder `run_dir`, as JSON. The weights are those of the checkpoint with the best
+    corrected score, or the last one if none was validated or train.export is "last". Raises UserError if the run has no
+    checkpoint or a damaged one.
     """
     checkpoint = chosen(run_dir / "checkpoints", config["train"]["export"])
     lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
@@ -48,14 +48,14 @@ def chosen(checkpoints: Path, which: str) -> Checkpoint:
     """The checkpoint to export: the "best" or the "last"."""
     saved = steps_saved(checkpoints)
     if not saved:
-        raise UserError(f"{checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
+        raise UserError(f"{checkpoints} holds no checkpoints; expected step-*/ written by `gdro train`")
     last = load_checkpoint(checkpoint_path(checkpoints, saved[-1]))
     best = last.memory["best"] if which == "best" else None
     return last if best is None else load_checkpoint(checkpoint_path(checkpoints, best["step"]))
 
 
 def _gallery(run_dir: Path, folder: Path) -> list[tuple[str, str]]:
-    """(prompt, file name) of pairs of images, base left and tuned right, on the same noise; [] before evaluation."""
+    """(prompt, file name) of image pairs, base left and tuned right, from the same noise; [] before evaluation."""
     if not (run_dir / "evaluation.json").exists():
         return []
     base, tuned = (GroupStore(run_dir / "evaluation" / name) for name in ("base", "tuned"))
@@ -77,7 +77,7 @@ def _gallery(run_dir: Path, folder: Path) -> list[tuple[str, str]]:
 def model_card(
     config: Mapping[str, Any], step: int, summary: Mapping[str, Any] | None, gallery: Sequence[tuple[str, str]]
 ) -> str:
-    """README.md of the adapter in the Hub's form: front matter, figures if evaluated, gallery, usage."""
+    """README.md of the adapter in the Hub's format: front matter, results if evaluated, gallery, usage."""
     model, train, family = config["model"], config["train"], family_of(config["model"])
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
     head: dict[str, Any] = {"base_model": model} if on_hub else {}
@@ -130,7 +130,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
 
 
 def _tag(family: type) -> str:
-    """The family's name as the Hub's tags spell it, e.g. qwen-image: its module's."""
+    """The family's Hub tag, from its module's name, e.g. qwen-image."""
     return family.__module__.rpartition(".")[2].replace("_", "-")
 
 
@@ -159,12 +159,12 @@ checkpoint's own weights without EMA."""
 
 
 def _plain(text: str) -> str:
-    """A user's text as one line of Markdown that shows it as it is: no heading, no HTML, no emphasis."""
+    """A user's text as one line of literal Markdown: no heading, no HTML, no emphasis."""
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 def _code(text: str) -> str:
-    """The same as code, in a fence longer than any in the text."""
+    """The text as one line of code, in a fence longer than any in the text."""
     line = " ".join(text.split())
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence}{line}{fence}" if fence == "`" else f"{fence} {line} {fence}"

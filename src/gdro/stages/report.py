@@ -1,4 +1,4 @@
-"""Stage 5: one self-contained HTML page of a run, from whatever files the run has so far."""
+"""The report stage: one self-contained HTML page about a run, from whatever files the run has so far."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ OCR = ("ocr", "ocr_strict")  # rewards whose prompts name a target
 CURVES: dict[str, dict[str, str]] = {
     "Loss": {"loss": "total", "loss_rank": "ranking", "loss_policy": "policy gradient"},
     "Velocity error of the best image (top-1 regularizer)": {"loss_top1": "top-1"},
-    "Drift d − d_ref: below 0 is likelier than under the base": {
+    "Drift d − d_ref: below 0 means more likely than under the base": {
         "drift_best": "best image",
         "drift_worst": "worst image",
     },
@@ -47,12 +47,12 @@ VALIDATION_CURVES: dict[str, dict[str, str]] = {
 
 
 def report(run_dir: Path, rewards: Path) -> Path:
-    """Write `run_dir`/report.html and return its path. `rewards` is the file of those that its first groups got.
+    """Write `run_dir`/report.html and return its path. `rewards` is the file of its first groups' rewards.
 
-    Parts whose files are missing become a note; files that are there and damaged raise UserError.
+    Parts whose files are missing become a note; damaged files raise UserError.
     """
     if not run_dir.is_dir():
-        raise UserError(f"report: {run_dir} is not a folder; expected the folder of a run")
+        raise UserError(f"report: {run_dir} is not a folder; expected a run's folder")
     evaluation = find_record(run_dir / "evaluation.json")
     config = _text(run_dir / "config.yaml")
     seconds = find_record(run_dir / "seconds.json")
@@ -102,7 +102,7 @@ def _title(run_dir: Path, evaluation: Mapping[str, Any] | None) -> dict[str, str
 
 
 def _cost(seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Wall seconds of each stage as shares of a bar; the stages' own sum is the total."""
+    """Wall seconds of each stage as shares of a bar; their sum is the total."""
     stages = {name: value for name, value in seconds.items() if name != "total"}
     shades = np.linspace(1, 0.3, max(1, len(stages))).round(2)
     parts = [
@@ -133,7 +133,7 @@ def _training(path: Path, rounds: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Side:
-    """The store of one side of the evaluation, with what the reward recognized in its images."""
+    """One side's store of the evaluation, with what the reward recognized in its images."""
 
     name: str
     store: GroupStore
@@ -171,7 +171,7 @@ def _compared(run_dir: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "galleries": galleries,
         "recognized": any(f["text"] is not None for f in figures),
         "pixels": any("image/png" in f["uri"][:16] for f in figures),
-        "selection_note": "Most improved and most worsened go by the mean reward of the prompt's images."
+        "selection_note": "Most improved and most worsened are by the mean reward of the prompt's images."
         if galleries
         else "The images of this evaluation are not in the run's folder.",
     }
@@ -200,7 +200,7 @@ def _prompt_card(
 
 
 def _training_groups(groups: Path, scores: Path, seed: int) -> list[dict[str, Any]]:
-    """Cards of a few training groups, images by falling reward; empty until they are scored."""
+    """Cards for a few training groups, images by descending reward; empty until they are scored."""
     if not scores.exists() or not groups.is_dir():
         return []
     store = GroupStore(groups)

@@ -1,4 +1,4 @@
-"""Stage 2: a reward's score of every image of a store of groups, without touching the images."""
+"""Stage 2: score every image in a store of groups with a reward, without changing the images."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gdro.groups.scoring import MAX_MISSING, ScoreFiles, score_groups
 from gdro.rewards.derived import Scorer
 
-STANDARD = "standard.json"  # beside the rewards of the first round: constants of a derived reward
+STANDARD = "standard.json"  # beside the first round's rewards: constants of a derived reward
 
 
 class ScoreConfig(BaseModel):
@@ -23,7 +23,7 @@ class ScoreConfig(BaseModel):
         0,
         ge=0,
         le=1024,
-        description="Processes, never changing a score; 0 is one a core for ocr and one in all for your own function.",
+        description="Processes; never changes a score. 0: one per core for ocr, a single one for your own function.",
     )
     batch_size: int = Field(
         64, ge=1, le=10**6, description="Images given to the reward at once; never changes a score."
@@ -32,7 +32,7 @@ class ScoreConfig(BaseModel):
         MAX_MISSING,
         ge=0,
         le=1,
-        description="Share of images, one at least, that reward or judge may leave without a score.",
+        description="Share of images, at least one, that reward or judge may leave without a score.",
     )
 
 
@@ -46,10 +46,10 @@ def score(
     fit: bool = False,
     score_files: ScoreFiles | None = None,
 ) -> Path:
-    """Score the store in `groups`; returns `out/<reward.name>.parquet`. Resumes, and raises, as `score_groups` does.
+    """Score the store in `groups`; returns `out/<reward.name>.parquet`. Resumes, and raises, like `score_groups`.
 
-    standard, fit: where a derived reward's constants lie, and whether they are to be those of these groups.
-    score_files: scores elsewhere than on this machine.
+    standard, fit: the file of a derived reward's constants, and whether to compute them from these groups.
+    score_files: scores on other machines.
     """
     return score_groups(
         reward,

@@ -1,9 +1,9 @@
-"""Third stage: a LoRA trained on the scored groups of a round, by any objective.
+"""Stage 3: train a LoRA on the scored groups of a round, with any objective.
 
-Features: forward objectives on noised images and trajectory objectives on stored sampling steps; any number of groups a
-step by gradient accumulation; EMA; exact resumption, in any round; validation that keeps the best checkpoint; stops at
-a target or a budget; several processes, which share the groups of each step.
-Limits: one prompt length a store, one image size a group; the learning rate is constant.
+Features: forward objectives on noised images and trajectory objectives on stored sampling steps; any number of groups
+per step by gradient accumulation; EMA; exact resumption, in any round; validation that keeps the best checkpoint; stops
+at a target or a budget; several processes, which share the groups of each step.
+Limits: one prompt length per store, one image size per group; the learning rate is constant.
 """
 
 import time
@@ -55,15 +55,15 @@ Validate = Callable[[FlowModel, int], dict[str, float]]
 
 @dataclass(frozen=True)
 class Round:
-    """Where a round stands in the run. The defaults are the only round of an offline run."""
+    """A round's place in the run. The defaults describe the only round of an offline run."""
 
     number: int = 0
     done: int = 0  # optimizer steps before it
     last: int | None = None  # its last step; None: the run's
-    kept: Sequence[tuple[Path, Path]] = ()  # (groups, rewards) of earlier rounds that are trained on too
-    behavior_policy: str = "policy"  # whose weights sampled it
-    sampled: int = 0  # model evaluations spent on sampling so far, this round's included
-    ahead: int = 0  # those that sampling the next round would cost
+    kept: Sequence[tuple[Path, Path]] = ()  # (groups, rewards) of earlier rounds also trained on
+    behavior_policy: str = "policy"  # the weights that sampled it
+    sampled: int = 0  # model evaluations spent on sampling so far, including this round
+    ahead: int = 0  # model evaluations for sampling the next round
     seconds: Callable[[], Mapping[str, float]] = dict  # wall seconds by stage so far, for the log
 
 
@@ -83,9 +83,8 @@ def train(
 
     Writes `out`/metrics.jsonl and `out`/checkpoints. `sampling` holds the settings training and generation must share
     (guidance_scale, max_sequence_length; height, width and buckets), and for trajectory objectives sampler and
-    noise_level. `validate(model, step)` returns figures of the model as it is: "corrected", or without a judge
-    "reward", decides which checkpoint is best. Raises UserError for bad input before any work, and if the loss stops
-    being finite.
+    noise_level. `validate(model, step)` measures the current model: "corrected" or, without a judge, "reward" decides
+    which checkpoint is best. Raises UserError for bad input before any work, and if the loss becomes infinite or NaN.
     """
     place = round or Round()
     learner, settings = prepare(config, model, groups, rewards, seed=seed, sampling=sampling, round=place)
@@ -97,7 +96,7 @@ def train(
         _check_same(checkpoint, settings, place)
         _restore(learner, checkpoint)
         start, memory = checkpoint.step, checkpoint.memory
-    model.free()  # everything they would make is in the store
+    model.free()  # the store has everything that text encoders and VAE would make
     learner.micro_batch = choose_micro_batch(learner, memory.get("micro_batch"))
     if place.done:
         old = behavior_weights(folder, place)
@@ -114,7 +113,7 @@ def train(
         sweep(folder)
         mark_best(folder, best)
 
-    own = checkpoint is not None and checkpoint.path.resolve().parent == folder.resolve()  # so the log is here too
+    own = checkpoint is not None and checkpoint.path.resolve().parent == folder.resolve()  # then the log is here too
     log = MetricsLog(
         out / LOG,
         resumed=start if checkpoint else None,
@@ -197,7 +196,7 @@ def prepare(
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner before the round's first step, and the settings a resumed run must share.
 
-    Refuses what cannot be trained on.
+    Raises UserError if the groups, scores and model cannot be trained on.
     """
     place = round or Round()
     require_trackers(config.report_to)
@@ -216,7 +215,7 @@ def prepare(
     store = stores[-1]
     objective: Any = config.objective
     if "trajectories" in objective.needs:
-        store.trajectory(store.group_ids[0])  # refused here if there is none
+        store.trajectory(store.group_ids[0])  # raises if there is none
     draws = GroupDraws(
         scores,
         k=config.k,
@@ -230,7 +229,7 @@ def prepare(
         done=place.done,
         once="trajectories" in objective.needs,
     )
-    if not draws.rewards and place.last is None:  # with rounds to come, this one merely teaches nothing
+    if not draws.rewards and place.last is None:  # if more rounds follow, this one merely teaches nothing
         raise UserError(f"{rewards}: all {len(scores)} groups are left out ({_reasons(draws)}); expected some spread")
     for (height, width), group in {store.image_size(group): group for group in store.group_ids}.items():
         expected, found = model.latent_shape(height, width), tuple(store.latents(group).shape[1:])
@@ -239,7 +238,7 @@ def prepare(
                 f"model: {model.name} has latents {expected} at {width}x{height}, those in {groups} are {found}"
             )
 
-    if not place.number or not model.adapter():  # a later round's is the one in use, and gets a checkpoint's weights
+    if not place.number or not model.adapter():  # later rounds keep the adapter in use, with a checkpoint's weights
         model.add_adapter(rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=seed)
     parameters = model.adapter()
     model.checkpoint_activations(config.gradient_checkpointing)
@@ -289,14 +288,14 @@ def prepare(
     }
     say(
         f"{_label(place)}: {len(draws.rewards)} groups, {draws.excluded.total()} left out ({_reasons(draws)}); "
-        f"{config.groups_per_step} groups x {config.k} images a step, "
+        f"{config.groups_per_step} groups x {config.k} images per step, "
         f"{sum(p.numel() for p in parameters.values())} parameters"
     )
     return learner, settings
 
 
 def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
-    """Raise UserError if `store` was made with other settings than `sampling`'s."""
+    """Raise UserError if `store` was made with settings other than `sampling`."""
     made = {**store.settings, **_stochastic(store)}
     for field, value in sampling.items():
         if field in made and made[field] != value:
@@ -311,12 +310,12 @@ def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
             if [height, width] not in sizes:
                 raise UserError(
                     f"sample.height, sample.width: {', '.join(f'{w}x{h}' for h, w in sizes)}, but group {group} in "
-                    f"{store.folder} is of {width}x{height}; training must use the same, or have it in sample.buckets"
+                    f"{store.folder} is {width}x{height}; training must use the same, or list it in sample.buckets"
                 )
 
 
 def _stochastic(store: GroupStore) -> dict[str, Any]:
-    """How the trajectories in the store were sampled, if there are any: training repeats their steps."""
+    """How the store's trajectories, if any, were sampled: training repeats their steps."""
     if not store.has_trajectories:
         return {}
     begun = find_record(store.folder / STARTED)
@@ -325,24 +324,24 @@ def _stochastic(store: GroupStore) -> dict[str, Any]:
 
 
 def behavior_weights(folder: Path, round: Round) -> Mapping[str, Tensor]:
-    """The adapter that samples a later round: of the checkpoint in `folder` that ended the one before."""
+    """The adapter that samples a later round: from the checkpoint in `folder` that ended the previous one."""
     checkpoint = load_checkpoint(checkpoint_path(folder, round.done))
     return checkpoint.ema if round.behavior_policy == "ema" else checkpoint.adapter
 
 
 def _check_sampler(model: FlowModel, weights: Mapping[str, Tensor], store: GroupStore) -> None:
-    """Raise UserError if a later round was sampled by other weights than `weights`."""
+    """Raise UserError if a later round was sampled by weights other than `weights`."""
     with carrying(model, weights):
         expected = model.fingerprint
     if store.settings["revision"] != expected:
         raise UserError(
             f"{store.folder} was sampled by the weights {store.settings['revision']}, not by those that ended the "
-            f"round before, {expected}; delete {store.folder.parent} to sample the round again"
+            f"previous round, {expected}; delete {store.folder.parent} to resample the round"
         )
 
 
 def _check_same(checkpoint: Checkpoint, settings: Mapping[str, Any], round: Round) -> None:
-    """A checkpoint of this round saw the same groups; the one that ended the round before saw others."""
+    """A checkpoint of this round was trained on the same groups; the one that ended the previous round, on others."""
     others = frozenset({"round", "groups", "rewards"}) if checkpoint.step == round.done else frozenset()
     check_settings(checkpoint, settings, MAY_CHANGE | others)
 
@@ -358,9 +357,9 @@ def _restore(learner: Learner, checkpoint: Checkpoint) -> None:
 
 
 def over(config: TrainConfig, round: Round, step: int, spent: int) -> str:
-    """Why the run ends with this step of the round, training having cost `spent` model evaluations; or nothing.
+    """Why the run ends at this step of the round, after training cost `spent` model evaluations; "" if it does not.
 
-    A round is not begun if its sampling alone would reach the budget.
+    No round starts if its sampling alone would reach the budget.
     """
     if step >= config.max_train_steps:
         return "max_train_steps"

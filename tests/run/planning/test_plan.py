@@ -288,7 +288,7 @@ def test_the_command_prints_a_table_or_json(
     [
         (["--gpu", "h20"], 'did you mean "h200"?'),
         (["--device", "cuda"], "expected --gpu NAME"),
-        (["--gpu", "h200", "--model", "nobody/nothing"], "nobody/nothing is no folder here"),
+        (["--gpu", "h200", "--model", "nobody/nothing"], "nobody/nothing is neither a folder nor"),
         (["--gpu", "h200", "--sample.height", "30"], "height: 30 does not fit"),
     ],
 )
