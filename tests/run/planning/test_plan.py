@@ -272,15 +272,28 @@ def test_the_command_prints_a_table_or_json(
     config = str(small_run(tmp_path, flux_folder))
     assert main(["plan", config, "--gpu", "h200", "--train.k", "2"]) == 0
     out = capsys.readouterr().out
-    for word in ("h200, 141 GB", "sample", "a group of 2, one pass", "checkpoints", "assumed, not measured"):
+    for word in (
+        "h200, 141 GB",
+        "sample",
+        "a group of 2, one pass",
+        "checkpoints",
+        "evaluations per training prompt: ",
+        "assumed, not measured",
+    ):
         assert word in out
     assert main(["plan", config, "--gpu", "a100", "--json", "--sample.prompts", "nowhere.txt"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["stages"]["sample"]["hours"] is None
     assert found["stages"]["train"]["hours"] > 0
+    assert found["nfe_per_prompt"] is None
     assert "nowhere.txt is not there yet" in found["notes"][0]
     assert main(["plan", config, "--gpu", "cpu"]) == 0
     assert "timed here" in capsys.readouterr().out
+    assert main(["plan", config, "--gpu", "h200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    stages, cost = found["stages"], found["nfe_per_prompt"]
+    prompts = stages["sample"]["images"] / load_config(Path(config)).sample.images_per_prompt
+    assert cost == {name: stages[name]["nfe"] / prompts for name in ("sample", "train")}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class Plan:
     totals: dict[str, float]  # bytes by stage, at its peak
     disk: dict[str, float | None]  # bytes
     micro_batch: MicroBatch  # how much of a training step goes through the model at once
+    prompts: int | None  # of sample.prompts
     advice: list[str]  # what to change where it does not fit
 
     @property
@@ -56,6 +57,14 @@ class Plan:
         """GPU hours of the run; None if the number of images is not known."""
         hours = [stage.hours for stage in self.stages if stage.name != "score"]
         return None if None in hours else sum(hours)  # type: ignore[arg-type]
+
+    @property
+    def nfe_per_prompt(self) -> dict[str, float] | None:
+        """Model evaluations of sampling and of training, per training prompt: what a run costs on any device."""
+        nfe = {stage.name: stage.nfe for stage in self.stages if stage.name in ("sample", "train")}
+        if not self.prompts or None in nfe.values():
+            return None
+        return {name: cost / self.prompts for name, cost in nfe.items() if cost is not None}
 
 
 def plan(
@@ -74,6 +83,7 @@ def plan(
         totals=totals,
         disk=_disk(config, shapes, prompts),
         micro_batch=micro_batch,
+        prompts=prompts["train"],
         advice=_advice(config, shapes, totals, device.memory),
     )
 
@@ -319,6 +329,7 @@ def to_json(found: Plan) -> dict[str, Any]:
     return {
         "stages": {name: {k: v for k, v in row.items() if k != "name"} for name, row in stages.items()},
         "gpu_hours": found.hours,
+        "nfe_per_prompt": found.nfe_per_prompt,
         "memory": found.memory,
         "memory_by_stage": found.totals,
         "disk": found.disk,

@@ -84,13 +84,21 @@ def _lines(config: RunConfig, shapes: Shapes, device: Device, found: Plan, notes
     rows: list[tuple[str, ...]] = [("stage", "images", "FLOP an image", "s an image", "images/s", "hours")]
     rows += [_row(stage) for stage in found.stages]
     rows.append(("all on the device", "", "", "", "", _hours(found.hours)))
-    lines += [*_table(rows), ""]
+    lines += [*_table(rows), *_per_prompt(found), ""]
     memory = [("memory", "GB")] + [(part, _gigabytes(size)) for part, size in found.memory.items()]
     for stage, need in found.totals.items():
         fits = "fits" if need <= device.memory else "DOES NOT FIT"
         memory.append((f"= {stage}, at its peak", f"{_gigabytes(need)}  {fits}"))
     disk = [("disk", "GB")] + [(part, _gigabytes(size)) for part, size in found.disk.items()]
     return [*lines, *_table(memory), "", *_table(disk), "", *found.advice, *notes]
+
+
+def _per_prompt(found: Plan) -> list[str]:
+    cost = found.nfe_per_prompt
+    if cost is None:
+        return []
+    parts = ", ".join(f"{value:,.0f} {name}" for name, value in cost.items())
+    return [f"model evaluations per training prompt: {sum(cost.values()):,.0f} ({parts})"]
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
