@@ -74,7 +74,7 @@ def main() -> None:
                 for i in range(arguments.images):
                     pipe(prompt.text, guidance_scale=3.5, **common).images[0].save(folder / f"{prompt.id}-{i}.png")
 
-        def ours(batch: int, turn: int) -> Callable[[], None]:
+        def ours(batch: int, turn: int) -> Callable[[], object]:
             settings = Generation(images_per_prompt=arguments.images, batch_size=batch, guidance_scale=3.5, **common)
             return lambda: sample_groups(settings, model, prompts, folder / f"{batch}-{turn}", seed=0)
 
@@ -82,7 +82,7 @@ def main() -> None:
         rates: dict[int | str, list[float]] = {}
         for turn in range(arguments.repeats + 1):
             seconds: dict[int | str, float] = {}
-            jobs: list[tuple[int | str, Callable[[], None]]] = [("plain", plain)]
+            jobs: list[tuple[int | str, Callable[[], object]]] = [("plain", plain)]
             jobs += [(batch, ours(batch, turn)) for batch in arguments.batches]
             for key, job in jobs if turn % 2 else reversed(jobs):
                 seconds[key] = timed(job)

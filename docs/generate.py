@@ -8,11 +8,12 @@
 import importlib
 import inspect
 import json
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -170,20 +171,26 @@ def _described(name: str, thing: Any) -> Iterator[str]:
         yield f"## `gdro.{name}`"
         return
     yield f"## `gdro.{name}`"
-    yield f"```\n{name}{_signature(thing)}\n```"
-    yield _doc(thing)
+    if not (inspect.isclass(thing) and (issubclass(thing, BaseModel | Exception) or Protocol in thing.__bases__)):
+        yield f"```\n{name}{_signature(thing)}\n```"
+    yield _doc(thing) + (" Its fields: [configuration.md](configuration.md)." if _is_section(thing) else "")
     if inspect.isclass(thing) and not issubclass(thing, BaseModel):
-        members = [(n, m) for n, m in vars(thing).items() if not n.startswith("_") and inspect.getdoc(m)]
+        public = [(n, m) for n, m in vars(thing).items() if not n.startswith("_")]
+        members = [(n, m) for n, m in public if isinstance(m, types.FunctionType | property) and m.__doc__]
         shown = [(n + (_signature(m) if inspect.isfunction(m) else ""), _doc(m).splitlines()[0]) for n, m in members]
         if shown:
             yield "\n".join(f"* `{name}`: {about}" for name, about in shown)
 
 
 def _signature(thing: Any) -> str:
-    try:
-        return str(inspect.signature(thing))
-    except (TypeError, ValueError):
-        return "(...)"
+    """Parameters without the ranges of hyperparameters, types without their modules."""
+    found = inspect.signature(thing)
+    plain = [p.replace(annotation=_plain(p.annotation)) for p in found.parameters.values()]
+    return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", "", str(found.replace(parameters=plain)))
+
+
+def _plain(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def main() -> int:

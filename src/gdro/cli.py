@@ -156,7 +156,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     run = command("run", "all stages, from prompts to report", _run)
     stages = [command(name, about, _run) for name, about in STAGES.items()]
     for stage in (run, *stages):
-        stage.add_argument("config", nargs="?", type=_path, help="YAML; without it the run directory's config.yaml")
+        stage.add_argument(
+            "config", nargs="?", type=_path, help="YAML, or a recipe's name; without it the run's config.yaml"
+        )
         stage.add_argument(
             "--out", required=True, type=_path, help="the run directory; an unfinished run resumes there"
         )

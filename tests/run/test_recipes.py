@@ -21,7 +21,7 @@ from gdro.rewards.geneval import detectors
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.runner.config import load_config
 from gdro.runner.planning.report import prompt_counts
-from gdro.runner.state import resolve
+from gdro.runner.prompt_sets import load_prompts
 
 RECIPES = Path(__file__).parents[2] / "configs"
 NAMES = ("flux_ocr", "flux_geneval", "sd3_ocr")
@@ -70,7 +70,7 @@ def test_a_recipe_is_complete_wherever_it_is_copied(name: str, tmp_path: Path, m
     assert config.train.validation_prompts is not None
     counts = []
     for spec in (config.sample.prompts, config.train.validation_prompts, config.evaluate.prompts):
-        prompts = resolve("prompts", spec)
+        prompts = load_prompts(spec)
         counts.append(len(prompts))
         for prompt in prompts:  # T5 has a token for the end, and never more of them than characters and one
             assert len(prompt.text) + 2 <= config.sample.max_sequence_length

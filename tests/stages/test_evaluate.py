@@ -25,7 +25,7 @@ from gdro.tiny.prompts import tiny_prompts
 
 GENERATION = Generation(num_inference_steps=2, max_sequence_length=16, height=32, width=64)
 CONFIG = EvaluateConfig(
-    prompts="unused", images_per_prompt=2, num_inference_steps=2, bootstrap_samples=200, batch_size=3
+    prompts="unused", judge=None, images_per_prompt=2, num_inference_steps=2, bootstrap_samples=200, batch_size=3
 )
 PROMPTS = [Prompt("a", 'a sign "A"'), Prompt("b", 'a sign "B"'), Prompt("c", 'a sign "B"')]
 
@@ -68,8 +68,8 @@ def adapted(model: Any, seed: int = 0) -> Any:
 
 def run(model: Any, out: Path, **changes: Any) -> dict[str, Any]:
     arguments = {"prompts": PROMPTS, "reward": Redness(), "judge": Greenness(), **changes}
-    return evaluate(CONFIG, model, arguments.pop("prompts"), arguments.pop("reward"), arguments.pop("judge"), out,
-                    seed=3, sample_config=GENERATION, **arguments)  # fmt: skip
+    return evaluate(CONFIG, model, arguments.pop("prompts"), arguments.pop("reward"), out,
+                    seed=3, generation=GENERATION, **arguments)  # fmt: skip
 
 
 def test_base_and_tuned_share_seeds_and_everything_is_written(flux: Any, tmp_path: Path) -> None:

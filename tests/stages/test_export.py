@@ -15,7 +15,7 @@ from gdro.common.prompts import Prompt
 from gdro.common.sealed import write_record
 from gdro.groups.sampling import Generation, sample_groups
 from gdro.models.flux import FluxModel
-from gdro.runner.config import saved_config
+from gdro.runner.config import RunConfig, saved_config
 from gdro.samplers.ode import generate
 from gdro.stages.export import export, model_card
 from gdro.training.checkpoint import save_checkpoint
@@ -58,10 +58,10 @@ def save(run_dir: Path, step: int, raw: Any, ema: Any, *, best: dict[str, Any] |
     save_checkpoint(run_dir / "checkpoints", step, adapter=raw, ema=ema, optimizer={}, settings={}, memory=memory)
 
 
-def config_of(run_dir: Path) -> dict[str, Any]:
+def config_of(run_dir: Path) -> RunConfig:
     saved = saved_config(run_dir)
     assert saved is not None
-    return saved.model_dump(mode="json")
+    return saved
 
 
 @pytest.mark.parametrize(("folder", "weights"), [(".", "ema"), ("raw", "adapter")])

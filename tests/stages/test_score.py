@@ -388,3 +388,35 @@ def test_killed_and_started_again(groups: Path, tmp_path: Path, own: Callable[[s
     undisturbed = score(ScoreConfig(workers=1), load_reward(f"{name}:slow"), groups, tmp_path / "undisturbed")
     assert path.read_bytes() == undisturbed.read_bytes()
     assert not parts.exists()
+
+
+UNGUARDED = """
+    import gdro
+
+    class Dark:
+        name, version, parallel = "dark", "1", False
+        def check(self, prompts): pass
+        def __call__(self, images, prompts): raise AssertionError
+
+    print("begun")
+    path = gdro.score_groups(gdro.load_reward("my_rewards:brightness"), "groups", workers=2, batch_size=1)
+    print(len(gdro.GroupStore("groups").group_ids), path)
+    for scored in (lambda: gdro.load_reward("__main__:Dark"), lambda: gdro.score_groups(Dark(), "groups", workers=2)):
+        try:
+            scored()
+        except gdro.UserError as error:
+            print(error)
+"""
+
+
+def test_a_script_without_a_main_guard_scores_in_processes_too(groups: Path, tmp_path: Path) -> None:
+    """What only it defines, other processes cannot have: said in one line."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(UNGUARDED))
+    (tmp_path / "my_rewards.py").write_text(BRIGHTNESS)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    begun, scored, function, reward = done.stdout.splitlines()
+    assert begun == "begun"
+    assert scored == f"5 {Path('rewards', 'my_rewards.brightness.parquet')}"
+    assert function.startswith('score.reward: "__main__:Dark" is in the script or notebook that runs')
+    assert reward.startswith('reward "dark" cannot be sent to worker processes')

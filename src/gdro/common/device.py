@@ -38,6 +38,14 @@ _CAUSES = (
 _MEMORY = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED")
 
 
+def torch_device(name: str) -> torch.device:
+    """The device called `name`, auto being cuda where there is one; UserError for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    if name.startswith("cuda") and not there:
+        raise UserError(f'device is "{name}", but torch finds no GPU; expected "auto" or "cpu"')
+    return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+
+
 @contextmanager
 def telling(stage: str, change: Sequence[str] = ()) -> Iterator[None]:
     """Turn device errors inside into a UserError; `change`: settings that make the stage need less memory."""

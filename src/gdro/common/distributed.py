@@ -32,13 +32,13 @@ _patient: dist.ProcessGroup | None = None  # gloo's; None if there is only one p
 
 @contextmanager
 def started() -> Iterator[None]:
-    """Join the other processes of the run, if a launcher's environment variables indicate any.
+    """Join the other processes of the run, if a launcher's environment variables indicate any. Nested calls join once.
 
     Raises UserError for missing or invalid variables.
     """
     global _store, _patient
     environment.check()
-    if environment.world_size() == 1:
+    if environment.world_size() == 1 or _patient is not None:
         yield
         return
     gpu = int(os.environ["LOCAL_RANK"])

@@ -19,6 +19,11 @@ def load_own(spec: str, field: str, kind: str = "function") -> tuple[Any, str]:
     module_name, _, function_name = spec.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")) or not function_name.isidentifier():
         raise UserError(f'{field}: "{spec}" is not module:{kind}; expected e.g. {_EXAMPLES[kind]}')
+    if module_name == "__main__" and kind == "function":
+        raise UserError(
+            f'{field}: "{spec}" is in the script or notebook that runs; expected {function_name} in a module of its '
+            "own, which other processes can import too"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

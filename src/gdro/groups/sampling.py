@@ -35,15 +35,17 @@ def sample_groups(
     settings: Generation,
     model: FlowModel,
     prompts: Sequence[Prompt],
-    folder: Path,
+    folder: str | Path,
     *,
-    seed: int,
+    seed: int = 0,
     purpose: str = "noise",
     round: int = 0,
     label: str = "sample",
     make: "MakeShards | None" = None,
-) -> None:
-    """Fill the store in `folder` with `settings.images_per_prompt` images of every prompt; resumes where it stopped.
+) -> Path:
+    """Fill the store in `folder` with `settings.images_per_prompt` images of every prompt; returns `folder`.
+
+    Resumes where it stopped.
 
     The noise of an image is a function of (seed, purpose, group, index), and a batch never crosses a shard: an
     interrupted job ends with the same bits, and another batch size or order of prompts only changes rounding. Appending
@@ -54,6 +56,7 @@ def sample_groups(
 
     `make` creates the missing files outside of this process.
     """
+    folder = Path(folder)
     if not prompts:
         raise UserError(f"{label}.prompts: no prompts given; expected at least one")
     check_unique_ids(prompts, f"{label}.prompts")
@@ -90,6 +93,7 @@ def sample_groups(
     for _ in range(idle):
         list(_images(one, model, ["idle"], model.encode_text([""], settings.max_sequence_length), seed, "idle", round))
     distributed.wait()
+    return folder
 
 
 def _check_weights(model: FlowModel) -> None:

@@ -33,8 +33,8 @@ ScoreFiles = Callable[..., None]
 
 def score_groups(
     reward: Scorer,
-    groups: Path,
-    out: Path,
+    groups: str | Path,
+    out: str | Path | None = None,
     *,
     workers: int = 0,
     batch_size: int = 64,
@@ -44,6 +44,8 @@ def score_groups(
     score: ScoreFiles | None = None,
 ) -> Path:
     """Score the store in `groups`, `batch_size` images at once; returns `out/<reward.name>.parquet`.
+
+    `out` defaults to the folder `rewards` beside the groups' folder.
 
     `standard` is the file of a derived reward's constants; with `fit` they are computed from these images and written.
 
@@ -57,6 +59,8 @@ def score_groups(
     reward, an image cannot be scored, or more than the share `max_missing` has no score; the next run then rescores the
     files that lack scores.
     """
+    groups = Path(groups)
+    out = groups.parent / "rewards" if out is None else Path(out)
     if isinstance(reward, DerivedReward):
         paths = [
             score_groups(

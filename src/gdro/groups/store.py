@@ -138,7 +138,8 @@ class GroupStore:
     settings that differ from the rest.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
         self.folder = folder
         paths = sorted(folder.glob("groups-*.parquet"))
         if not paths:
@@ -170,6 +171,7 @@ class GroupStore:
         return {shard.path.name: shard.content for shard in self.shards}
 
     def prompt(self, group_id: str) -> Prompt:
+        """What the group's images are of."""
         return self._places[group_id][0].prompts[group_id]
 
     def size(self, group_id: str) -> int:
@@ -181,9 +183,11 @@ class GroupStore:
         return self._places[group_id][0].sizes[group_id]
 
     def image_ids(self, group_id: str) -> list[str]:
+        """`<group_id>/<index>` of each image, as files of rewards name it."""
         return [f"{group_id}/{i}" for i in range(self.size(group_id))]
 
     def images(self, group_id: str) -> list[Image.Image]:
+        """The group's K images, RGB."""
         shard, place = self._places[group_id]
         return read_images(shard.path, place)
 

@@ -2,12 +2,16 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
+from types import ModuleType
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -65,7 +69,7 @@ def score_all(
 ) -> Iterator[tuple[J, list[str], Scores]]:
     """(job, image ids, scores) of every job, in the order they finish; a single worker is this process itself.
 
-    Raises UserError if a worker process dies.
+    Raises UserError if a worker process dies, or the reward cannot be sent to one.
     """
     if workers == 1:
         for job in jobs:
@@ -73,7 +77,9 @@ def score_all(
         return
     context = multiprocessing.get_context("spawn")  # forked processes inherit locks that torch and ONNX Runtime hold
     with ProcessPoolExecutor(workers, context, _start, (reward, batch_size)) as pool:
-        futures = {pool.submit(_score, job): job for job in jobs}
+        with _apart_from_main():
+            _check_sendable(reward)
+            futures = {pool.submit(_score, job): job for job in jobs}
         try:
             for future in as_completed(list(futures)):
                 yield futures[future], *future.result()
@@ -85,6 +91,30 @@ def score_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _apart_from_main() -> Iterator[None]:
+    """Inside it, processes that start know nothing of the program's main module.
+
+    They would run it again, for what it defines: a script without `if __name__ == "__main__"` would begin anew in each.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _check_sendable(reward: Reward) -> None:
+    try:
+        pickle.dumps(reward)
+    except Exception as error:  # of whatever a class of the user's own holds
+        raise UserError(
+            f'reward "{reward.name}" cannot be sent to worker processes ({error}); expected score.workers 1, or its '
+            "class in a module of its own rather than in the script or notebook"
+        ) from error
 
 
 _work: tuple[Reward, int]

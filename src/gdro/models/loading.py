@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gdro.common.device import torch_device
 from gdro.common.errors import UserError
 from gdro.common.hub import locate
 from gdro.common.reading import read_json
@@ -29,12 +30,14 @@ EXPECTED = '"tiny", a folder with a model_index.json, or a Hub id such as black-
 def load_model(
     name: str,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
     sharded: bool = False,
 ) -> FlowModel:
     """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), optionally quantized.
+
+    `name` is "tiny", a folder in diffusers' layout, or a Hub id. The device "auto" is cuda if there is one, else cpu.
 
     `sharded`: the transformer is spread over the devices of all processes, which must all call this.
 
@@ -42,6 +45,7 @@ def load_model(
     the configurations, without weights. Raises UserError if the model is missing, of an unknown class, or without
     safetensors weights.
     """
+    device = torch_device(device) if isinstance(device, str) else device
     components = _components(name)
     if device.type == "meta":
         components.check_configurations()

@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -15,7 +15,7 @@ from gdro.common.validation import MAX_SEED, expected, show
 from gdro.common.yaml import dump_yaml, parse_yaml, read_yaml
 from gdro.evaluation.measure import EvaluateConfig
 from gdro.models.quantization import Quantization
-from gdro.objectives.registry import ALL_HYPERPARAMETERS, name_of
+from gdro.objectives.registry import ALL_HYPERPARAMETERS, KINDS, name_of
 from gdro.samplers.settings import Generation
 from gdro.stages.score import ScoreConfig
 from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
@@ -23,6 +23,7 @@ from gdro.training.config import RoundsConfig, TrainConfig
 
 CONFIG = "config.yaml"
 _MARK = b"# sha256 "
+RECIPES = Path(__file__).parents[1] / "recipes"
 KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
 
 # Fields that say how fast, how long or when to give up, and change what comes out at a given step by rounding at most;
@@ -88,16 +89,32 @@ class RunConfig(BaseModel):
     evaluate: EvaluateConfig
 
 
-def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
-    """The configuration in `path`, with (dotted name, YAML text) overrides; UserError for the first thing wrong."""
-    data = read_yaml(path)
-    given: set[str] = set()
-    for name, text in overrides:
-        if name in given:
-            raise UserError(f"--{name} is given twice; expected once")
-        given.add(name)
-        _set(data, name, parse_yaml(text, f"--{name}"))
+def load_config(source: str | Path, overrides: Mapping[str, Any] | Iterable[tuple[str, str]] = ()) -> RunConfig:
+    """The configuration in the YAML file `source`, or of the recipe so called: "demo", "flux_ocr", ...
+
+    overrides: values by dotted name, `{"train.k": 4, "train.objective": gdro.Rank(beta=5)}`, or pairs of a dotted name
+    and YAML text, as a command line has them. An objective takes the place of the file's, hyperparameters included.
+    Raises UserError for the first thing wrong.
+    """
+    data = read_yaml(_file(source))
+    if isinstance(overrides, Mapping):
+        values = dict(overrides)
+    else:
+        values = {}
+        for name, text in overrides:
+            if name in values:
+                raise UserError(f"--{name} is given twice; expected once")
+            values[name] = parse_yaml(text, f"--{name}")
+    if isinstance(values.get("train.objective"), KINDS) and isinstance(data.get("train"), dict):
+        data["train"] = {field: value for field, value in data["train"].items() if field not in ALL_HYPERPARAMETERS}
+    for name, value in values.items():
+        _set(data, name, value)
     return validate(data)
+
+
+def _file(source: str | Path) -> Path:
+    named = {path.stem: path for path in RECIPES.glob("*.yaml")}.get(str(source))
+    return Path(source) if named is None or Path(source).is_file() else named
 
 
 def validate(data: dict[str, Any]) -> RunConfig:

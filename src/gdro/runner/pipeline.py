@@ -34,12 +34,14 @@ from gdro.training.checkpoint import checkpoint_path, load_checkpoint, mark_best
 from gdro.training.log import DriftAlarm
 
 
-def run(config: RunConfig, out: Path, stages: Sequence[str] = STAGES) -> str:
-    """Do `stages` in the run directory `out`; returns the lines that say what came out.
+def run(config: RunConfig, out: str | Path, stages: Sequence[str] = STAGES) -> str:
+    """Do `stages` in the run directory `out`, going on where they stopped; returns the lines that say what came out.
 
+    `out` then holds adapter/ and report.html among other files. Processes that a launcher started share the work.
     Raises UserError for bad input, before any long work, and if another process works in `out`.
     """
-    with alone(out):
+    out = Path(out)
+    with distributed.started(), alone(out):
         job = Run(config, out, stages)
         check(job)
         again = [stage for stage in stages if stage in ROUND]
@@ -173,10 +175,10 @@ class Run(RunState):
             self.model,
             self.prompts["test"],
             self.metric,
-            self.judge,
             self.out,
+            self.config.sample,
+            judge=self.judge,
             seed=self.config.seed,
-            sample_config=self.config.sample,
             alarm=alarm,
             **self.scoring,
         )
@@ -262,7 +264,7 @@ class Run(RunState):
         """Write the adapter; returns the state of the training's alarm at its checkpoint."""
         from gdro.stages.export import chosen, export
 
-        export(self.config.model_dump(mode="json"), self.out, self.adapter)
+        export(self.config, self.out)
         checkpoint = chosen(self.checkpoints, self.config.train.export)
         return DriftAlarm.state(checkpoint.memory["alarm"], checkpoint.step)
 

@@ -18,6 +18,14 @@ def is_named(spec: str) -> bool:
     return spec.startswith(("gdro:", "tiny:"))
 
 
+def load_prompts(spec: str | Path, field: str = "prompts") -> list[Prompt]:
+    """Prompts of a .txt or .jsonl file, or of gdro's own by name; UserError names `field`."""
+    try:
+        return named_prompts(str(spec)) if is_named(str(spec)) else read_prompts(spec)
+    except UserError as error:
+        raise UserError(f"{field}: {str(error).removeprefix('prompts: ')}") from None
+
+
 def named_prompts(spec: str) -> list[Prompt]:
     """The prompts a name stands for, the same at every call; UserError naming the part of it that is wrong."""
     if not spec.startswith("gdro:"):

@@ -13,7 +13,7 @@ import torch
 
 from gdro.common import distributed
 from gdro.common.errors import UserError
-from gdro.common.prompts import Prompt, read_prompts
+from gdro.common.prompts import Prompt
 from gdro.common.rng import torch_rng
 from gdro.groups.sampling import group_id
 from gdro.groups.store import GroupStore
@@ -24,7 +24,7 @@ from gdro.rewards.derived import Scorer
 from gdro.rewards.registry import load_judge, load_reward
 from gdro.runner.config import RunConfig
 from gdro.runner.directory import Clock
-from gdro.runner.prompt_sets import is_named, named_prompts
+from gdro.runner.prompt_sets import load_prompts
 from gdro.stages.score import STANDARD
 from gdro.stages.train import Round, behavior_weights
 from gdro.training.checkpoint import steps_saved, stopped_at
@@ -100,7 +100,7 @@ class RunState:
             ),
             "test": ("evaluate.prompts", config.evaluate.prompts),
         }
-        return {split: resolve(field, spec) for split, (field, spec) in named.items() if spec is not None}
+        return {split: load_prompts(spec, field) for split, (field, spec) in named.items() if spec is not None}
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -239,11 +239,3 @@ class RunState:
     def is_trained(self) -> bool:
         """Whether training has come to its end: the last step, the target, or the budget."""
         return stopped_at(self.checkpoints, self.config.train) is not None
-
-
-def resolve(field: str, spec: str) -> list[Prompt]:
-    """Prompts of a file or of gdro's own; UserError names `field`."""
-    try:
-        return named_prompts(spec) if is_named(spec) else read_prompts(spec)
-    except UserError as error:
-        raise UserError(f"{field}: {str(error).removeprefix('prompts: ')}") from None

@@ -19,6 +19,7 @@ from gdro.models.base import FlowModel
 from gdro.rewards.base import AXES, Judge
 from gdro.rewards.derived import Scorer
 from gdro.rewards.geneval.rules import summary
+from gdro.rewards.registry import load_judge
 
 AXIS_FALL = 0.25  # a judge axis (1 to 5) counts as worse if it falls by more and its interval is below zero
 
@@ -28,11 +29,11 @@ def evaluate(
     model: FlowModel,
     prompts: Sequence[Prompt],
     reward: Scorer,
-    judge: Judge | None,
-    out: Path,
+    out: str | Path,
+    generation: Generation,
     *,
-    seed: int,
-    sample_config: Generation,
+    judge: Judge | None = None,
+    seed: int = 0,
     score_workers: int = 0,
     score_batch_size: int = 64,
     max_missing: float = MAX_MISSING,
@@ -43,9 +44,13 @@ def evaluate(
 
     Images go to the stores `out`/evaluation/base and /tuned, where an interrupted evaluation resumes. The two sides
     share their noise. Means are over images within a prompt, then over prompts; intervals by `statistics.compare`.
+    `generation` is how the groups were sampled; `judge` defaults to the one that `config.judge` names.
     `alarm` is the training's, which the verdict considers. Raises UserError before any sampling if the reward or the
     judge cannot use the prompts.
     """
+    out = Path(out)
+    if judge is None and config.judge is not None:
+        judge = load_judge(config.judge)
     reward.check(prompts)
     if judge is not None:
         judge.check(prompts)
@@ -61,7 +66,7 @@ def evaluate(
                 reward,
                 out / "evaluation" / side,
                 seed=seed,
-                generation=sample_config,
+                generation=generation,
                 score_workers=score_workers,
                 score_batch_size=score_batch_size,
                 max_missing=max_missing,
@@ -80,8 +85,8 @@ def evaluate(
         "seed": seed,
         "images_per_prompt": config.images_per_prompt,
         "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": sample_config.guidance_scale,
-        "scheduler": sample_config.scheduler,
+        "guidance_scale": generation.guidance_scale,
+        "scheduler": generation.scheduler,
         "bootstrap_samples": config.bootstrap_samples,
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel
 
 from gdro.common.errors import UserError
 from gdro.common.files import atomic_path, write_bytes
@@ -22,20 +23,24 @@ GALLERY = 4
 LICENSES = {"tiny": "apache-2.0", "black-forest-labs/FLUX.1-schnell": "apache-2.0"}
 
 
-def export(config: Mapping[str, Any], run_dir: Path, out: Path) -> Path:
+def export(config: BaseModel, run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write `pytorch_lora_weights.safetensors` (EMA), `raw/pytorch_lora_weights.safetensors` and README.md to `out`.
 
-    `config` is that of the run in the folder `run_dir`, as JSON. The weights are those of the checkpoint with the best
-    corrected score, or the last one if none was validated or train.export is "last". Raises UserError if the run has no
-    checkpoint or a damaged one.
+    `config` is the `gdro.RunConfig` of the run in the folder `run_dir`. `out` is returned; it defaults to
+    `run_dir`/adapter. The weights are those of the checkpoint with the best corrected score, or the last one if none
+    was validated or train.export is "last". Raises UserError if the run has no checkpoint or a damaged one.
     """
-    checkpoint = chosen(run_dir / "checkpoints", config["train"]["export"])
-    lora = {"r": config["train"]["rank"], "lora_alpha": config["train"]["lora_alpha"]}
-    about = {"model": config["model"], "objective": config["train"]["objective"]["name"], "step": checkpoint.step}
+    run_dir = Path(run_dir)
+    out = run_dir / "adapter" if out is None else Path(out)
+    settings = config.model_dump(mode="json")
+    train = settings["train"]
+    checkpoint = chosen(run_dir / "checkpoints", train["export"])
+    lora = {"r": train["rank"], "lora_alpha": train["lora_alpha"]}
+    about = {"model": settings["model"], "objective": train["objective"]["name"], "step": checkpoint.step}
     write_lora(out, checkpoint.ema, lora, about | {"weights": "ema"})
     write_lora(out / "raw", checkpoint.adapter, lora, about | {"weights": "raw"})
     card = model_card(
-        config,
+        settings,
         checkpoint.step,
         find_record(run_dir / "summary.json"),
         _gallery(run_dir, out / "images"),

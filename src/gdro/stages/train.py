@@ -70,23 +70,24 @@ class Round:
 def train(
     config: TrainConfig,
     model: FlowModel,
-    groups: Path,
-    rewards: Path,
-    out: Path,
+    groups: str | Path,
+    rewards: str | Path,
+    out: str | Path,
     *,
-    seed: int,
-    sampling: Mapping[str, Any],
+    seed: int = 0,
+    sampling: Mapping[str, Any] | None = None,
     validate: Validate | None = None,
     round: Round | None = None,
 ) -> None:
     """Train an adapter on the store `groups` with the scores in the file `rewards`, to the end of the round.
 
-    Writes `out`/metrics.jsonl and `out`/checkpoints. `sampling` holds the settings training and generation must share
-    (guidance_scale, max_sequence_length; height, width and buckets), and for trajectory objectives sampler and
-    noise_level. `validate(model, step)` measures the current model: "corrected" or, without a judge, "reward" decides
-    which checkpoint is best. Raises UserError for bad input before any work, and if the loss becomes infinite or NaN.
+    Writes `out`/metrics.jsonl and `out`/checkpoints, and resumes from the latter. `sampling` holds the settings
+    training and generation must share (guidance_scale, max_sequence_length; height, width and buckets), and for
+    trajectory objectives sampler and noise_level; it defaults to what the store was made with.
+    `validate(model, step)` measures the current model: "corrected" or, without a judge, "reward" decides which
+    checkpoint is best. Raises UserError for bad input before any work, and if the loss becomes infinite or NaN.
     """
-    place = round or Round()
+    place, groups, rewards, out = round or Round(), Path(groups), Path(rewards), Path(out)
     learner, settings = prepare(config, model, groups, rewards, seed=seed, sampling=sampling, round=place)
     folder = out / "checkpoints"
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint, config.max_train_steps)
@@ -191,7 +192,7 @@ def prepare(
     rewards: Path,
     *,
     seed: int,
-    sampling: Mapping[str, Any],
+    sampling: Mapping[str, Any] | None = None,
     round: Round | None = None,
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner before the round's first step, and the settings a resumed run must share.
@@ -200,17 +201,20 @@ def prepare(
     """
     place = round or Round()
     require_trackers(config.report_to)
-    stores: list[GroupStore] = []
     scores: dict[str, Tensor] = {}
-    for folder, file in (*place.kept, (groups, rewards)):
-        store = GroupStore(folder)
+    files = [*place.kept, (groups, rewards)]
+    stores = [GroupStore(folder) for folder, _ in files]
+    if sampling is None:
+        sampling = own_sampling(stores[-1])
+        if "sampler" in sampling and "noise_level" not in sampling:
+            raise UserError(f"{groups} lacks {STARTED}, which says how noisy its steps were; expected `sampling`")
+    for store, (folder, file) in zip(stores, files, strict=True):
         check_sampling(store, sampling)
         if store.settings["revision"].partition("+")[0] != model.revision:  # "+" precedes the digest of an adapter
             raise UserError(
                 f"model: {model.name} has revision {model.revision!r}, but the groups in {folder} were made with "
                 f"{store.settings['revision']!r}; training must use the same"
             )
-        stores.append(store)
         scores |= read_rewards(file, store)
     store = stores[-1]
     objective: Any = config.objective
@@ -296,7 +300,7 @@ def prepare(
 
 def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
     """Raise UserError if `store` was made with settings other than `sampling`."""
-    made = {**store.settings, **_stochastic(store)}
+    made = own_sampling(store)
     for field, value in sampling.items():
         if field in made and made[field] != value:
             raise UserError(
@@ -314,13 +318,14 @@ def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
                 )
 
 
-def _stochastic(store: GroupStore) -> dict[str, Any]:
-    """How the store's trajectories, if any, were sampled: training repeats their steps."""
+def own_sampling(store: GroupStore) -> dict[str, Any]:
+    """What the store was made with, including how its trajectories, if any, were sampled: training repeats their steps."""
     if not store.has_trajectories:
-        return {}
+        return dict(store.settings)
     begun = find_record(store.folder / STARTED)
     level = begun["settings"]["noise_level"] if begun else None
-    return {"sampler": store.shards[0].sampler} | ({} if level is None else {"noise_level": level})
+    own = {**store.settings, "sampler": store.shards[0].sampler}
+    return own if level is None else own | {"noise_level": level}
 
 
 def behavior_weights(folder: Path, round: Round) -> Mapping[str, Tensor]:

@@ -12,8 +12,7 @@ from gdro.runner.planning.gpus import Device, gpu, present
 from gdro.runner.planning.plan import Plan, Stage, plan, to_json
 from gdro.runner.planning.shapes import Shapes, largest_size, shapes_of
 from gdro.runner.planning.timing import SMALL, measured_pace
-from gdro.runner.prompt_sets import is_named
-from gdro.runner.state import resolve
+from gdro.runner.prompt_sets import is_named, load_prompts
 
 
 def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:
@@ -62,7 +61,7 @@ def prompt_counts(config: RunConfig) -> tuple[dict[str, int | None], list[str]]:
         if spec is None:
             continue
         if is_named(spec) or os.path.exists(spec):
-            counts[split] = len(resolve(field, spec))
+            counts[split] = len(load_prompts(spec, field))
         else:
             notes.append(f"{field}: {spec} is not there yet, so what depends on its number of prompts is not known")
     return counts, notes
