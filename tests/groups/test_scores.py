@@ -53,7 +53,7 @@ def test_what_compares_inside_groups_cannot_compare_models(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spec: str
 ) -> None:
     assert main(["run", str(config), "--out", str(tmp_path / "run"), "--score.reward", spec]) == 2
-    assert "so it says nothing between models; expected evaluate.reward to name another" in capsys.readouterr().err
+    assert "so it cannot compare models; expected evaluate.reward to name another" in capsys.readouterr().err
 
 
 def test_images_without_a_score_are_left_out(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

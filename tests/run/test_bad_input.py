@@ -181,7 +181,7 @@ def test_prompts_that_are_cut(work: Workplace) -> None:
     """Said before any work, with one of them; refused where the OCR reward looks for what is cut off."""
     few = ("--sample.max_sequence_length", "10")
     line = work.refuses_at_once("--score.reward", "ocr", *few)
-    assert 'max_sequence_length is 10, where the train prompt "train0" is cut after "a sign \\""' in line
+    assert 'max_sequence_length is 10, at which the train prompt "train0" is cut after "a sign \\""' in line
     assert "before the end of the text that the reward ocr looks for; expected more tokens" in line
     code, err = work.run("sample", *few)
     assert code == 0
@@ -294,7 +294,7 @@ def test_changed_configuration_truncated_file_and_full_disk(work: Workplace) -> 
 
     # other versions of a reward: not trained on before scoring, not scored by after training
     line = work.refuses(command="train")
-    assert "score.reward: my_rewards.redness is of version" in line
+    assert "score.reward: my_rewards.redness has version" in line
     assert 'run "gdro score" again' in line
     module.write_text(REWARDS)
     assert work.run("train", "--train.learning_rate", "1e-3")[0] == 0

@@ -32,10 +32,10 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path, script
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="where another gdro process is at work"), alone(tmp_path / "run"):
+        with pytest.raises(UserError, match="which another gdro process is using"), alone(tmp_path / "run"):
             pass
         second = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        assert "where another gdro process is at work" in second.stderr
+        assert "which another gdro process is using" in second.stderr
         first.kill()
     with alone(tmp_path / "run"):
         pass

@@ -214,7 +214,7 @@ def test_two_processes_cannot_share_a_run_directory(work: Path, capsys: pytest.C
     assert holder.stdout is not None
     holder.stdout.readline()
     assert main(["run", "--out", "whole"]) == 2
-    assert "another gdro process is at work" in capsys.readouterr().err
+    assert "another gdro process is using" in capsys.readouterr().err
     holder.kill()
     holder.wait()
     assert main(["report", "--out", "whole"]) == 0

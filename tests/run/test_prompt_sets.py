@@ -136,7 +136,7 @@ def test_a_part_of_a_set_is_its_beginning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gdro:ocr", r'"gdro:ocr" is no name; expected gdro:TASK:SPLIT\[:COUNT\], e.g. gdro:ocr:train'),
+        ("gdro:ocr", r'"gdro:ocr" is not a name; expected gdro:TASK:SPLIT\[:COUNT\], e.g. gdro:ocr:train'),
         ("gdro:orc:train", r'names the task "orc"; did you mean "ocr"'),
         ("gdro:ocr:../train", r'names the split "../train"'),
         ("gdro:ocr:test:0", r'asks for "0" prompts; expected 1 to 200'),

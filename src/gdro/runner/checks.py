@@ -1,4 +1,4 @@
-"""What a run is refused for, before its first stage starts: everything bad that can be known from the input.
+"""Checks before a run's first stage: everything wrong that can be known from the input.
 
 The checks read a run (`pipeline.Run`) and do none of its work; they raise UserError.
 """
@@ -37,9 +37,9 @@ SPLIT_OF_STAGE = {"sample": "train", "score": "train", "train": "validation", "e
 
 
 def check(job: RunState) -> None:
-    """Refuse bad input; then note the configuration and the prompts in the run directory.
+    """Refuse bad input, then save the configuration and the prompts in the run directory.
 
-    Of several processes the first checks; each loads the model.
+    The first of several processes checks; each loads the model.
     """
     distributed.first(lambda: _check_input(job))
     if "sample" in job.stages and not job.is_sampled():
@@ -79,7 +79,7 @@ def _check_input(job: RunState) -> None:
 
 
 def _is_rescoring(job: RunState) -> bool:
-    """Whether this is scoring once more, with another reward: no change of what was trained on."""
+    """Whether this only rescores with another reward, without changing what was trained on."""
     begun = job.begun()
     saved = saved_config(job.out) if begun else None
     other_reward = saved is not None and saved.score.reward != job.config.score.reward
@@ -90,7 +90,7 @@ def _note(job: RunState) -> None:
     begun = job.begun()
     saved = saved_config(job.out) if begun else None
     if "train" not in begun and saved != job.config:
-        for path in (job.out / "validation").glob("step-*"):  # measured by what may have changed
+        for path in (job.out / "validation").glob("step-*"):  # measured with settings that may have changed
             discard(path)
     if not _is_rescoring(job):
         save_config(job.config, job.out)
@@ -103,7 +103,7 @@ def _note(job: RunState) -> None:
 
 
 def _check_splits(job: RunState, begun: set[str]) -> None:
-    """Held-out prompts must be held out, and the prompts must stay those that the run was begun with."""
+    """Held-out prompts must be held out, and prompts must not change after the run has begun."""
     fields = {"train": "sample.prompts", "validation": "train.validation_prompts", "test": "evaluate.prompts"}
     for split, other, use in (
         ("validation", "train", "trained on"),
@@ -115,18 +115,18 @@ def _check_splits(job: RunState, begun: set[str]) -> None:
         if shared:
             raise UserError(
                 f"{fields[split]} has {len(shared)} of {fields[other]}, such as {json.dumps(shared[0])}; "
-                f"expected prompts that are not {use} (in no other case or spacing either)"
+                f"expected prompts that are not {use} (not even in another case or spacing)"
             )
     if job.config.rounds.train_steps is not None:
         check_round_ids(job.prompts["train"], "sample.prompts")
     for split, stage in (("train", "train"), ("validation", "train"), ("test", "evaluate")):
         path = job.out / "prompts" / f"{split}.jsonl"
         if stage in begun and split in job.prompts and path.exists() and read_prompts(path) != job.prompts[split]:
-            raise UserError(f"{path} has other prompts than there are now; expected those the run was begun with")
+            raise UserError(f"{path} has other prompts than now; expected those the run was begun with")
 
 
 def _check_scorers(job: RunState) -> None:
-    """The reward and the judge must know what to do with the prompts they will meet."""
+    """The reward and the judge must accept the prompts they will get."""
     splits = {split for stage, split in SPLIT_OF_STAGE.items() if stage in job.stages and split in job.prompts}
     for split in sorted(splits):
         scorer = job.reward if split == "train" else job.metric
@@ -139,31 +139,31 @@ def _check_scorers(job: RunState) -> None:
 
 
 def _done(job: RunState) -> dict[str, Callable[[], bool]]:
-    """Stages that use the model, and whether each is finished."""
+    """Stages that use the model, with a function that tells whether each is finished."""
     return {"sample": job.is_sampled, "train": job.is_trained, "evaluate": job.evaluation.exists}
 
 
 def _check_measure(job: RunState) -> None:
-    """What two models are compared by must say something between them, in numbers on one scale."""
+    """The metric must be comparable between two models: absolute scores on one scale."""
     validates = "train" in job.stages and job.config.train.validates
     if not validates and "evaluate" not in job.stages:
         return
     field = "score.reward" if job.config.evaluate.reward is None else "evaluate.reward"
     if is_relative(job.metric):
         raise UserError(
-            f"{field}: {job.metric.name} compares the images of a group, so it says nothing between models; expected "
+            f"{field}: {job.metric.name} compares the images of a group, so it cannot compare models; expected "
             "evaluate.reward to name another"
         )
     standardizes = isinstance(job.metric, DerivedReward) and job.metric.standardizes
     if standardizes and (field == "evaluate.reward" or job.imported.exists()):
         raise UserError(
-            f"{field}: {job.metric.name} is standardized by the images it first scored for training, of which there "
-            "are none; expected standardize: false in each of its sections"
+            f"{field}: {job.metric.name} is standardized by the images it first scored for training, but there are "
+            "none; expected standardize: false in each of its sections"
         )
 
 
 def _try_functions(job: RunState) -> None:
-    """A user's reward or judge that returns nonsense is found on two images of noise, not after the long work."""
+    """Try a user's reward and judge on two noise images, so nonsense shows before the long work, not after it."""
     config = job.config.sample
     shape = (2, config.height, config.width, 3)
     noise = numpy_rng(0, "trial").integers(0, 256, shape, dtype="uint8")
@@ -179,18 +179,18 @@ def _try_functions(job: RunState) -> None:
 
 
 def _check_files(job: RunState) -> None:
-    """What earlier stages left must be there and whole."""
+    """The files of earlier stages must exist and be complete."""
     remade = "sample" in job.stages and (not any(job.groups.glob("*.parquet")) or job.has_gap())
     if not remade and {"sample", "score", "train"} & set(job.stages):
         store = GroupStore(job.groups)
         if "train" in job.stages:
             check_sampling(store, job.sampling)
             if "trajectories" in job.config.train.objective.needs and not {"sample"} & set(job.stages):
-                store.trajectory(store.group_ids[0])  # refused if there is none
+                store.trajectory(store.group_ids[0])  # raises if there is none
         if "train" in job.stages and "sample" not in job.stages and not job.is_sampled():
             raise UserError(
                 f"{job.groups} holds {len(store.group_ids)} groups, which are not those of the "
-                f'{len(job.prompts["train"])} sample.prompts; expected them whole (run "gdro sample" first)'
+                f'{len(job.prompts["train"])} sample.prompts; expected all of them (run "gdro sample" first)'
             )
         if "train" in job.stages and "score" not in job.stages:
             read_rewards(job.scores, store)
@@ -199,11 +199,11 @@ def _check_files(job: RunState) -> None:
         require_trackers(train.report_to)
         find_checkpoint(job.checkpoints, train.resume_from_checkpoint, train.max_train_steps)
     elif {"evaluate", "export"} & set(job.stages) and not steps_saved(job.checkpoints):
-        raise UserError(f"{job.checkpoints} holds no checkpoint; expected step-*/ written by `gdro train`")
+        raise UserError(f"{job.checkpoints} holds no checkpoints; expected step-*/ written by `gdro train`")
 
 
 def _check_version(job: RunState, begun: set[str]) -> None:
-    """Rewards of an older version of the reward are not trained on, nor replaced once something was."""
+    """Refuse scores by an older version of the reward, and replacing scores that were trained on."""
     trained = "train" in begun
     if not {"score", "train"} & set(job.stages) or ("score" in job.stages and not trained):
         return
@@ -214,13 +214,13 @@ def _check_version(job: RunState, begun: set[str]) -> None:
     if version != now:
         wanted = "the version trained on, or another --out" if trained else 'one version (run "gdro score" again)'
         raise UserError(
-            f"score.reward: {job.reward.name} is of version {now}, but {path} was scored by version {version}; "
+            f"score.reward: {job.reward.name} has version {now}, but {path} was scored by version {version}; "
             f"expected {wanted}"
         )
 
 
 def _check_text(job: RunState, todo: Sequence[str]) -> None:
-    """A prompt that is cut is said to be; the words that an OCR reward looks for must be among what is read."""
+    """Report cut prompts; the words that an OCR reward looks for must be in the part that is read."""
     from gdro.rewards.ocr.reward import OcrReward, target_of
 
     length = job.config.sample.max_sequence_length
@@ -234,7 +234,7 @@ def _check_text(job: RunState, todo: Sequence[str]) -> None:
         for prompt in job.prompts[split]:
             if prompt.text in seen and target_of(prompt) not in seen[prompt.text]:
                 raise UserError(
-                    f'sample.max_sequence_length is {length}, where the {split} prompt "{prompt.id}" is cut after '
+                    f'sample.max_sequence_length is {length}, at which the {split} prompt "{prompt.id}" is cut after '
                     f"{_end(seen[prompt.text])}, before the end of the text that the reward {scorer.name} looks for; "
                     "expected more tokens or a shorter prompt"
                 )
@@ -242,12 +242,12 @@ def _check_text(job: RunState, todo: Sequence[str]) -> None:
 
 
 def tell_cut(model: str, prompts: Sequence[Prompt], length: int) -> None:
-    """Say how many of the prompts the model's text encoder reads only a part of at that length."""
+    """Report how many of the prompts the model's text encoder cuts at this length."""
     _say_cut(prompts, _seen(model, prompts, length), length)
 
 
 def _seen(model: str, prompts: Sequence[Prompt], length: int) -> dict[str, str]:
-    """Text -> what is read of it, of the prompts that are cut."""
+    """Text -> the part that is read, for the prompts that are cut."""
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
     return {t: seen for t, seen in zip(texts, text_seen(model, texts, length), strict=True) if seen is not None}
 
@@ -266,8 +266,8 @@ def _end(text: str) -> str:
 
 
 def _check_memory(job: RunState, todo: Sequence[str]) -> None:
-    """What cannot fit on the GPU by the plan is said before minutes go into loading it."""
-    if job.config.distributed == "fsdp":  # each of several GPUs then holds a part that is not planned
+    """Refuse what cannot fit on the GPU according to the plan, before minutes go into loading it."""
+    if job.config.distributed == "fsdp":  # each GPU then holds a part, which is not planned
         return
     from gdro.runner.planning.plan import refuse
     from gdro.runner.planning.shapes import shapes_of
@@ -280,7 +280,7 @@ def _check_memory(job: RunState, todo: Sequence[str]) -> None:
 
 
 def _check_model(job: RunState) -> None:
-    """What only the loaded model can tell: whether the images' size and the layers to train suit it."""
+    """Checks that need the loaded model: the images' size and the layers to train must suit it."""
     for height, width in job.config.sample.sizes:
         job.model.latent_shape(height, width)
     if "train" in job.stages:
@@ -288,7 +288,7 @@ def _check_model(job: RunState) -> None:
 
 
 def check_sizes(config: RunConfig, images: Mapping[Path, tuple[int, int]]) -> None:
-    """Images (with their width and height) of other sizes than the configuration's would be refused in training."""
+    """Raise UserError for images (with width and height) whose size is not in the configuration: training needs it."""
     sizes = config.sample.sizes
     for image, (width, height) in images.items():
         if (height, width) not in sizes:

@@ -1,4 +1,4 @@
-"""The configuration of a run: one strict section a stage, dotted overrides, one-line errors, comparison on resume."""
+"""A run's configuration: one strict section per stage, dotted overrides, one-line errors, comparison on resume."""
 
 import difflib
 import hashlib
@@ -24,10 +24,10 @@ from gdro.training.config import RoundsConfig, TrainConfig
 CONFIG = "config.yaml"
 _MARK = b"# sha256 "
 RECIPES = Path(__file__).parents[1] / "recipes"
-KEPT = ".config.yaml"  # a copy that a user who edits the other leaves alone
+KEPT = ".config.yaml"  # a copy that stays unchanged when a user edits config.yaml
 
-# Fields that say how fast, how long or when to give up, and change what comes out at a given step by rounding at most;
-# every other one is fixed once its stage has begun.
+# Fields about speed, duration or giving up, which change the result at a given step by rounding at most; all others are
+# fixed once their stage has begun.
 MAY_CHANGE = TRAIN_MAY_CHANGE | {
     "device",
     "compile",
@@ -44,14 +44,14 @@ MAY_CHANGE = TRAIN_MAY_CHANGE | {
 VALIDATION = {
     f"evaluate.{name}" for name in ("images_per_prompt", "num_inference_steps", "judge", "reward", "corrected_axes")
 }
-# What fields were called, for who comes with an old file.
+# Former names of fields, for users with an old file.
 RENAMED = {
     "quantisation": "quantization",
     "rounds.generator": "rounds.behavior_policy",
     "train.max_evaluations": "train.max_nfe",
     "train.regulariser": "train.regularizer",
 }
-# The top-level fields every stage uses are fixed once any stage has begun.
+# The top-level fields that every stage uses are fixed once any stage has begun.
 STAGE_OF_SECTION = {"sample": "sample", "rounds": "sample", "score": "train", "train": "train", "evaluate": "evaluate"}
 
 
@@ -69,18 +69,18 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field("tiny", min_length=1, description='"tiny", a folder in diffusers\' layout, or a Hub id.')
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Everything random follows from it.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Determines everything random.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available.")
     distributed: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="Of several processes each has the whole model (ddp), or a share of its weights (fsdp)."
+        "ddp", description="With several processes, each has the whole model (ddp) or a share of its weights (fsdp)."
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="Precision of the frozen weights.")
     quantization: Quantization | None = Field(
-        None, description="Of the frozen weights: int8 or fp8 (torchao), nf4 (bitsandbytes, on a GPU), or null."
+        None, description="Quantize the frozen weights: int8 or fp8 (torchao), nf4 (bitsandbytes, on a GPU), or null."
     )
-    compile: bool = Field(False, description="Compile the transformer's blocks: minutes at first, then faster.")
+    compile: bool = Field(False, description="Compile the transformer's blocks: takes minutes at first, then faster.")
     engine: Literal["local", "ray"] = Field(
-        "local", description="What samples and scores the groups: this machine, or a Ray cluster (RAY_ADDRESS)."
+        "local", description="Where groups are sampled and scored: this machine, or a Ray cluster (RAY_ADDRESS)."
     )
     sample: SampleConfig
     score: ScoreConfig = ScoreConfig()
@@ -90,11 +90,11 @@ class RunConfig(BaseModel):
 
 
 def load_config(source: str | Path, overrides: Mapping[str, Any] | Iterable[tuple[str, str]] = ()) -> RunConfig:
-    """The configuration in the YAML file `source`, or of the recipe so called: "demo", "flux_ocr", ...
+    """The configuration in the YAML file `source`, or the recipe of that name: "demo", "flux_ocr", ...
 
     overrides: values by dotted name, `{"train.k": 4, "train.objective": gdro.Rank(beta=5)}`, or pairs of a dotted name
-    and YAML text, as a command line has them. An objective takes the place of the file's, hyperparameters included.
-    Raises UserError for the first thing wrong.
+    and YAML text, as on a command line. An objective replaces the file's, including its hyperparameters. Raises
+    UserError for the first problem.
     """
     data = read_yaml(_file(source))
     if isinstance(overrides, Mapping):
@@ -128,19 +128,19 @@ def validate(data: dict[str, Any]) -> RunConfig:
 
 
 def save_config(config: RunConfig, out: Path) -> None:
-    """Write the resolved configuration to `out`/config.yaml, whole or not at all, and a copy to compare with."""
+    """Write the resolved configuration to `out`/config.yaml, atomically, and a copy for later comparison."""
     text = dump_yaml(config.model_dump(mode="json")).encode()
     write_bytes(out / KEPT, _MARK + hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     write_bytes(out / CONFIG, text)
 
 
 def saved_config(out: Path) -> RunConfig | None:
-    """The configuration that gdro last wrote to `out`, whatever has become of config.yaml since."""
+    """The configuration that gdro last wrote to `out`, ignoring later edits to config.yaml; None if there is none."""
     path = out / KEPT
     if not path.exists():
         return validate(read_yaml(out / CONFIG)) if (out / CONFIG).exists() else None
     mark, _, text = read_bytes(path, "the configuration that the run was begun with").partition(b"\n")
-    again = remake(path, f"{CONFIG} stands for it")
+    again = remake(path, f"{CONFIG} takes its place")
     if mark != _MARK + hashlib.sha256(text).hexdigest().encode():
         raise UserError(f"{path}, gdro's copy of {CONFIG}, is damaged; expected it as gdro wrote it{again}")
     return validate(parse_yaml(text.decode(), str(path)))
@@ -151,7 +151,7 @@ def _saved(out: Path) -> Path:
 
 
 def check_unchanged(config: RunConfig, out: Path, begun: set[str]) -> None:
-    """Refuse a configuration that would change the result of a stage already `begun` in the run directory `out`."""
+    """Raise UserError if the configuration would change the result of a stage already `begun` in `out`."""
     saved = saved_config(out) if begun else None
     if saved is None:
         return
@@ -180,14 +180,14 @@ def field_names(kind: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
 
 
 def _check_across(config: RunConfig) -> None:
-    """What one section must hold for another to make sense."""
+    """Rules across sections."""
     train, rounds, objective = config.train, config.rounds, config.train.objective
     name, images = f'objective "{name_of(objective)}"', config.sample.images_per_prompt
     refused = [
         (train.k > images, f"train.k is {train.k}; expected at most sample.images_per_prompt, which is {images}"),
         (
             train.target_reward is not None and not train.validates,
-            f"train.target_reward is {train.target_reward}, but there is no validation that could reach it; expected "
+            f"train.target_reward is {train.target_reward}, but there is no validation to reach it; expected "
             "train.validation_prompts and train.validation_steps too",
         ),
         (
@@ -197,7 +197,7 @@ def _check_across(config: RunConfig) -> None:
         ),
     ]
     for field, value in (("compile", config.compile), ("quantization", config.quantization)):
-        what = f'{field} is {show(value)}, but distributed is "fsdp", whose sharded weights exclude it'
+        what = f'{field} is {show(value)}, but distributed is "fsdp", whose sharded weights rule it out'
         refused.append((bool(value) and config.distributed == "fsdp", f"{what}; expected ddp, or {field} left out"))
     if rounds.train_steps is None:
         moving = config.sample.window in ("random", "sliding")
@@ -271,7 +271,7 @@ def _set(data: dict[str, Any], name: str, value: Any) -> None:
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field; an objective's hyperparameters are called as they are set, train.beta."""
+    """(dotted name, value) of every field; an objective's hyperparameters are named as they are set: train.beta."""
     for name, value in data.items():
         if prefix + name == "train.objective" and isinstance(value, dict):
             yield prefix + name, value["name"]
@@ -283,7 +283,7 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _first_problem(error: ValidationError) -> str:
-    """One line for the first thing wrong: dotted name, value found, what was expected."""
+    """One line for the first problem: dotted name, value found, what was expected."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a typo explains the rest
     section, name = _locate(problem["loc"])
@@ -323,7 +323,7 @@ def _is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
 
 
 def _nearest(name: str, unknown: str, section: type[BaseModel]) -> str:
-    """The hint for an unknown field: a sibling of similar name, else a field so called in another section."""
+    """The hint for an unknown field: a sibling of similar name, else a field of that name in another section."""
     siblings = [*section.model_fields, *(ALL_HYPERPARAMETERS if section is TrainConfig else ())]
     prefix = name.removesuffix(unknown)
     if not difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6):
@@ -334,7 +334,7 @@ def _nearest(name: str, unknown: str, section: type[BaseModel]) -> str:
 
 
 def savings(config: RunConfig, stage: str) -> list[str]:
-    """Settings with which a stage needs less memory, those first that cost least."""
+    """Settings that reduce a stage's memory, cheapest first."""
     sizes = {
         "sample": ("sample.batch_size", config.sample.batch_size),
         "score": ("score.batch_size", config.score.batch_size),

@@ -1,4 +1,4 @@
-"""The run directory as such: one process at a time, and the seconds each stage took."""
+"""The run directory: its lock, for one process at a time, and the seconds each stage took."""
 
 import os
 import threading
@@ -21,9 +21,9 @@ FOLDERS = ("prompts", "groups", "rewards", "rounds", "checkpoints", "validation"
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the run directory, swept; the system lets go of it when the process ends, however it ends.
+    """Lock and sweep the run directory; the system releases the lock when the process ends, however it ends.
 
-    Of several processes the first holds it for all.
+    The first of several processes holds it for all. Raises UserError if another run holds it.
     """
     if not distributed.is_first():
         yield
@@ -32,18 +32,18 @@ def alone(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")  # noqa: SIM115 (closed below; held until then)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out is {out}: {cause(error)}; expected a folder that can be written") from None
+        raise UserError(f"--out is {out}: {cause(error)}; expected a writable folder") from None
     with lock:
         try:
             _lock(lock.fileno())
         except OSError:
-            raise UserError(f"--out is {out}, where another gdro process is at work; expected to be alone") from None
+            raise UserError(f"--out is {out}, which another gdro process is using; expected no other") from None
         sweep_below(out, FOLDERS)
         yield
 
 
 def _lock(handle: int) -> None:
-    """Lock a file as long as it is open; OSError if another process has. Children do not inherit it."""
+    """Lock a file while it is open; OSError if another process has locked it. Children do not inherit the lock."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -55,18 +55,18 @@ def _lock(handle: int) -> None:
 
 
 class Clock:
-    """Wall seconds of each stage in the JSON file `path`, added up over resumptions."""
+    """Wall seconds of each stage in the JSON file `path`, summed over resumptions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._noted: dict[str, float] = find_record(path) or {}
-        self._stages: list[str] = []  # those running; only the innermost one counts
+        self._stages: list[str] = []  # stages running; only the innermost one counts
         self._since = 0.0
         self._lock = threading.Lock()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage until now."""
+        """Seconds of each stage so far."""
         with self._lock:
             now = dict(self._noted)
             if self._stages:
@@ -75,9 +75,9 @@ class Clock:
 
     @contextmanager
     def running(self, stage: str) -> Iterator[None]:
-        """Count the seconds inside for `stage`, none of them for a stage around it.
+        """Count the seconds within for `stage`, and not for any stage around it.
 
-        They are noted now and then too, so that a kill loses few of them.
+        They are also saved now and then, so a kill loses few of them.
         """
         over = threading.Event()
 
@@ -97,7 +97,7 @@ class Clock:
             self._note()
 
     def _turn(self, change: Callable[[], Any]) -> None:
-        """Book the seconds so far, then let another stage count."""
+        """Record the seconds so far, then let another stage count."""
         now = self.seconds
         with self._lock:
             self._noted, self._since = now, time.monotonic()
@@ -106,5 +106,5 @@ class Clock:
     def _note(self) -> None:
         if not distributed.is_first():
             return
-        with suppress(UserError):  # a full disk will be told of by the stage itself
+        with suppress(UserError):  # the stage itself will report a full disk
             write_record(self.path, self.seconds)

@@ -1,7 +1,7 @@
 """The loop: prompts -> (sample -> score -> train) x rounds -> evaluate -> export -> report. Nothing else.
 
-Bad input is refused before the first stage starts (`checks`). Each stage goes on where it stopped; a finished one is
-not done again. One process at a time works in a run directory.
+Bad input is refused before the first stage starts (`checks`). Stages resume where they stopped; finished ones are
+skipped. Only one process at a time works in a run directory.
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ from gdro.training.log import DriftAlarm
 
 
 def run(config: RunConfig, out: str | Path, stages: Sequence[str] = STAGES) -> str:
-    """Do `stages` in the run directory `out`, going on where they stopped; returns the lines that say what came out.
+    """Run `stages` in the run directory `out`, resuming where they stopped; returns a summary of the outcome.
 
     `out` then holds adapter/ and report.html among other files. Processes that a launcher started share the work.
-    Raises UserError for bad input, before any long work, and if another process works in `out`.
+    Raises UserError for bad input, before any long work, and if another process is using `out`.
     """
     out = Path(out)
     with distributed.started(), alone(out):
@@ -59,7 +59,7 @@ def run(config: RunConfig, out: str | Path, stages: Sequence[str] = STAGES) -> s
 
 
 def import_groups(config: RunConfig, folder: Path, out: Path) -> str:
-    """In place of sampling and scoring: the images and rewards in `folder` become the groups of the run `out`.
+    """Instead of sampling and scoring, make the images and rewards in `folder` the groups of the run `out`.
 
     `config.sample.prompts` must name `out`/prompts/train.jsonl, which is written here.
     """
@@ -89,9 +89,9 @@ class Run(RunState):
     """A run's stages, each a method."""
 
     def do(self, stage: str) -> None:
-        """One stage, on the clock; of those of a round, that of the round at which the run stands.
+        """Run and time one stage; for sample, score and train, that of the run's current round.
 
-        No process leaves it before all are done with it, so each finds the run directory as the others do.
+        No process leaves before all are done, so all see the run directory in the same state.
         """
         with self.clock.running(stage), telling(stage, savings(self.config, stage)):
             getattr(self, stage)()
@@ -106,7 +106,7 @@ class Run(RunState):
             return
         distributed.first(lambda: self._make_room(number))
         if number:
-            self._carry(self._place(number))  # groups that other weights left there are refused
+            self._carry(self._place(number))  # groups by other weights are refused
         config, make = self.config, None
         if config.engine == "ray":
             from gdro.runner.ray_engine import make_shards
@@ -117,15 +117,15 @@ class Run(RunState):
         )
 
     def _make_room(self, number: int) -> None:
-        """Delete what the round does not go on from."""
+        """Delete what later rounds no longer need."""
         over = number - self.config.rounds.keep  # a round never trained on again
         if over >= 0:
             discard_trajectories(self._folder(over) / "groups")
-        if self._lacks_trajectories():  # the run went back to an earlier checkpoint
+        if self._lacks_trajectories():  # the run was resumed from an earlier checkpoint
             discard(self.groups)
 
     def score(self) -> None:
-        if self.scores == self.imported and self.stages != ["score"]:  # asked for alone, the reward scores them too
+        if self.scores == self.imported and self.stages != ["score"]:  # `score` alone scores them too
             say(f"score: imported before, {self.imported}")
             return
         elsewhere: ScoreFiles | None = None
@@ -148,7 +148,7 @@ class Run(RunState):
             say(f"train: finished before, {self.checkpoints}")
             return
         if distributed.is_first():
-            for name in ("evaluation.json", "summary.json", "report.html"):  # they would speak of another adapter
+            for name in ("evaluation.json", "summary.json", "report.html"):  # they would describe another adapter
                 (self.out / name).unlink(missing_ok=True)
         place = self._place(self.round)
         train(
@@ -169,7 +169,7 @@ class Run(RunState):
             return
         self._check_base()
         alarm = distributed.first(self._export)
-        self.model.load_adapter(self.adapter)  # what is measured is the file that is handed on
+        self.model.load_adapter(self.adapter)  # measure the exported file itself
         evaluate(
             self.config.evaluate,
             self.model,
@@ -184,7 +184,7 @@ class Run(RunState):
         )
 
     def _check_base(self) -> None:
-        """Raise UserError if the adapter was trained on another model than the one at hand, in any component."""
+        """Raise UserError if the adapter was trained on a model that differs from this one in any component."""
         for step in steps_saved(self.checkpoints)[-1:]:
             trained_on = load_checkpoint(checkpoint_path(self.checkpoints, step)).settings["model"]
             if trained_on != self.model.revision:
@@ -195,7 +195,7 @@ class Run(RunState):
 
     def export(self) -> None:
         if distributed.is_first():
-            self.summarize()  # its figures go into the model card
+            self.summarize()  # its results go into the model card
             self._export()
 
     def report(self) -> None:
@@ -205,13 +205,13 @@ class Run(RunState):
             report(self.out, self._scores(0))
 
     def _carry(self, round: Round) -> None:
-        """Give the model the adapter that samples the round."""
+        """Load the adapter that samples the round into the model."""
         if not self.model.adapter():
             self.model.add_adapter(**self._lora)
         self.model.load_adapter_state(behavior_weights(self.checkpoints, round))
 
     def settle(self) -> None:
-        """Note the best checkpoint; and that training is over if the last one is past limits set since."""
+        """Record the best checkpoint, and that training is over if the last one exceeds limits set since."""
         steps = steps_saved(self.checkpoints)
         if not steps:
             return
@@ -231,7 +231,7 @@ class Run(RunState):
     def _measure(self, model: FlowModel, step: int) -> dict[str, float]:
         folder = self.out / "validation" / f"step-{step:06d}"
         if distributed.is_first():
-            for path in set(folder.parent.glob("step-*")) - {folder}:  # the last one's images are kept, to look at
+            for path in set(folder.parent.glob("step-*")) - {folder}:  # keep only the last one's images
                 discard(path)
             sweep(folder.parent)
         config, prompts, label = self.config.evaluate, self.prompts["validation"], f"validate step {step}"
@@ -261,7 +261,7 @@ class Run(RunState):
         )
 
     def _export(self) -> dict[str, Any] | None:
-        """Write the adapter; returns the state of the training's alarm at its checkpoint."""
+        """Write the adapter; returns the state of the training alarm at its checkpoint."""
         from gdro.stages.export import chosen, export
 
         export(self.config, self.out)
@@ -279,7 +279,7 @@ class Run(RunState):
         return {"sample": self._place(self.round).sampled, "train": spent}
 
     def summarize(self) -> None:
-        """Write summary.json, once there is an evaluation."""
+        """Write summary.json if there is an evaluation."""
         found = find_record(self.evaluation)
         if found is None:
             return
@@ -299,7 +299,7 @@ class Run(RunState):
         write_record(self.out / "summary.json", summary)
 
     def outcome(self, stage: str) -> str:
-        """What the last stage left, and the headline if there is one."""
+        """The last stage's result, and the headline if there is one."""
         left = {
             "sample": self.groups,
             "score": self.scores,

@@ -1,6 +1,6 @@
-"""Prompts that come with gdro, by name: `gdro:TASK:SPLIT[:COUNT]`, e.g. `gdro:ocr:train`, and the tiny world's.
+"""Prompts included in gdro, by name: `gdro:TASK:SPLIT[:COUNT]`, e.g. `gdro:ocr:train`, and the tiny world's.
 
-benchmarks/prompt_sets.py made the former. COUNT takes the first so many, which are a fair part of the set.
+benchmarks/prompt_sets.py made the former. COUNT takes that many from the start, which are representative of the set.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def is_named(spec: str) -> bool:
-    """Whether `spec` names prompts of gdro's own, rather than a file."""
+    """Whether `spec` names prompts included in gdro rather than a file."""
     return spec.startswith(("gdro:", "tiny:"))
 
 
@@ -27,14 +27,14 @@ def load_prompts(spec: str | Path, field: str = "prompts") -> list[Prompt]:
 
 
 def named_prompts(spec: str) -> list[Prompt]:
-    """The prompts a name stands for, the same at every call; UserError naming the part of it that is wrong."""
+    """The prompts for a name, the same on every call; UserError names the part of it that is wrong."""
     if not spec.startswith("gdro:"):
         from gdro.tiny.prompts import tiny_prompts
 
         return tiny_prompts(spec)
     parts = spec.split(":")
     if len(parts) not in (3, 4):
-        raise UserError(f'prompts: "{spec}" is no name; expected gdro:TASK:SPLIT[:COUNT], e.g. gdro:ocr:train')
+        raise UserError(f'prompts: "{spec}" is not a name; expected gdro:TASK:SPLIT[:COUNT], e.g. gdro:ocr:train')
     _, task, split, *rest = parts
     if task not in ENDINGS:
         raise UserError(f'prompts: "{spec}" names the task "{task}"{did_you_mean(task, ENDINGS)}')

@@ -1,9 +1,8 @@
-"""`engine: ray`: files of groups, and their scores, made by the workers of a Ray cluster and written by this process.
+"""`engine: ray`: files of groups and their scores, made by the workers of a Ray cluster and written by this process.
 
-A worker does what a local run does, the same unit of work, in a folder of its own, and hands back the bytes of the
-files. So the store lies where the run is and has one writer, machines need no file system in common, and a worker that
-is lost, with its machine even, leaves nothing half done: Ray gives its unit to another, which makes the same bits.
-The only module that imports ray.
+A worker does the same unit of work as a local run, in a folder of its own, and returns the bytes of the files. So the
+store is where the run is and has one writer, machines need no shared file system, and a lost worker, or even machine,
+leaves nothing half done: Ray gives its unit to another, which makes the same bits. The only module that imports ray.
 """
 
 import logging
@@ -35,20 +34,20 @@ from gdro.models.replica import Replica
 from gdro.rewards.base import Reward
 
 # Ray reads these when it is imported.
-if not os.environ.get("RAY_ADDRESS"):  # else a cluster of one machine would be open to others, as on Linux it is
+if not os.environ.get("RAY_ADDRESS"):  # otherwise a one-machine cluster would be open to others, as it is on Linux
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls Ray Data's own way to start actors an error
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports Ray Data's own way of starting actors as an error
 import ray
 import ray.data
 
-ATTEMPTS = 5  # of a unit, before it is taken for what kills its workers
-PLACE = "place"  # of a unit among the units
+ATTEMPTS = 5  # per unit, before it is blamed for killing its workers
+PLACE = "place"  # the column with the unit's index
 
 
 def make_shards(replica: Replica, jobs: Sequence[ShardJob], made: Callable[[int], None]) -> None:
-    """Make files of groups, each on a GPU of its own, or on as many cores as torch has threads here if there is none.
+    """Make files of groups, each on a GPU of its own or, without GPUs, on as many cores as torch has threads here.
 
-    `made` is told how many images each finished file has. Raises UserError for what a worker refuses.
+    `made` is called with the number of images in each finished file. Raises UserError for a worker's UserError.
     """
     _connect()
     gpus = 0 if replica.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
@@ -74,9 +73,9 @@ def score_files(
     workers: int,
     batch_size: int,
 ) -> None:
-    """What `scoring.score_files` does, each file on a core of its own; `workers` 0 is as many as there are cores.
+    """Like `scoring.score_files`, each file on a core of its own; `workers` 0 means as many as there are cores.
 
-    The files are read here and sent. Workers see no GPU.
+    The files are read here and sent. Workers do not see GPUs.
     """
     _connect()
     size = workers or (sum(_cores()) if reward.parallel else 1)
@@ -100,7 +99,7 @@ def score_files(
 
 @dataclass(frozen=True)
 class RayJob:
-    """What every worker must know; `folder` is the one the run was started in."""
+    """What every worker needs to know; `folder` is where the run was started."""
 
     attempts: Any  # the actor that counts them
     limit: int
@@ -110,7 +109,7 @@ class RayJob:
 class _Worker:
     """Does units of work, one at a time.
 
-    What it needs is loaded with the first of them, so that a failure is that unit's, which is told in one line.
+    It loads what it needs with the first unit, so a failure counts as that unit's and is reported in one line.
     """
 
     def __init__(self, job: RayJob) -> None:
@@ -119,19 +118,19 @@ class _Worker:
             os.chdir(job.folder)
 
     def answer(self, place: int, what: str, work: Callable[[Path], None]) -> pa.Table:
-        """A row with the files that `work` leaves in the folder it is given, or with the user's mistake."""
+        """A row with the files that `work` writes to its folder, or with the user's mistake."""
         mistake: list[str] | None = None
         files: dict[str, bytes] = {}
         attempt = ray.get(self._job.attempts.begin.remote(place))
         try:
             if attempt > self._job.limit:
                 raise UserError(
-                    f"{what}: one worker after another died, out of memory perhaps; finished work is kept, run again "
+                    f"{what}: one worker after another died, perhaps out of memory; finished work is kept, run again "
                     "with more memory for each"
                 )
             with TemporaryDirectory(prefix="gdro-") as folder, telling(what, [f"a smaller {what}.batch_size"]):
                 work(Path(folder))
-                # groups-* after the _* it refers to: so they must be written
+                # groups-* after the _* files it refers to: they must be written in this order
                 files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
         except UserError as error:
             mistake = [str(error), *getattr(error, "__notes__", ())]
@@ -152,7 +151,7 @@ class _Sampler(_Worker):
 
     @cached_property
     def model(self) -> FlowModel:
-        torch.set_num_threads(self._threads)  # another number would round otherwise
+        torch.set_num_threads(self._threads)  # another number would change rounding
         model: FlowModel = _get(self._replica).load()
         return model
 
@@ -203,7 +202,7 @@ class _Scorer(_Worker):
 
 @ray.remote(num_cpus=0)
 class _Attempts:
-    """How often each unit was begun: Ray itself would give one that kills its workers to a new one for ever."""
+    """How often each unit was begun: Ray would retry one that kills its workers forever."""
 
     def __init__(self) -> None:
         self._begun: Counter[int] = Counter()
@@ -217,7 +216,7 @@ class _Attempts:
 
 
 def _connect() -> None:
-    """Join the cluster at RAY_ADDRESS or, if that is not set, start one of this machine, on loopback.
+    """Join the cluster at RAY_ADDRESS or, if that is not set, start one on this machine, on loopback.
 
     Raises UserError if there is no cluster.
     """
@@ -247,12 +246,12 @@ def _put(value: Any) -> Any:
 
 
 def _get(reference: Any) -> Any:
-    """What `_put` was given. Unpickled here, because Ray would try again whatever that raises in its own hands."""
+    """The value given to `_put`. Unpickled here, because Ray would retry if unpickling raised an error there."""
     return ray.cloudpickle.loads(ray.get(reference))
 
 
 def _cores() -> list[int]:
-    """Of each machine in the cluster that has any; UserError if none has."""
+    """Cores of each machine in the cluster that has any; UserError if none has."""
     found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     if not any(found):
         raise UserError("engine: the Ray cluster offers no CPU core; expected at least one")
@@ -260,7 +259,7 @@ def _cores() -> list[int]:
 
 
 def _here() -> dict[str, str]:
-    """What selects this machine of the cluster."""
+    """The label that selects this machine in the cluster."""
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
@@ -271,9 +270,9 @@ def _places(count: int) -> ray.data.Dataset:
 def _results(
     units: ray.data.Dataset, worker: type[_Worker], asked: tuple[Any, ...], size: int, **pool: Any
 ) -> Iterator[tuple[int, list[tuple[str, pa.Buffer]]]]:
-    """(place, [(name, content) of each file]) of every unit, as they are finished, by a pool of `size` workers.
+    """(place, [(name, content) of each file]) of every unit, as they finish, from a pool of `size` workers.
 
-    Raises UserError for the first mistake that a worker finds.
+    Raises UserError for the first mistake that a worker reports.
     """
     attempts = _Attempts.options(label_selector=_here()).remote()  # type: ignore[attr-defined]
     job = RayJob(attempts, ATTEMPTS, os.getcwd())
@@ -288,6 +287,6 @@ def _results(
                     error.add_note(note)
                 raise error
             if table["attempt"][row].as_py() > 1:
-                say("ray: a worker was lost; its work was done again")
+                say("ray: a worker was lost; its work was redone")
             contents = [content.as_buffer() for content in table["files"][row].values]
             yield table[PLACE][row].as_py(), list(zip(table["names"][row].as_py(), contents, strict=True))

@@ -1,6 +1,6 @@
-"""A run as it stands: its configuration and directory, what its stages share, how far it is. It writes nothing.
+"""A run's state: its configuration and directory, what its stages share, and how far it is. It writes nothing.
 
-What is needed is loaded when first asked for.
+Everything is loaded on first use.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class RunState:
             return torch.device("cpu")
         if local > gpus:
             raise UserError(
-                f"LOCAL_WORLD_SIZE is {local}, but torch finds {gpus} GPUs; expected a process each at most"
+                f"LOCAL_WORLD_SIZE is {local}, but torch finds {gpus} GPUs; expected at most one process per GPU"
             )
         return torch.device("cuda", torch.cuda.current_device()) if local > 1 else torch.device("cuda")
 
@@ -75,12 +75,12 @@ class RunState:
 
     @cached_property
     def reward(self) -> Scorer:
-        """What is trained on."""
+        """The training reward."""
         return load_reward(self.config.score.reward)
 
     @cached_property
     def metric(self) -> Scorer:
-        """What validation and evaluation measure."""
+        """The reward for validation and evaluation."""
         other = self.config.evaluate.reward
         return self.reward if other is None else load_reward(other, "evaluate.reward")
 
@@ -125,22 +125,22 @@ class RunState:
 
     @property
     def round(self) -> int:
-        """The round (from 0) at which the run stands: that of the next step, or of the last one if training is over."""
+        """The run's current round (from 0): that of the next step, or of the last one if training is over."""
         done = max(steps_saved(self.checkpoints), default=0)
         return self.config.rounds.of_step(max(1, done if self.is_trained() else done + 1))
 
     @property
     def groups(self) -> Path:
-        """The groups of that round."""
+        """The groups of the current round."""
         return self._folder(self.round) / "groups"
 
     @property
     def scores(self) -> Path:
-        """The file of rewards to train on in that round."""
+        """The file of rewards to train on in the current round."""
         return self._scores(self.round)
 
     def scored(self) -> Path | None:
-        """The latest file of rewards there is."""
+        """The latest existing file of rewards."""
         files = (self._scores(number) for number in range(self.round, -1, -1))
         return next((file for file in files if file.exists()), None)
 
@@ -148,14 +148,14 @@ class RunState:
         return self.out / "rounds" / f"{round:04d}" if round else self.out
 
     def _scores(self, round: int) -> Path:
-        """A round's rewards: of round 0 the imported ones, unless the reward has scored its groups itself."""
+        """A round's rewards; for round 0 the imported ones, unless the reward has scored its groups itself."""
         own = self._folder(round) / "rewards" / f"{self.reward.name}.parquet"
         return self.imported if not round and self.imported.exists() and not own.exists() else own
 
     def due(self, round: int) -> list[Prompt]:
-        """The prompts of a round: all, or the next `rounds.prompts` of an epoch, which is a new order each time.
+        """The prompts of a round: all, or the next `rounds.prompts` of an epoch; each epoch has a new order.
 
-        Imported groups are round 0, whole.
+        Imported groups are all in round 0.
         """
         prompts, count = self.prompts["train"], self.config.rounds.prompts
         if count is None or (not round and self.imported.exists()):
@@ -165,7 +165,7 @@ class RunState:
         return [prompts[i] for i in order[place * count : (place + 1) * count]]
 
     def _place(self, number: int) -> Round:
-        """What training must know of a round."""
+        """What training needs to know about a round."""
         rounds, train, sample = self.config.rounds, self.config.train, self.config.sample
         done, last = rounds.steps(number, train.max_train_steps)
         calls = sample.calls * passes(self.config.model, sample.guidance_scale)
@@ -179,7 +179,7 @@ class RunState:
                 for old in range(max(0, number - rounds.keep + 1), number)
             ],
             behavior_policy=rounds.behavior_policy,
-            sampled=calls * (number + (not self.imported.exists())),  # importing round 0 cost none
+            sampled=calls * (number + (not self.imported.exists())),  # an imported round 0 cost none
             ahead=calls if rounds.train_steps else 0,
             seconds=lambda: {stage: self.clock.seconds.get(stage, 0.0) for stage in ROUND},
         )
@@ -201,7 +201,7 @@ class RunState:
 
     @property
     def _lora(self) -> dict[str, Any]:
-        """What a fresh adapter is made with."""
+        """Arguments for a fresh adapter."""
         train = self.config.train
         return {
             "rank": train.rank,
@@ -211,7 +211,7 @@ class RunState:
         }
 
     def begun(self) -> set[str]:
-        """The stages that have left results which the configuration must keep to."""
+        """The stages with results that the configuration must stay consistent with."""
         groups = self._folder(0) / "groups"
         left = {
             "sample": groups.is_dir() and any(groups.glob("*.parquet")),
@@ -221,12 +221,12 @@ class RunState:
         return {stage for stage, there in left.items() if there}
 
     def _lacks_trajectories(self) -> bool:
-        """Whether the round's groups are to be learned from step by step, but only the images are left."""
+        """Whether the objective needs the round's trajectories, but only the images are left."""
         wanted = "trajectories" in self.config.train.objective.needs and self.config.rounds.train_steps is not None
         return wanted and any(self.groups.glob("*.parquet")) and not GroupStore(self.groups).has_trajectories
 
     def is_sampled(self) -> bool:
-        """Whether the round's groups are whole, and those of its prompts."""
+        """Whether the round's groups are complete and belong to its prompts."""
         number, groups = self.round, self.groups
         expected = {group_id(prompt, number) for prompt in self.due(number)}
         return any(groups.glob("*.parquet")) and not self.has_gap() and set(GroupStore(groups).group_ids) == expected
@@ -237,5 +237,5 @@ class RunState:
         return names != [f"groups-{i:05d}.parquet" for i in range(len(names))]
 
     def is_trained(self) -> bool:
-        """Whether training has come to its end: the last step, the target, or the budget."""
+        """Whether training has reached its end: the last step, the target, or the budget."""
         return stopped_at(self.checkpoints, self.config.train) is not None

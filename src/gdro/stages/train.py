@@ -319,7 +319,7 @@ def check_sampling(store: GroupStore, sampling: Mapping[str, Any]) -> None:
 
 
 def own_sampling(store: GroupStore) -> dict[str, Any]:
-    """What the store was made with, including how its trajectories, if any, were sampled: training repeats their steps."""
+    """The store's settings, including how its trajectories, if any, were sampled: training repeats their steps."""
     if not store.has_trajectories:
         return dict(store.settings)
     begun = find_record(store.folder / STARTED)

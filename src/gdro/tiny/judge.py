@@ -1,11 +1,11 @@
-"""The tiny world's judge: alignment, coherence and style, 1 to 5, from the picture and the prompt's known truth.
+"""The tiny world's judge: alignment, coherence and style, 1 to 5, from the image and the prompt's ground truth.
 
-It explains a picture as a scene of the world (a wall, at most one sign, shapes) by classical vision and grades
+It explains an image as a scene of the world (a wall, at most one sign, shapes) by classical vision and grades
 
-* alignment: are the wall, the sign and the shapes the ones the prompt asked for, at their size;
-* coherence: how much of the picture is accounted for by well-formed things, no more than were asked for: marks,
-  smears, malformed shapes, strays, a sign or a wall nobody asked for lower it;
-* style: the world's fine detail (grooves, baseboard), crispness of edges, and absence of grain.
+* alignment: whether wall, sign and shapes are those the prompt asked for, at the right size;
+* coherence: how much of the image consists of well-formed things, no more than requested: marks, smears, malformed
+  shapes, strays, and a sign or wall that was not requested lower it;
+* style: the world's fine detail (grooves, baseboard), crisp edges, and absence of grain.
 
 It never reads the word, so it cannot reward what the OCR reward rewards.
 """
@@ -22,26 +22,26 @@ from gdro.common.prompts import Prompt
 from gdro.tiny import world
 from gdro.tiny.vision import DARK, VERSION, WALL, Seen, Shape, pixels_of, see
 
-SIDES = (world.SHAPE_SIZE - 3, world.SHAPE_SIZE + 1)  # of a shape as it is seen: soft edges hide up to three pixels
+SIDES = (world.SHAPE_SIZE - 3, world.SHAPE_SIZE + 1)  # of a detected shape: soft edges hide up to three pixels
 
 
 def _ratio(found: float, wanted: float, sharpness: float = 2.0) -> float:
-    """1 where found equals wanted, falling with the logarithm of their ratio."""
+    """1 if found equals wanted, decreasing with the logarithm of their ratio."""
     return float(np.exp(-sharpness * abs(np.log(max(found, 1e-3) / wanted))))
 
 
 def _size_of_shape(shape: Shape) -> float:
-    """1 at the world's size, falling with each side's ratio to it."""
+    """1 at the world's size, decreasing with each side's ratio to it."""
     return float(np.prod([_ratio(side, float(np.clip(side, *SIDES))) for side in shape.box[2:]]))
 
 
 def _form_of_shape(shape: Shape) -> float:
-    """Is it a shape of this world: its outline and its size, for `see` stretches it before it compares outlines."""
+    """Whether it is a shape of this world, by outline and size (`see` compares outlines after stretching)."""
     return float(np.clip((shape.iou - 0.5) / 0.4, 0, 1)) * _size_of_shape(shape)
 
 
 def alignment(seen: Seen, scene: dict[str, Any]) -> float:
-    """Share of what the prompt asked for that is there, in [0, 1]."""
+    """Share of what the prompt asked for that is present, in [0, 1]."""
     wanted_wall = np.asarray(world.WALLS[scene["wall"]], np.float32)
     parts = [float(np.clip(1 - (np.linalg.norm(seen.wall_color - wanted_wall) - 10) / 70, 0, 1))]
     if scene["word"]:
@@ -62,7 +62,7 @@ def alignment(seen: Seen, scene: dict[str, Any]) -> float:
 
 
 def _sign_score(seen: Seen, letters: int) -> float:
-    """Present, and of the size, lettering height and inkiness a sign of that many letters has."""
+    """1 if present, with the size, lettering height and ink of a sign with that many letters."""
     if not seen.sign:
         return 0.0
     left, top, right, bottom = seen.sign
@@ -78,9 +78,9 @@ def _position_score(seen: Seen, scene: dict[str, Any]) -> float:
 
 
 def asked_for(seen: Seen, scene: dict[str, Any]) -> list[Shape]:
-    """The shapes seen, at most as many as the scene has; those of its kinds and colors first, then the best formed.
+    """The detected shapes, at most as many as the scene has: first those of its kinds and colors, then the best formed.
 
-    Others stand in for asked ones that are missing: a wrong kind or color is alignment's business.
+    Others take the place of missing ones: a wrong kind or color only lowers alignment.
     """
     rest = sorted(seen.shapes, key=_form_of_shape, reverse=True)
     found: list[Shape] = []
@@ -92,9 +92,9 @@ def asked_for(seen: Seen, scene: dict[str, Any]) -> list[Shape]:
 
 
 def explain(image: np.ndarray, seen: Seen, shapes: Sequence[Shape], scene: dict[str, Any]) -> np.ndarray:
-    """(32, 64, 3) float32: the picture if it were exactly these shapes and the sign seen, on the wall asked for.
+    """(32, 64, 3) float32: the image if it were exactly these shapes and the detected sign, on the requested wall.
 
-    Without the sign, where none was asked for.
+    Without the sign if none was requested.
     """
     canvas = world.draw_wall(scene["wall"])
     for shape in shapes:
@@ -108,16 +108,16 @@ def explain(image: np.ndarray, seen: Seen, shapes: Sequence[Shape], scene: dict[
         plate = np.asarray(world.PLATE, np.float32)
         stroke = np.asarray(world.INK, np.float32) - plate
         coverage = np.clip((image[top:bottom, left:right] - plate) @ stroke / (stroke @ stroke), 0, 1)
-        # half-covered pixels belong at the edge of solid strokes only: faint lettering is not explained
+        # half-covered pixels belong only at the edge of solid strokes: faint lettering is not explained
         edge = cv2.dilate((coverage > 0.75).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
         canvas[top:bottom, left:right] = plate + np.where(edge, coverage, coverage > 0.5)[:, :, None] * stroke
     return canvas
 
 
 def coherence(image: np.ndarray, seen: Seen, scene: dict[str, Any]) -> float:
-    """How well the picture is explained, in [0, 1]: the wall (half), the sign and the shapes, as far as there are any.
+    """How well the image is explained, in [0, 1]: the wall (half), the sign and the shapes, if any.
 
-    What is missing costs nothing, what nobody asked for is part of the wall and spoils it. Blind to soft edges one
+    Missing things cost nothing; things nobody asked for count as part of the wall and spoil it. Ignores soft edges one
     pixel wide.
     """
     shapes = asked_for(seen, scene)
@@ -136,7 +136,7 @@ def coherence(image: np.ndarray, seen: Seen, scene: dict[str, Any]) -> float:
 
 
 def _form_of_sign(seen: Seen) -> float:
-    """Is it a sign of this world, whatever it says: its height, its lettering's height, its strokes' thinness."""
+    """Whether it is a sign of this world, whatever it says: its height, lettering height and thinness of strokes."""
     assert seen.sign
     left, top, right, bottom = seen.sign
     dark = (seen.labels[top + 1 : bottom - 1, left + 1 : right - 1] == DARK).astype(np.uint8)
@@ -149,7 +149,7 @@ def _form_of_sign(seen: Seen) -> float:
 
 
 def style(image: np.ndarray, seen: Seen) -> float:
-    """Grooves and baseboard as deep as the world's, no grain on the wall, edges as crisp as drawn; in [0, 1]."""
+    """Grooves and baseboard as deep as the world's, no grain on the wall, edges as crisp as the world's; in [0, 1]."""
     luma = image.mean(-1)
     wall = seen.labels == WALL
     groove, strip = np.zeros(wall.shape, bool), np.zeros(wall.shape, bool)
@@ -164,7 +164,7 @@ def style(image: np.ndarray, seen: Seen) -> float:
         if mask.sum() < 8:
             return 0.0
         found = (1 - luma[mask].mean() / level) / wanted
-        return float(np.clip(min(found, 2.3 - found), 0, 1))  # from 1.3 on it is too deep
+        return float(np.clip(min(found, 2.3 - found), 0, 1))  # beyond 1.3 it is too deep
 
     # grain: neighbors on the same panel should be equal
     across = panel[:, 1:] & panel[:, :-1]
@@ -176,7 +176,7 @@ def style(image: np.ndarray, seen: Seen) -> float:
 
 
 def _crispness(luma: np.ndarray, seen: Seen) -> float:
-    """Steepest step across the outlines of what was seen, over the step the world draws."""
+    """Steepest step across the detected outlines, divided by the step the world draws."""
     horizontal = np.abs(np.diff(luma, axis=1))
     if seen.sign:
         left, top, right, bottom = seen.sign
@@ -208,7 +208,7 @@ class TinyJudge:
         for prompt in prompts:
             if not isinstance(prompt.fields.get("scene"), dict):
                 raise UserError(
-                    f'evaluate.judge: prompt "{prompt.id}" has no "scene"; "tiny" judges prompts of the tiny world only'
+                    f'evaluate.judge: prompt "{prompt.id}" has no "scene"; "tiny" only judges prompts of the tiny world'
                 )
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:

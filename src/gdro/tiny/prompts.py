@@ -1,7 +1,7 @@
 """Prompts of the tiny world, named `tiny:TASK:SPLIT:COUNT[:SEED]`, e.g. `tiny:ocr:test:128`.
 
-The splits share no word (ocr) and no caption (geneval); the base model saw words of the train split only. GenEval's
-six tags take turns, as they weigh the same in its summary; a tag whose few captions are used up repeats them.
+The splits share no words (ocr) and no captions (geneval); the base model only saw words of the train split. GenEval's
+six tags take turns, since its summary weights them equally; a tag that runs out of captions repeats them.
 """
 
 from functools import cache
@@ -17,11 +17,11 @@ from gdro.tiny import world
 
 TASKS = ("ocr", "geneval")
 LIMIT = 2000  # words a split can give
-PATIENCE = 50  # draws of a caption that is there already before it is taken once more (geneval)
+PATIENCE = 50  # draws of captions already used before one is repeated (geneval)
 
 
 def tiny_prompts(spec: str) -> list[Prompt]:
-    """The prompts a spec names, the same at every call; UserError naming the part of the spec that is wrong."""
+    """The prompts for a spec, the same on every call; UserError names the part of the spec that is wrong."""
     parts = spec.split(":")
     if len(parts) not in (4, 5) or parts[0] != "tiny":
         raise UserError(
@@ -39,7 +39,7 @@ def tiny_prompts(spec: str) -> list[Prompt]:
     if task == "geneval" and int(count_text) > _captions(split):
         raise UserError(
             f'prompts: "{spec}" asks for {count_text} prompts, but the {split} split has {_captions(split)} captions; '
-            "expected at most so many"
+            "expected at most that many"
         )
     seed = int(rest[0]) if rest else 0
     make = _ocr_fields if task == "ocr" else _geneval_fields
@@ -62,7 +62,7 @@ def tiny_prompts(spec: str) -> list[Prompt]:
 
 
 def _is_integer(text: str, least: int, most: int) -> bool:
-    """Python itself refuses to read thousands of digits."""
+    """Whether `text` is an integer in range; checks the length first, because Python refuses thousands of digits."""
     return text.isdecimal() and len(text) <= len(str(most)) and least <= int(text) <= most
 
 

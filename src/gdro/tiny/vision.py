@@ -1,6 +1,6 @@
-"""Classical vision for the tiny world's pictures: the wall, the sign and the shapes in them.
+"""Classical vision for the tiny world's images: the wall, the sign and the shapes in them.
 
-It serves the judge and, as GenEval's detector, the reward; it finds letters, and never reads them.
+Used by the judge and, as GenEval's detector, by the reward; it finds letters but never reads them.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from PIL import Image
 from gdro.rewards.geneval.detection import Detection, Record
 from gdro.tiny import world
 
-VERSION = "2"  # of `see`: part of the versions of the judge and of the detector
+VERSION = "2"  # of `see`; part of the versions of the judge and the detector
 
 COLOR_NAMES = tuple(world.COLORS)
 PLATE, DARK, WALL = len(COLOR_NAMES), len(COLOR_NAMES) + 1, len(COLOR_NAMES) + 2
-LONGEST = 2  # times as long as wide: the world's shapes are as wide as high, so what is longer is none of them
+LONGEST = 2  # maximum ratio of length to width: the world's shapes are as wide as they are high
 _PALETTE = np.array([*world.COLORS.values(), world.PLATE, world.INK], np.float32)
 
 
 def _fit(mask: np.ndarray) -> np.ndarray:
-    """A boolean mask cut to its extent and stretched to the world's shape size."""
+    """A boolean mask cropped to its extent and stretched to the world's shape size."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
     size = (world.SHAPE_SIZE, world.SHAPE_SIZE)
@@ -35,7 +35,7 @@ _TEMPLATES = np.stack([_fit(world.shape_mask(s) > 0.5) for s in world.SHAPES])
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape seen in a picture: its kind, color, center (x, y), box (left, top, width, height), template IoU."""
+    """A shape detected in an image: kind, color, center (x, y), box (left, top, width, height), template IoU."""
 
     kind: str
     color: str
@@ -46,7 +46,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture explained: the wall it resembles most, the sign's box (left, top, right, bottom) and the shapes."""
+    """An explained image: the wall it resembles most, the sign's box (left, top, right, bottom) and the shapes."""
 
     wall: str
     wall_color: np.ndarray  # (3,) median color of the wall between its grooves
@@ -58,7 +58,7 @@ class Seen:
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """(32, 64, 3) float32 in [0, 255]: the picture at the world's size."""
+    """(32, 64, 3) float32 in [0, 255]: the image at the world's size."""
     return np.asarray(image.convert("RGB").resize((world.WIDTH, world.HEIGHT), Image.Resampling.BOX), np.float32)
 
 
@@ -69,7 +69,7 @@ def _label(image: np.ndarray, wall: np.ndarray) -> np.ndarray:
 
 
 def see(image: np.ndarray) -> Seen:
-    """Explain a (32, 64, 3) picture in [0, 255]."""
+    """Explain a (32, 64, 3) image in [0, 255]."""
     image = image.astype(np.float32)
     walls = {name: world.draw_wall(name) for name in world.WALLS}
     close = {n: (np.minimum(((image - w) ** 2).sum(-1), 3600)).mean() for n, w in walls.items()}
@@ -90,8 +90,8 @@ def _components(mask: np.ndarray) -> list[tuple[int, int, int, int, int, np.ndar
 
 
 def _find_sign(labels: np.ndarray) -> tuple[tuple[int, int, int, int] | None, float, float]:
-    # letters cut the plate apart, so they are bridged before its extent is read off
-    pad = 4  # room for the closing, which would stick to the picture's border
+    # letters split the plate, so they are bridged before measuring its extent
+    pad = 4  # room for the closing, which would stick to the image's border
     plate = np.pad((labels == PLATE).astype(np.uint8), pad)
     closed = cv2.morphologyEx(plate, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))[pad:-pad, pad:-pad]
     parts = [part for part in _components(closed) if part[4] >= 60]
@@ -118,7 +118,7 @@ def _find_shapes(labels: np.ndarray, sign: tuple[int, int, int, int] | None) -> 
         for left, top, width, height, area, mask in _components((labels == index) & outside):
             if area < 18 or width < 5 or height < 5:
                 continue
-            if max(width, height) > LONGEST * min(width, height):  # a bar, whatever it looks like when stretched
+            if max(width, height) > LONGEST * min(width, height):  # a bar, whatever it resembles when stretched
                 continue
             crop = _fit(mask)
             iou = (crop & _TEMPLATES).sum((1, 2)) / (crop | _TEMPLATES).sum((1, 2))
@@ -131,10 +131,10 @@ def _find_shapes(labels: np.ndarray, sign: tuple[int, int, int, int] | None) -> 
 
 
 class TinyDetector:
-    """GenEval's detector on the tiny world: the shapes `see` finds, with their colors.
+    """GenEval's detector for the tiny world: the shapes `see` finds, with their colors.
 
-    Its score rises with the overlap (IoU) of a shape with its ideal: .3 at .5, the least that `see` calls a shape, .9
-    at .7, a shape beyond doubt, 1 at 1; so the evaluator's two thresholds mean here what they mean elsewhere.
+    Its score increases with the overlap (IoU) of a shape with its template: .3 at .5, the least that `see` calls a
+    shape, .9 at .7, a definite shape, 1 at 1; so the evaluator's two thresholds have their usual meaning.
     """
 
     name: ClassVar[str] = "tiny"

@@ -1,9 +1,9 @@
-"""The tiny world: scenes of a wall, a sign with a word and colored shapes; their captions and their pictures.
+"""The tiny world: scenes of a wall, a sign with a word and colored shapes; their captions and their images.
 
 A scene is what a prompt asks for, a JSON-able dict:
 `{"wall": str, "word": str | None, "objects": [{"shape", "color" | None, "count"}], "position": str | None}`.
-A caption leaves out what the scene leaves open (a color that is None is drawn at random in the picture), as real
-captions do. Pictures are 64 x 32 RGB; every picture is a function of (scene, generator).
+Like real captions, a caption omits what the scene leaves open (a color that is None is random in the image). Images are
+64 x 32 RGB; every image is a function of (scene, generator).
 """
 
 import hashlib
@@ -48,7 +48,7 @@ SHAPE_SIZE = 11
 PITCH, PLATE_HEIGHT, GLYPH_HEIGHT = 13, 17, 11  # a letter's cell width, the sign's height, a letter's height
 BASEBOARD, PANEL = 3, 8  # height of the strip along the floor; distance of the wall's vertical grooves
 
-# I and O are left out: the recognizer reads them as 1 and 0 whoever draws them.
+# I and O are left out: the recognizer reads them as 1 and 0 no matter how they are drawn.
 CONSONANTS, VOWELS = "BCDFGHKLMNPRSTWXZ", "AEUY"
 ALPHABET = "".join(sorted(CONSONANTS + VOWELS))
 PATTERNS = ("CVC", "CVCV", "CVCC", "CCVC")  # 1,156 + 4,624 + 19,652 + 19,652 words
@@ -56,7 +56,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def word_split(word: str) -> str:
-    """The split a word belongs to for ever: 8 of 10 words train, 1 validation, 1 test."""
+    """The split that a word permanently belongs to: 8 of 10 words train, 1 validation, 1 test."""
     digit = hashlib.sha256(word.encode()).digest()[0] % 10
     return {8: "validation", 9: "test"}.get(digit, "train")
 
@@ -124,9 +124,9 @@ def shape_scenes() -> Iterator[dict[str, Any]]:
 
 
 def random_scene(rng: np.random.Generator, mixture: tuple[float, float] = (0.4, 0.2)) -> dict[str, Any]:
-    """One scene of the pre-training mixture: the shares of signs and of signs with shapes, the rest shapes.
+    """One scene of the pre-training mixture: the shares of signs and of signs with shapes; the rest are shapes.
 
-    Words of the train split only.
+    Uses only words of the train split.
     """
     kind = rng.random()
     if kind < mixture[0]:
@@ -139,10 +139,10 @@ def random_scene(rng: np.random.Generator, mixture: tuple[float, float] = (0.4, 
 def with_slips(
     scene: dict[str, Any], rng: np.random.Generator, share: float, shape_share: float = 0.0
 ) -> dict[str, Any]:
-    """The scene as a careless painter draws it.
+    """The scene as a careless painter would draw it.
 
-    Each letter is another one with probability `share`, each named color another one with a third of it. With
-    probability `shape_share` each: a kind of shape, a named color, a count (by one), the position (reversed).
+    Each letter is wrong with probability `share`, each named color with a third of that. With probability `shape_share`
+    each, these are wrong: a kind of shape, a named color, a count (by one), the position (reversed).
     """
     slipped = dict(scene)
     if scene["word"]:
@@ -210,7 +210,7 @@ def shape_mask(shape: str, size: int = SHAPE_SIZE) -> np.ndarray:
 @cache
 def glyph(letter: str) -> np.ndarray:
     """(h, w) float32 coverage of a bold capital letter."""
-    spec = find_spec("matplotlib")  # its folder holds the font; importing it would cost half a second
+    spec = find_spec("matplotlib")  # its folder has the font; importing it would take half a second
     assert spec is not None
     assert spec.origin is not None
     font = ImageFont.truetype(str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans-Bold.ttf"), 15)
@@ -237,7 +237,7 @@ def _draw_sign(canvas: np.ndarray, word: str, top: int, left: int) -> None:
 
 
 def draw_wall(wall: str) -> np.ndarray:
-    """(32, 64, 3) float32: the wall with its vertical grooves and the darker baseboard."""
+    """(32, 64, 3) float32: the wall with its vertical grooves and darker baseboard."""
     canvas = np.empty((HEIGHT, WIDTH, 3), np.float32)
     color = np.asarray(WALLS[wall], np.float32)
     canvas[:] = color
@@ -270,7 +270,7 @@ def _slots(scene: dict[str, Any], count: int, rng: np.random.Generator) -> list[
 
 
 def render(scene: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-    """The picture of a scene: (32, 64, 3) uint8. What the scene leaves open is drawn from `rng`."""
+    """The image of a scene: (32, 64, 3) uint8. What the scene leaves open is drawn from `rng`."""
     canvas = draw_wall(scene["wall"])
     if scene["word"]:
         top = 2 if scene["objects"] else int(rng.integers(4, 8))

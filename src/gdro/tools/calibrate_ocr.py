@@ -1,4 +1,4 @@
-"""`gdro calibrate ocr`: what the OCR engines read on the same images, how fast, and where they disagree.
+"""`gdro calibrate ocr`: what the OCR engines read in the same images, how fast, and where they disagree.
 
 Every engine reads every image in turn, on one thread, after one image that is not timed.
 """
@@ -26,12 +26,12 @@ from gdro.rewards.ocr.reward import OcrReward, edit_distance, ocr_score, quoted_
 
 Reader = Callable[[int, Image.Image], dict[str, Any]]
 """(index, image) -> evidence with its `text`."""
-SHOWN = 5  # disagreements of a pair of engines that are told in full
+SHOWN = 5  # disagreements shown in full per pair of engines
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images to read, their names and the texts they should show; `load(i)` opens the i-th."""
+    """Images to read, with their names and the texts they should show; `load(i)` opens the i-th."""
 
     names: list[str]
     targets: list[str]
@@ -54,8 +54,8 @@ def calibrate_ocr(
     """Compare `engines` on `images`; returns a Markdown table, and writes everything to the JSON file `out`.
 
     `images` is a folder with metadata.jsonl (`pictures_of_folder`), a store of groups or a run directory. Without
-    `engines` all are compared, and those that are not installed told of. `lang` is PaddleOCR's. Raises UserError for
-    bad input, and for an engine that was asked for by name and is not available.
+    `engines`, all are compared and missing ones listed. `lang` is PaddleOCR's. Raises UserError for bad input, and for
+    a requested engine that is not available.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; expected at least 1")
@@ -63,7 +63,7 @@ def calibrate_ocr(
         raise UserError(f"--out is {out}; expected a name that ends in .json")
     for name in engines:
         if name not in NAMES:
-            raise UserError(f'--engine is "{name}", which is none{did_you_mean(name, NAMES)}')
+            raise UserError(f'--engine is "{name}", which is not an engine{did_you_mean(name, NAMES)}')
     pictures = pictures_of(images).thinned(limit)
 
     readers: dict[str, Reader] = {}
@@ -90,7 +90,7 @@ def calibrate_ocr(
 
 
 def pictures_of(source: Path) -> Pictures:
-    """Of a folder with metadata.jsonl, a store of groups, or a run directory."""
+    """The images of a folder with metadata.jsonl, a store of groups, or a run directory."""
     for folder in (source, source / "groups"):
         if any(folder.glob("groups-*.parquet")):
             return pictures_of_store(folder)
@@ -100,10 +100,10 @@ def pictures_of(source: Path) -> Pictures:
 
 
 def pictures_of_folder(folder: Path) -> Pictures:
-    """`metadata.jsonl` has one row an image: `file_name`, and `text`, what the image should show.
+    """The images of a folder with `metadata.jsonl`, one row per image: `file_name`, and `text`, what it should show.
 
-    A text with a part in double quotes is a prompt, and that part its target. A row may give it as `prompt` instead,
-    which must have such a part, or a `target` beside it. Raises UserError naming the line.
+    A text with a part in double quotes is a prompt with that part as its target. A row may have `prompt` instead, with
+    such a part or with a `target` beside it. Raises UserError naming the line.
     """
     path = folder / "metadata.jsonl"
     names, targets = [], []
@@ -141,7 +141,7 @@ def _row(line: str, where: str, folder: Path) -> tuple[str, str]:
 
 
 def pictures_of_store(folder: Path) -> Pictures:
-    """Images of a store of groups; the targets are those of their prompts."""
+    """The images of a store of groups, with their prompts' targets."""
     from gdro.groups.store import GroupStore
 
     store = GroupStore(folder)
@@ -155,7 +155,7 @@ def pictures_of_store(folder: Path) -> Pictures:
             names.append(name)
             targets.append(target)
             places.append((group, i))
-    last: dict[str, list[Image.Image]] = {}  # one group's images, as neighbors are asked for in turn
+    last: dict[str, list[Image.Image]] = {}  # one group's images, because neighbors are read in turn
 
     def load(i: int) -> Image.Image:
         group, place = places[i]
@@ -168,7 +168,7 @@ def pictures_of_store(folder: Path) -> Pictures:
 
 
 def compare(pictures: Pictures, readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """`engines` (figures of each), `agreement` (of each pair) and `readings` (each image's texts and rewards)."""
+    """`engines` (results of each), `agreement` (of each pair) and `readings` (each image's texts and rewards)."""
     texts: dict[str, list[str]] = {name: [] for name in readers}
     seconds = dict.fromkeys(readers, 0.0)
     with Progress("calibrate ocr", len(pictures.names), "img") as progress:
@@ -207,10 +207,10 @@ def compare(pictures: Pictures, readers: Mapping[str, Reader]) -> dict[str, Any]
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Of two engines' rewards (n,) of the same images.
+    """Agreement of two engines' rewards (n,) on the same images.
 
-    `correlation` is Pearson's, None if one of them is constant; `equal_verdicts` the share of images that both or
-    neither give reward 1; `worst` the places of the largest differences, at most SHOWN.
+    `correlation` is Pearson's, None if either is constant; `equal_verdicts` is the share of images to which both or
+    neither give reward 1; `worst` lists the indices of the largest differences, at most SHOWN.
     """
     gaps = np.abs(a - b)
     worst = [int(i) for i in np.argsort(-gaps, kind="stable")[:SHOWN] if gaps[i] > 0]
@@ -219,8 +219,8 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The figures as Markdown: engines, agreement of each pair, worst disagreements."""
-    lines = [f"{found['count']} images of {found['images']}; one thread an engine", ""]
+    """The results as Markdown: engines, agreement of each pair, worst disagreements."""
+    lines = [f"{found['count']} images of {found['images']}; one thread per engine", ""]
     lines += _markdown(
         ["engine", "mean reward", "exact match", "mean edit distance", "images/s"],
         [

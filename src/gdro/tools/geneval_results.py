@@ -1,6 +1,6 @@
-"""GenEval's verdicts again, from stored detections and without pixels.
+"""Recomputes GenEval's verdicts from stored detections, without pixels.
 
-Of the official evaluator's results (`results.jsonl` of its `evaluate_images.py`) and of files of GenEval rewards.
+Reads the official evaluator's results (`results.jsonl` of its `evaluate_images.py`) and files of GenEval rewards.
 """
 
 import json
@@ -25,11 +25,11 @@ _COLORED = re.compile(
 
 @dataclass(frozen=True)
 class Result:
-    """One image. `strict`: the verdict, an official file's own or the recomputed one; `soft`: recomputed, None if the
-    file does not say enough; `differs`: the recomputed verdict is not the one in the file."""
+    """One image. `strict`: the verdict, either an official file's own or recomputed; `soft`: recomputed, None if the
+    file lacks what it needs; `differs`: whether the recomputed verdict differs from the file's."""
 
     where: str  # line of the file, or image id
-    prompt: str  # equal for the images of one prompt
+    prompt: str  # the same for all images of one prompt
     tag: str
     strict: bool
     soft: float | None
@@ -47,22 +47,22 @@ def results_table(path: Path, groups: Path | None = None) -> str:
 
 
 def read_official(path: Path) -> list[Result]:
-    """The images of an official results file; UserError naming file and line if one is not as that script writes it.
+    """The images of an official results file; UserError naming the file and any line the script cannot have written.
 
-    Its `details` (boxes and scores by class) give the verdict again; the colors, which it does not store, are taken
-    from its reasons.
+    Verdicts are recomputed from its `details` (boxes and scores by class); colors, which it does not store, come from
+    its reasons.
     """
     lines = read_lines(path, "the results of GenEval's evaluate_images.py")
     results = [_official(line, f"{path}:{number}") for number, line in lines]
     if not results:
-        raise UserError(f"{path} is empty; expected a line for each image")
+        raise UserError(f"{path} is empty; expected one line per image")
     return results
 
 
 def rescore(path: Path, groups: Path | None = None) -> list[Result]:
     """The images of a file of GenEval rewards, by today's rules.
 
-    Files written before records were kept in the evidence need `groups`, the folder of groups they were given for.
+    Files from before records were kept in the evidence need `groups`, the folder of the scored groups.
     """
     from gdro.groups.scores import read_header, read_scored
     from gdro.groups.store import GroupStore
@@ -88,10 +88,10 @@ def rescore(path: Path, groups: Path | None = None) -> list[Result]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Each tag's mean and images, and overall, the unweighted mean of the six tags, as the official summary has it."""
+    """Each tag's mean and images, and overall, the unweighted mean of the six tags, as in the official summary."""
     tags = [result.tag for result in results]
     strict = summary(np.asarray([float(r.strict) for r in results]), tags)
-    # NaN where it is unknown, so that no tag's mean is one of some of its images
+    # NaN if unknown, so no tag's mean covers only some of its images
     soft = summary(np.asarray([np.nan if r.soft is None else r.soft for r in results]), tags)
     counts = {tag: tags.count(tag) for tag in TAGS} | {"overall": len(results)}
     lines = [f"{'tag':<16}{'strict':>8}{'soft':>8}{'images':>8}"]
@@ -167,11 +167,10 @@ def _detections(details: Mapping[str, Any], where: str) -> Iterator[Detection]:
 
 
 def _again(detections: Sequence[Detection], record: Record, reason: str) -> Verdict | None:
-    """The verdict on detections without colors; None if the reasons do not tell the colors it needs.
+    """The verdict on detections without colors; None if the reasons lack the colors it needs.
 
-    An entry with a color and enough objects either has the official reason for a wrong color, which counts the
-    colors of the best `count` objects, or they all are of the color asked for. Which of them has which changes
-    nothing.
+    An entry with a color and enough objects either has the official reason for a wrong color, which counts the colors
+    of the best `count` objects, or they all have the requested color. Which object has which color does not matter.
     """
     found = kept(detections, record.tag)
     told = {(m[1], m[2]): m[3] for m in map(_COLORED.fullmatch, reason.split("\n")) if m}
@@ -180,7 +179,7 @@ def _again(detections: Sequence[Detection], record: Record, reason: str) -> Verd
         if entry.color is None:
             continue
         there = len(found.get(entry.label, []))
-        if entry.label in colored or 0 < there < entry.count:  # whose are they, or never looked at
+        if entry.label in colored or 0 < there < entry.count:  # ambiguous, or never determined
             return None
         counts = told.get((entry.color, entry.label), f"{entry.count} {entry.color}")
         colored[entry.label] = list(_repeated(counts)) if there else []

@@ -1,6 +1,6 @@
-"""`gdro verify`: every file that a stage of a run reads, read again to its last byte and compared with its digest.
+"""`gdro verify`: rereads every file that a stage of a run reads, to the last byte, and compares it with its digest.
 
-Left out is what nothing reads: the report, the model card and its images, tensorboard's files, logs.
+Files that no stage reads are left out: the report, the model card and its images, tensorboard's files, logs.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from gdro.tools.arena.votes import FILE, Votes
 from gdro.training.checkpoint import checkpoint_path, load_checkpoint, steps_saved
 from gdro.training.log import LOG, read_metrics
 
-RESTART = "`gdro run` with the run's configuration writes it again"
+RESTART = "`gdro run` with the run's configuration rewrites it"
 
 
 def verify(folder: Path) -> tuple[int, list[str]]:
-    """(how many checks, a line for each that failed) of a run, or of a human study.
+    """(number of checks, one line per failure) for a run or a human study.
 
     Raises UserError if `folder` is neither.
     """
@@ -39,19 +39,19 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     elif any((folder / name).exists() for name in (KEPT, CONFIG, "groups")):
         found = _RunFindings(folder)
     else:
-        raise UserError(f"{folder} holds neither {CONFIG} nor {FILE}; expected the folder of a run or of a study")
+        raise UserError(f"{folder} holds neither {CONFIG} nor {FILE}; expected the folder of a run or a study")
     return found.checked, found.lines
 
 
 class Findings:
-    """What was checked, and a line for each thing that is damaged or missing."""
+    """What was checked, and one line for everything damaged or missing."""
 
     def __init__(self) -> None:
         self.checked = 0
         self.lines: list[str] = []
 
     def check(self, read: Callable[..., Any], *arguments: Any) -> Any:
-        """What `read` returns of `arguments`, or None and a line that says why not."""
+        """What `read` returns for `arguments`; if it fails, None, after adding a line that says why."""
         try:
             value = read(*arguments)
         except UserError as error:
@@ -67,7 +67,7 @@ class Findings:
 
 
 class _RunFindings(Findings):
-    """Of a run directory. What is not there is missed only where something made later is."""
+    """Findings for a run directory. A file counts as missing only if something made later exists."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -98,11 +98,11 @@ class _RunFindings(Findings):
         return config
 
     def _store(self, groups: Path, scores: Path, *, finished: bool) -> None:
-        """A store of groups, to its pages, with the rewards of its images."""
+        """Check a store of groups, including its pages, and the rewards of its images."""
         files = sorted(scores.glob("*.parquet"))
-        self.expect(bool(files) or not finished, f"{scores} holds no rewards: `gdro score` makes them again")
+        self.expect(bool(files) or not finished, f"{scores} holds no rewards: run `gdro score` again")
         for path in self._planned(groups):
-            self.expect(path.exists() or not (finished or files), f"{path} is missing: `gdro sample` makes it again")
+            self.expect(path.exists() or not (finished or files), f"{path} is missing: run `gdro sample` again")
         sound = True
         for path in sorted(groups.glob("groups-*.parquet")):
             sound &= self.check(_check_pages, path, whole(path)) is not None
@@ -116,7 +116,7 @@ class _RunFindings(Findings):
         self.check(find_record, scores / "standard.json")
 
     def _planned(self, groups: Path) -> list[Path]:
-        """The files that a store was to have when it was begun."""
+        """The files that a store was planned to have when it was begun."""
         imported = (groups / BEGUN).exists()
         begun = self.check(read_record, groups / (BEGUN if imported else STARTED))
         if begun is None:
@@ -133,18 +133,18 @@ class _RunFindings(Findings):
         if self.evaluated:
             self.expect(stopped is not None, f"{folder / 'stopped.json'} is missing: {AGAIN['stopped.json']}")
             done = stopped is None or stopped["step"] in steps
-            self.expect(done, f"{folder} lacks the last step's checkpoint: `gdro train` makes it again")
+            self.expect(done, f"{folder} lacks the last step's checkpoint: run `gdro train` again")
         if not found or found[-1] is None:
             return
         last = found[-1]
         if best != last.memory["best"]:
-            self.expect(False, f"{folder / 'best.json'} is missing, or not what {last.path} says: {AGAIN['best.json']}")
+            self.expect(False, f"{folder / 'best.json'} is missing, or differs from {last.path}: {AGAIN['best.json']}")
         if last.memory["best"] is not None:
             path = checkpoint_path(folder, last.memory["best"]["step"])
             self.expect(path.exists(), f"{path} is missing, the best checkpoint: train again in another --out")
         if rows is not None:
             count, written = sum(row["step"] <= last.step for row in rows), last.memory["rows"]
-            what = f"{log} holds {count} rows until step {last.step}, {written} were written"
+            what = f"{log} holds {count} rows up to step {last.step}, but {written} were written"
             self.expect(count == written, f"{what}: train again in another --out")
 
     def _results(self) -> None:
@@ -158,12 +158,12 @@ class _RunFindings(Findings):
                 self.check(check_adapter, adapter)
 
     def _prompts(self, config: RunConfig) -> None:
-        """The prompts as used are those that the configuration names."""
+        """Check that the prompts used are those that the configuration names."""
         named = self.check(lambda: RunState(config, self.folder).prompts)
         for split in named or ():
             path = self.folder / "prompts" / f"{split}.jsonl"
             same = path.exists() and path.read_bytes() == prompt_lines(named[split])
-            self.expect(same, f"{path} is missing, or has other prompts than the configuration names; {RESTART}")
+            self.expect(same, f"{path} is missing, or its prompts are not those the configuration names; {RESTART}")
 
 
 def _check_pages(path: Path, expected: str) -> bool:

@@ -286,7 +286,7 @@ def test_the_command_prints_a_table_or_json(
     assert found["stages"]["sample"]["hours"] is None
     assert found["stages"]["train"]["hours"] > 0
     assert found["nfe_per_prompt"] is None
-    assert "nowhere.txt is not there yet" in found["notes"][0]
+    assert "nowhere.txt does not exist yet" in found["notes"][0]
     assert main(["plan", config, "--gpu", "cpu"]) == 0
     assert "timed here" in capsys.readouterr().out
     assert main(["plan", config, "--gpu", "h200", "--json"]) == 0

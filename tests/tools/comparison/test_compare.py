@@ -256,7 +256,7 @@ def test_status_writes_nothing_while_a_bench_is_at_work(copy: Path, capsys: pyte
         other.communicate(b"\n")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "red longer: seeds 0"
-    assert "another gdro process is at work" in lines[-1]
+    assert "another gdro process is using" in lines[-1]
     assert not (copy / "results.json").exists()
 
 

@@ -1,7 +1,7 @@
-"""What a device can do: memory, FLOPs and bytes a second, and how long the host takes to start a kernel.
+"""What a device can do: memory, FLOPs and bytes per second, and how long the host takes to start a kernel.
 
-Of GPUs by name these are the makers' figures times shares that large models usually reach (`MATMUL`, `MEMORY`):
-assumed, not measured here. Of the device at hand they are measured in a second or two.
+For GPUs by name these are the makers' figures times shares that large models usually reach (`MATMUL`, `MEMORY`):
+assumed, not measured. For the device at hand they are measured, in a second or two.
 """
 
 import platform
@@ -19,8 +19,8 @@ from gdro.runner.planning.ledger import Work
 
 MATMUL = 0.7  # of the bfloat16 or float32 peak, in large matrix products; less power-limited cards reach more
 MEMORY = 0.85  # of the memory's peak rate, in elementwise kernels
-CPU = 0.42  # of the measured rates, in the passes of small transformers and VAEs (docs/log.md); found, not derived
-CALL = 8e-6  # seconds of Python and driver a kernel, uncompiled
+CPU = 0.42  # of the measured rates, in passes of small transformers and VAEs; empirical
+CALL = 8e-6  # seconds of Python and driver per kernel, uncompiled
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Device:
 
     name: str
     memory: float
-    half: float  # FLOPs a second in bfloat16
-    single: float  # FLOPs a second in float32
-    rate: float  # bytes a second
-    call: float  # seconds of the host a kernel
-    ahead: bool  # the host runs ahead of the device, so the slower of the two counts; else both
+    half: float  # FLOPs per second in bfloat16
+    single: float  # FLOPs per second in float32
+    rate: float  # bytes per second
+    call: float  # host seconds per kernel
+    ahead: bool  # the host runs ahead of the device, so the slower of the two counts; else their sum
     assumed: str  # where the rates come from, for the reader
 
     def seconds(self, work: Work, images: int) -> float:
-        """Of `work` for `images` at once: each kernel waits for its arithmetic or its memory, whichever is slower."""
+        """Seconds of `work` for `images` at once; each kernel takes the longer of its arithmetic and memory times."""
         device = 0.0
         for (flops, moved, shared, half), count in work.operations.items():
             arithmetic = images * flops / (self.half if half else self.single)
@@ -68,7 +68,7 @@ GPUS = (*_PUBLISHED, "cpu")
 
 
 def gpu(name: str) -> Device:
-    """The GPU called `name` (any case, blanks or dashes); UserError with the nearest name if it is not in the table."""
+    """The GPU called `name` (any case, blanks or dashes); UserError with the nearest name if not in the table."""
     key = name.lower().replace(" ", "-").removeprefix("nvidia-").replace("rtx-", "rtx")
     if key not in _PUBLISHED:
         raise UserError(f'--gpu: "{name}" is not in the table of GPUs{did_you_mean(key, GPUS)}')
@@ -83,7 +83,7 @@ def gpu(name: str) -> Device:
         ahead=True,
         assumed=(
             f"{MATMUL:.0%} of {half:g} TFLOP/s (bf16; {single:g} in float32), {MEMORY:.0%} of {rate:g} GB/s, "
-            f"{CALL * 1e6:g} µs a kernel on the host: assumed, not measured"
+            f"{CALL * 1e6:g} µs per kernel on the host: assumed, not measured"
         ),
     )
 
@@ -117,7 +117,7 @@ def present(device: torch.device) -> Device:
 
 
 def _fastest(run: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
-    """Seconds of the fastest of the runs that fit in `seconds`: what other work on the machine does not slow."""
+    """Seconds of the fastest run out of those that fit in `seconds`, the least slowed by other work."""
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         begun = time.perf_counter()

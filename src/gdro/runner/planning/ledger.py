@@ -1,8 +1,8 @@
-"""What operations cost without doing them: FLOPs, bytes moved, bytes alive, counted on tensors without values.
+"""The cost of operations without doing them: FLOPs, bytes moved, bytes alive, counted on tensors without values.
 
-The tensors are torch's fake ones: an operation finds only the shape and type of its result. Everything is counted for
-a batch of one image and told apart by whether it grows with the batch: what an operation makes does if one of its
-inputs does, and the first of these are the images themselves.
+The tensors are torch's fake ones: an operation only finds the shape and type of its result. Everything is counted for
+a batch of one image, separately by whether it grows with the batch: an operation's result does if one of its inputs
+does, starting with the images themselves.
 """
 
 import weakref
@@ -35,7 +35,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass costs: n images take n times what grows with the batch, and the rest once."""
+    """The cost of a pass: n images take n times what grows with the batch, and the rest once."""
 
     operations: Counter[Operation]
     peak: int  # most bytes alive at once that grow with the batch, beside what was there before
@@ -47,7 +47,7 @@ class Work:
         return sum(operation.flops * count for operation, count in self.operations.items())
 
     def memory(self, images: int) -> int:
-        """Bytes that `images` at once need beside what was there before."""
+        """Bytes that `images` at once need in addition to what was there before."""
         return self.shared_peak + images * self.peak
 
     def __add__(self, other: "Work") -> "Work":
@@ -57,7 +57,7 @@ class Work:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts what happens inside it; `there` are the weights, `images` the tensors that grow with the batch."""
+    """Counts operations within it; `there` are the weights, `images` the tensors that grow with the batch."""
 
     def __init__(self, there: Iterable[Tensor], images: Iterable[Tensor]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Ledger(TorchDispatchMode):
         grows = any(self._grows(tensor) for tensor in given)
         for tensor in made:
             self._count(tensor, grows)
-        if given and made:  # asking for a tensor's device is no kernel
+        if given and made:  # asking for a tensor's device is not a kernel
             self._operations[self._operation(func, args, kwargs, out, [*given, *made])] += 1
         return out
 
@@ -137,11 +137,11 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 class Kernels(TorchFunctionMode):
-    """What runs on the device in question, though the tensors say CPU.
+    """The kernels of the device being planned, although the tensors are on the CPU.
 
-    Attention is one kernel that keeps no matrix of weights, everywhere. `cuda`: so is a root mean square norm, and
-    under autocast the functions of `_FLOAT32` take and give float32, which the CPU's autocast leaves as they are. Where
-    a model asks how long prompts are, they are `text_length`: as long as they can be.
+    Attention is always one kernel that keeps no weight matrix. With `cuda`, so is a root mean square norm, and under
+    autocast the functions in `_FLOAT32` take and return float32, which the CPU's autocast does not change. If a model
+    asks how long prompts are, the answer is `text_length`, the maximum.
     """
 
     def __init__(self, *, cuda: bool, text_length: int) -> None:
@@ -162,7 +162,7 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Of torch's list (ATen/autocast_mode.h) what transformers and VAEs use.
+# The part of torch's list (ATen/autocast_mode.h) that transformers and VAEs use.
 _FLOAT32 = frozenset(
     {F.layer_norm, F.rms_norm, F.group_norm, torch.layer_norm, torch.rms_norm, torch.group_norm, torch.rsqrt}
     | {torch.pow, torch.exp, torch.sum, torch.softmax, F.softmax, F.softplus}
@@ -175,7 +175,7 @@ def _widened(value: Any) -> Any:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Costs what a fused kernel does: it reads and writes once each way, and keeps its input."""
+    """Costs as much as a fused kernel: it reads and writes once in each direction, and keeps its input."""
 
     @staticmethod
     def forward(context: Any, value: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def _attention(
 
 @contextmanager
 def counting(there: Iterable[Tensor], images: Iterable[Tensor], *, cuda: bool, text_length: int) -> Iterator[Ledger]:
-    """Inside it everything done to fake tensors is counted as if on a GPU (`cuda`) or a CPU."""
+    """Within it, everything done to fake tensors is counted as if on a GPU (`cuda`) or a CPU."""
     ledger = Ledger(there, images)
     with Kernels(cuda=cuda, text_length=text_length), ledger:
         yield ledger

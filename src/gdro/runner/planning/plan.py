@@ -1,4 +1,4 @@
-"""What a run will cost: passes, seconds, memory and disk, from its configuration and the shapes of its model.
+"""The cost of a run: passes, seconds, memory and disk, from its configuration and the shapes of its model.
 
 Everything here is arithmetic on `Shapes` (counted), `Device` (measured or assumed) and `RunConfig`.
 """
@@ -18,24 +18,24 @@ from gdro.training.micro_batch import MARGIN, largest_micro_batch
 
 LORA_BYTES = 5 * 4  # a trained parameter, its gradient, AdamW's two moments, its average: float32
 CHECKPOINT_BYTES = 4 * 4  # the parameter, its average, the moments
-SURE = 0.85  # a plan's activations are within 15 % of what is measured, so this share of them at least is needed
+SURE = 0.85  # planned activations are within 15 % of measured ones, so at least this share is needed
 GENERATING = frozenset({"sample", "evaluate"})
 ROUND_AND_EVALUATE = GENERATING | {"train"}
-PNG_BYTES = 2.0  # a pixel, of pictures with some detail
-ROW_BYTES = 600  # of an image beside picture and latent: ids, prompt, settings
+PNG_BYTES = 2.0  # per pixel, for images with some detail
+ROW_BYTES = 600  # per image besides pixels and latent: ids, prompt, settings
 
 Pace = Callable[[str, int], float]  # (a pass of Shapes, images at once) -> seconds
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the whole run. None: not known."""
+    """A stage of the whole run. None means unknown."""
 
     name: str
     images: int | None  # made, trained on (each visit counts) or measured
     flops: float | None  # of one
     seconds: float | None  # of one; of scoring, of one CPU core
-    nfe: int | None  # passes through the model as a run counts them, all in all
+    nfe: int | None  # total model evaluations, as a run counts them
 
     @property
     def hours(self) -> float | None:
@@ -50,7 +50,7 @@ class Plan:
     disk: dict[str, float | None]  # bytes
     micro_batch: MicroBatch  # how much of a training step goes through the model at once
     prompts: int | None  # of sample.prompts
-    advice: list[str]  # what to change where it does not fit
+    advice: list[str]  # what to change if it does not fit
 
     @property
     def hours(self) -> float | None:
@@ -70,7 +70,7 @@ class Plan:
 def plan(
     config: RunConfig, shapes: Shapes, device: Device, prompts: Mapping[str, int | None], pace: Pace | None = None
 ) -> Plan:
-    """`prompts`: how many there are of "train", "validation" and "test"; None where it is not known.
+    """The plan of a run. `prompts`: the number of "train", "validation" and "test" prompts; None if unknown.
 
     `pace` replaces the device's rates by measured seconds.
     """
@@ -116,7 +116,7 @@ def _stages(
 
 
 def _ocr_seconds(config: RunConfig) -> float:
-    """Of one core for one image: 14 ms at 64x32, 280 ms at 512x512 (docs/design.md), linear in the pixels."""
+    """Seconds of one core per image: 14 ms at 64x32, 280 ms at 512x512 (measured), linear in the pixels."""
     return 0.0119 + 1.023e-6 * math.prod(largest_size(config))
 
 
@@ -128,7 +128,7 @@ def _generating(name: str, images: int | None, settings: Generation, shapes: Sha
 
 
 def _training(config: RunConfig, shapes: Shapes, micro_batch: MicroBatch, prompts: int | None, pace: Pace) -> Stage:
-    """Every image of every draw; of a trajectory objective, every step trained on is one."""
+    """Counts every image of every draw; for a trajectory objective, every step trained on."""
     train, objective = config.train, config.train.objective
     images = train.max_train_steps * train.groups_per_step * train.k * _transitions(config)
     others = _other_passes(config, prompts, images)
@@ -154,10 +154,10 @@ def _transitions(config: RunConfig) -> int:
 
 
 def _other_passes(config: RunConfig, prompts: int | None, images: int) -> float:
-    """Passes without gradient that the objective asks for, beside the policy's."""
+    """Passes without gradient that the objective needs, besides the policy's."""
     train, objective = config.train, config.train.objective
     steps = train.max_train_steps
-    fresh = config.rounds.count(steps) / steps  # share of the steps at which the policy is still the one that sampled
+    fresh = config.rounds.count(steps) / steps  # share of steps at which the policy is still the one that sampled
     base = images * objective.uses_base
     if "trajectories" in objective.needs:
         return base + images * objective.uses_old_mean * (1 - fresh)
@@ -165,7 +165,7 @@ def _other_passes(config: RunConfig, prompts: int | None, images: int) -> float:
         return base
     if train.reference_draws is not None and prompts is not None:
         pool = (config.rounds.prompts or prompts) * config.sample.images_per_prompt * train.reference_draws
-        return base + pool * (1 - math.exp(-images / pool))  # each of the pool once, if it is met at all
+        return base + pool * (1 - math.exp(-images / pool))  # each entry of the pool once, if it comes up at all
     return base + images * (1 - fresh if objective.reference == "old" else 1)
 
 
@@ -183,7 +183,7 @@ def _times(count: int | None, factor: int) -> int | None:
 
 
 def micro_batch_of(config: RunConfig, shapes: Shapes, memory: float) -> MicroBatch:
-    """How much of a step goes through the model at once on a device of so many bytes, as training itself chooses."""
+    """How much of a step goes through the model at once on a device with `memory` bytes, as training would choose."""
     train = config.train
     groups = train.micro_batch_groups or train.groups_per_step
     if train.group_gradient != "auto":
@@ -211,9 +211,9 @@ def memory_parts(config: RunConfig, shapes: Shapes, micro_batch: MicroBatch) -> 
 
 
 def memory_totals(parts: Mapping[str, float], *, validates: bool) -> dict[str, float]:
-    """Bytes on the device at the peak of each stage; while it trains, text encoders and VAE are not there.
+    """Bytes on the device at the peak of each stage; during training, text encoders and VAE are elsewhere.
 
-    A validation makes images beside the optimizer.
+    A validation makes images while the optimizer is in memory.
     """
     base, encoders, vae, lora, sampling, decoding, _, _, training = parts.values()
     return {
@@ -257,7 +257,7 @@ def _either(changes: Sequence[str]) -> str:
 
 
 def refuse(config: RunConfig, shapes: Shapes, memory: float, stages: Collection[str]) -> None:
-    """Raise UserError if one of `stages` needs more than `memory` bytes, for certain: by the least it can do with."""
+    """Raise UserError if one of `stages` certainly needs more than `memory` bytes, judging by its minimum."""
     base, lora = shapes.transformer.bytes, LORA_BYTES * shapes.trainable
     train = config.train
     if train.group_gradient == "auto":  # it goes down to one image at a time
@@ -287,7 +287,7 @@ def refuse(config: RunConfig, shapes: Shapes, memory: float, stages: Collection[
         if need > memory and where & set(stages):
             raise UserError(
                 f"model: {config.model}: {part} need at least {need / 1e9:.1f} GB by the plan, the GPU has "
-                f"{memory / 1e9:.1f}; expected {what} (gdro plan tells more)"
+                f"{memory / 1e9:.1f}; expected {what} (see gdro plan)"
             )
 
 
@@ -307,7 +307,7 @@ def _disk(config: RunConfig, shapes: Shapes, prompts: Mapping[str, int | None]) 
     due = config.rounds.prompts or prompts["train"]
     groups = None if due is None else rounds * due
     kept: dict[str, float | None] = {"groups": store(groups, sample.images_per_prompt)}
-    if sample.sampler != "ode":  # emptied once a round is trained on no more
+    if sample.sampler != "ode":  # emptied once a round is no longer trained on
         states = latent * (1 + (sample.window_size or sample.num_inference_steps - 1))
         kept["trajectories"] = (
             None if due is None else min(rounds, config.rounds.keep) * due * sample.images_per_prompt * states
@@ -324,7 +324,7 @@ def _disk(config: RunConfig, shapes: Shapes, prompts: Mapping[str, int | None]) 
 
 
 def to_json(found: Plan) -> dict[str, Any]:
-    """Everything, in bytes, FLOPs and seconds; null is not known."""
+    """The whole plan, in bytes, FLOPs and seconds; null means unknown."""
     stages = {s.name: {**vars(s), "hours": s.hours} for s in found.stages}
     return {
         "stages": {name: {k: v for k, v in row.items() if k != "name"} for name, row in stages.items()},

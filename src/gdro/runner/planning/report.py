@@ -1,4 +1,4 @@
-"""`gdro plan`: what a run will cost, as a table or as JSON."""
+"""`gdro plan`: the cost of a run, as a table or as JSON."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:
         notes.append(f"seconds: {device.assumed}")
     found = plan(config, shapes, device, prompts, pace)
     if config.compile or config.quantization:
-        notes.append("seconds are those of uncompiled passes on weights that are not quantized")
+        notes.append("seconds are for uncompiled passes with unquantized weights")
     if config.sample.buckets:
         notes.append("every image counts as one of the largest size")
     if as_json:
@@ -37,7 +37,7 @@ def plan_run(config: RunConfig, gpu_name: str | None, *, as_json: bool) -> str:
 
 
 def _device(config: RunConfig, name: str | None) -> tuple[Device, torch.device | None]:
-    """The device to plan for, and what it is here if it is the one at hand."""
+    """The device to plan for, and its torch device if it is the one at hand."""
     if name is not None and name != "cpu":
         return gpu(name), None
     cuda = torch.cuda.is_available() and name is None and config.device != "cpu"
@@ -48,7 +48,7 @@ def _device(config: RunConfig, name: str | None) -> tuple[Device, torch.device |
 
 
 def prompt_counts(config: RunConfig) -> tuple[dict[str, int | None], list[str]]:
-    """How many prompts each split has, and a note for each file that is not there yet."""
+    """How many prompts each split has, and a note for each file that does not exist yet."""
     specs = {
         "train": ("sample.prompts", config.sample.prompts),
         "validation": ("train.validation_prompts", config.train.validation_prompts if config.train.validates else None),
@@ -63,7 +63,7 @@ def prompt_counts(config: RunConfig) -> tuple[dict[str, int | None], list[str]]:
         if is_named(spec) or os.path.exists(spec):
             counts[split] = len(load_prompts(spec, field))
         else:
-            notes.append(f"{field}: {spec} is not there yet, so what depends on its number of prompts is not known")
+            notes.append(f"{field}: {spec} does not exist yet, so the number of its prompts is unknown")
     return counts, notes
 
 
@@ -113,7 +113,7 @@ def _row(stage: Stage) -> tuple[str, ...]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines with the first column to the left and the others to the right."""
+    """Lines with the first column left-aligned and the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

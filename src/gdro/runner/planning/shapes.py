@@ -20,7 +20,7 @@ from gdro.runner.config import RunConfig
 from gdro.runner.planning.ledger import Work, counting
 
 KNOWN = resources.files("gdro.runner.planning") / "known.json"  # the published configurations of models on the Hub
-BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}  # of a quantized weight; nf4 has a float32 for each 64
+BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}  # per quantized weight; nf4 has a float32 for each 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the model of a run is made of, and what one image costs at the run's size and text length."""
+    """The parts of a run's model, and the cost of one image at the run's size and text length."""
 
     family: str  # diffusers' pipeline
     transformer: Sizes  # the frozen base
@@ -47,15 +47,15 @@ class Shapes:
     base: Work  # one velocity of the frozen base
     policy: Work  # one velocity with the adapter, kept for its gradient
     learning: Work  # one velocity with the adapter, and its gradient
-    saved: int  # bytes of an image that are kept between the two
+    saved: int  # bytes per image kept from the forward to the backward pass
     decode: Work  # latents to pixels
 
 
 def shapes_of(config: RunConfig, *, cuda: bool) -> Shapes:
     """The shapes of `config`'s model as it would run on a GPU (`cuda`) or a CPU.
 
-    Reads configurations only: of a folder, of the Hub, or the packaged ones of models that are known by name. Raises
-    UserError if there are none, the class is unknown, or the images' size or LoRA targets do not suit the model.
+    Reads only configurations: from a folder, the Hub, or the packaged ones of known models. Raises UserError if there
+    are none, the class is unknown, or the images' size or LoRA targets do not suit the model.
     """
     sample = config.sample
     model, networks, text_shapes = outline(config)
@@ -120,7 +120,7 @@ def shapes_of(config: RunConfig, *, cuda: bool) -> Shapes:
 
 
 def largest_size(config: RunConfig) -> tuple[int, int]:
-    """(height, width) that a run's images are planned at: of several sizes the largest."""
+    """(height, width) that a run's images are planned at: the largest of its sizes."""
     return max(config.sample.sizes, key=math.prod)
 
 
@@ -136,8 +136,8 @@ def outline(config: RunConfig) -> tuple[Any, dict[str, nn.Module], dict[str, tup
 
 
 def _backward(loss: Tensor) -> None:
-    """loss.backward(), but for torch function modes: the public call goes on without them, and blocks that are computed
-    again would not be what they were (torch 2.9 to 2.13)."""
+    """loss.backward() that keeps torch function modes: the public call drops them, so recomputed blocks would differ
+    (torch 2.9 to 2.13)."""
     _engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -145,7 +145,7 @@ def _backward(loss: Tensor) -> None:
 
 @contextmanager
 def _configurations(name: str) -> Iterator[str]:
-    """A model's name under which its configurations are found without the Hub, if it is a known one."""
+    """Make a known model's configurations available without the Hub; yields the name to load them under."""
     known = json.loads(KNOWN.read_text(encoding="utf-8"))
     if name not in known or Path(name).exists():
         yield name
@@ -159,7 +159,7 @@ def _configurations(name: str) -> Iterator[str]:
 
 
 def _as_if_loaded(network: nn.Module) -> None:
-    """Give a network without weights those of the surrounding FakeTensorMode, on the CPU."""
+    """Give a network without weights fake ones from the surrounding FakeTensorMode, on the CPU."""
     for module in network.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -176,14 +176,14 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 
 
 def _sizes(network: nn.Module, *, trained: bool = False) -> Sizes:
-    """Of the weights that are trained, or of all others."""
+    """Sizes of the trained weights, or of all others."""
     weights = [p for p in network.parameters() if p.requires_grad == trained]
     others = [] if trained else list(network.buffers())
     return Sizes(sum(p.numel() for p in weights), sum(t.nbytes for t in [*weights, *others]))
 
 
 def _quantized(network: nn.Module, sizes: Sizes, kind: Quantization) -> Sizes:
-    """With the frozen linear layers in fewer bits; what else a layer keeps, a scale a row, is left out."""
+    """The sizes with frozen linear layers in fewer bits; other per-layer data, such as a scale per row, is left out."""
     layers = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
     frozen = [weight for weight in layers if not weight.requires_grad]
     saved = sum(weight.nbytes - weight.numel() * BYTES[kind] for weight in frozen)

@@ -1,4 +1,4 @@
-"""A model's passes timed on the device at hand, with random weights of its shapes: time does not depend on values."""
+"""Times a model's passes on the device at hand, with random weights: time does not depend on their values."""
 
 import time
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from gdro.runner.config import RunConfig
 from gdro.runner.planning.plan import Pace
 from gdro.runner.planning.shapes import largest_size, outline
 
-SMALL = 2e8  # parameters up to which a few passes are a matter of seconds on a CPU
-SECONDS = 0.5  # a pass is timed as often as fits in this, and once at least
+SMALL = 2e8  # parameters; smaller models take only seconds for a few passes on a CPU
+SECONDS = 0.5  # a pass is timed as often as fits in this, at least once
 
 
 def measured_pace(config: RunConfig, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Pace:
-    """Times a pass, by `clock`, when it is first asked for."""
+    """A pace that times each pass, by `clock`, on first use."""
     model, networks, text_shapes = outline(config)
     for part in ("transformer", "vae"):
         _fill(networks[part], device)

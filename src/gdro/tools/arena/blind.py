@@ -1,4 +1,4 @@
-"""The study as the page sees it: what a rater is shown next, votes, images by token; never whose images they are."""
+"""The study as the page sees it: a rater's next pair, votes, images by token; never whose images they are."""
 
 import io
 import threading
@@ -14,7 +14,7 @@ MAX_NAME = 64  # characters of a rater's name
 
 
 class Refused(Exception):
-    """A request that is not served: its status and one line for whoever made it."""
+    """A refused request: its status and one line for the client."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class Refused(Exception):
 
 
 class Arena:
-    """One study of opened models. Safe to use from several threads."""
+    """One study of opened models. Thread-safe."""
 
     def __init__(self, models: Sequence[Model], votes: Votes, study: Study) -> None:
         self.stores = {model.name: model.store for model in models}
@@ -32,7 +32,7 @@ class Arena:
         self._images: dict[str, tuple[str, str, int]] = {}  # token -> model, group, index
 
     def state(self, rater: str) -> dict[str, Any]:
-        """The rater's first pair with an open question (`pair` None: all done), and the vote that undo would take."""
+        """The rater's first pair with an open question (`pair` None: all done), and the vote that undo would remove."""
         dealt = self._deal(rater)
         votes = self.votes.all(rater)
         answers: dict[int, dict[str, str]] = {}
@@ -57,17 +57,17 @@ class Arena:
         return state
 
     def vote(self, rater: str, pair: str, question: str, choice: str) -> bool:
-        """Commit a vote. False if the rater has answered this question otherwise."""
+        """Commit a vote. False if the rater has already given another answer."""
         if question not in QUESTIONS or choice not in CHOICES:
             raise Refused(HTTPStatus.BAD_REQUEST, f"no such answer: {question!r}, {choice!r}")
         return self.votes.record(rater, self._shown(rater, pair), question, choice)
 
     def undo(self, rater: str, pair: str, question: str) -> bool:
-        """Take back the rater's last vote. False if it is not this one."""
+        """Remove the rater's last vote. False if it is not this one."""
         return self.votes.undo(rater, self._shown(rater, pair).number, question)
 
     def image(self, token: str) -> bytes:
-        """PNG of the pixels alone: encoded anew, so that no metadata of the stored file gets out."""
+        """PNG of only the pixels: re-encoded, so no metadata of the stored file leaks."""
         if token not in self._images:
             raise Refused(HTTPStatus.NOT_FOUND, "no such image")
         model, group, index = self._images[token]
@@ -97,7 +97,7 @@ class Arena:
 
 
 def rater_name(name: str) -> str:
-    """The name without stray blanks, composed (NFC), so that one rater stays one."""
+    """The name without stray blanks and in composed form (NFC), so one rater stays one; Refused if invalid."""
     name = unicodedata.normalize("NFC", " ".join(name.split()))
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise Refused(HTTPStatus.BAD_REQUEST, f"expected a name of 1 to {MAX_NAME} printable characters")

@@ -1,4 +1,4 @@
-"""What a rater is shown: the models' images of the same prompts and seeds, paired, and dealt blind to each rater."""
+"""What raters see: the models' images of the same prompts and seeds, paired and shown blind to each rater."""
 
 import hashlib
 import hmac
@@ -17,7 +17,7 @@ from gdro.groups.store import GroupStore
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its images; `name` appears in the table and in the database, never on the page."""
+    """A model, by its images; `name` appears in the table and in the database, never on the page."""
 
     name: str
     store: GroupStore
@@ -36,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Shown:
-    """A pair as one rater sees it. The tokens are all that the page learns of it; `images` are A's and B's."""
+    """A pair as one rater sees it. The page only gets the tokens; `images` are A's and B's."""
 
     number: int
     token: str
@@ -45,15 +45,15 @@ class Shown:
 
 
 def open_models(paths: Sequence[Path]) -> list[Model]:
-    """Base and tuned model of one run's evaluation; of several runs (or stores of groups), the tuned ones.
+    """Base and tuned model of a single run's evaluation; for several runs (or stores of groups), the tuned ones.
 
-    Raises UserError if a run's evaluation is not finished, or if prompts, seeds or sizes of the images differ.
+    Raises UserError if a run's evaluation is not finished, or if prompts, seeds or image sizes differ.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"{' '.join(map(str, paths))} names a folder twice; expected every run once")
     if len(paths) == 1:
         if not _is_run(paths[0]):
-            raise UserError(f"{paths[0]} is one store of groups; expected a run, or two stores or more")
+            raise UserError(f"{paths[0]} is one store of groups; expected a run, or at least two stores")
         models = [Model(side, GroupStore(paths[0] / "evaluation" / side)) for side in ("base", "tuned")]
     else:
         stores = [GroupStore(path / "evaluation" / "tuned" if _is_run(path) else path) for path in paths]
@@ -76,7 +76,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell them apart."""
+    """The last parts of each path, as few as distinguish them."""
     parts = [path.resolve().parts for path in paths]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(parts):
@@ -102,7 +102,7 @@ def _check_alike(one: GroupStore, other: GroupStore) -> None:
             (height, width), (own_height, own_width) = other.image_size(group), one.image_size(group)
             raise UserError(
                 f'{other.folder} has images of {width}x{height} of prompt "{group}", {one.folder} of '
-                f"{own_width}x{own_height}; expected the same size, as another would give the models away"
+                f"{own_width}x{own_height}; expected the same size, as a different one would give the models away"
             )
     seeds, found = _seeds(one), _seeds(other)
     for group, expected in seeds.items():
@@ -122,11 +122,11 @@ def _seeds(store: GroupStore) -> dict[str, list[int | None]]:
 
 
 def draw_pairs(models: Sequence[Model], count: int | None, *, seed: int) -> list[Pair]:
-    """The first `count` of all pairs, ordered so that any beginning is balanced; by default every prompt once for
-    every two models.
+    """The first `count` of all pairs, ordered so any prefix is balanced; by default every prompt once for every two
+    models.
 
-    The order runs through prompts (shuffled) and pairs of models together, and only then takes a prompt's next image.
-    A larger count adds pairs and changes none. Raises UserError if there are fewer.
+    The order goes through all (shuffled) prompts and pairs of models before it takes a prompt's next image. A larger
+    count adds pairs and changes none. Raises UserError if there are fewer.
     """
     store = models[0].store
     rivals = [(a.name, b.name) for a, b in combinations(models, 2)]
@@ -142,14 +142,14 @@ def draw_pairs(models: Sequence[Model], count: int | None, *, seed: int) -> list
     if count is None:
         count = len(groups) * len(rivals)
     if not 1 <= count <= len(pairs):
-        raise UserError(f"--pairs is {count}; expected 1 to {len(pairs)}, as many as the images make")
+        raise UserError(f"--pairs is {count}; expected 1 to {len(pairs)}, the number the images allow")
     return pairs[:count]
 
 
 def deal(pairs: Mapping[int, Pair], rater: str, *, seed: int, secret: bytes) -> list[Shown]:
-    """The pairs by number, in the order of this rater, each with its sides drawn from (seed, rater, pair).
+    """The pairs in this rater's order, each with its sides drawn from (seed, rater, pair).
 
-    Tokens are keyed hashes: without `secret` nobody can tell of what, and a page outlives a restart of the server.
+    Tokens are keyed hashes: they reveal nothing without `secret`, and a page survives a restart of the server.
     """
     dealt = []
     for number, pair in pairs.items():

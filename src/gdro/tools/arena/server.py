@@ -28,11 +28,11 @@ from gdro.tools.arena.pairs import draw_pairs, open_models
 from gdro.tools.arena.table import results
 from gdro.tools.arena.votes import FILE, QUESTIONS, Votes
 
-MAX_BODY = 4096  # bytes of a request; a vote takes some two hundred
+MAX_BODY = 4096  # bytes per request; a vote takes about two hundred
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one Arena. `rater`: the only one here, whom the page then does not ask for a name."""
+    """Serves one Arena. `rater`: the only rater, so the page does not ask for a name."""
 
     daemon_threads = True
 
@@ -61,7 +61,7 @@ class Server(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say on stderr what broke; a browser that went away is not an error."""
+        """Report on stderr what broke; a browser that disconnected is not an error."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
             tell(f"gdro arena: {type(error).__name__}: {error}")
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "gdro", ""
-    timeout = 60  # seconds; a connection that says nothing does not hold its thread for ever
+    timeout = 60  # seconds; a silent connection does not hold its thread forever
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -94,13 +94,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "failed; the server's terminal says why"})
 
     def _check_source(self) -> None:
-        """Refuse pages of other sites: those that send here, and those whose name was pointed here (DNS rebinding)."""
+        """Refuse requests from other sites' pages, including sites whose name was pointed here (DNS rebinding)."""
         host = self.headers.get("Host", "").lower()
         try:
             name = urlsplit(f"//{host}").hostname or ""
             origin = urlsplit(self.headers.get("Origin", f"http://{host}")).netloc.lower()
         except ValueError:
-            raise Refused(HTTPStatus.BAD_REQUEST, "expected a Host and an Origin that can be read") from None
+            raise Refused(HTTPStatus.BAD_REQUEST, "expected a valid Host and Origin") from None
         allowed = _is_address if self.server.open_to_network else _is_loopback
         if name not in self.server.names and not allowed(name):
             raise Refused(HTTPStatus.FORBIDDEN, "expected the address that gdro arena printed")
@@ -124,14 +124,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self) -> None:
         """`/state` {rater}, `/vote` {rater, pair, question, choice}, `/undo` {rater, pair, question}.
 
-        Each answers with the rater's state, a vote or undo that came too late (409) too.
+        Each answers with the rater's state, even for a vote or undo that came too late (409).
         """
         fields = {"/state": (), "/vote": ("pair", "question", "choice"), "/undo": ("pair", "question")}.get(self.path)
         if fields is None:
             raise Refused(HTTPStatus.NOT_FOUND, "no such page")
         body = self._body()
         if body.keys() != {"rater", *fields} or not all(isinstance(value, str) for value in body.values()):
-            raise Refused(HTTPStatus.BAD_REQUEST, f"expected the texts {', '.join(('rater', *fields))}")
+            raise Refused(HTTPStatus.BAD_REQUEST, f"expected the strings {', '.join(('rater', *fields))}")
         arena, rater = self.server.arena, rater_name(body.pop("rater"))
         if self.server.rater not in (None, rater):
             raise Refused(HTTPStatus.FORBIDDEN, "this study runs for one rater only")
@@ -185,10 +185,10 @@ def arena(
     seed: int | None = None,
     pairs: int | None = None,
 ) -> str:
-    """Serve the study of `runs` in `out` until Ctrl-C; the tables, as text. A study begun there goes on.
+    """Serve the study of `runs` in `out` until Ctrl-C; returns the tables as text. A study begun there resumes.
 
-    `seed` and `pairs` (how many pairs of images) are by default those the study was begun with; a new one takes seed 0
-    and every prompt once for every two models. Raises UserError before anything is served.
+    `seed` and `pairs` (the number of image pairs) default to those the study was begun with; a new one uses seed 0 and
+    every prompt once for every two models. Raises UserError before serving anything.
     """
     if rater is not None:
         try:
@@ -213,9 +213,9 @@ def arena(
         except OSError as error:
             raise UserError(f"--host {host} --port {port}: {error.strerror}; expected a free address") from None
         with server:
-            tell(f"gdro arena: {len(study.pairs)} pairs at {server.url} (Ctrl-C ends it)")
+            tell(f"gdro arena: {len(study.pairs)} pairs at {server.url} (Ctrl-C to stop)")
             if server.open_to_network:
-                tell(f"gdro arena: --host {host}: everyone who reaches it can see and vote")
+                tell(f"gdro arena: --host {host}: anyone who can reach it can look and vote")
             try:
                 server.serve_forever(poll_interval=0.1)
             except KeyboardInterrupt:
@@ -224,7 +224,7 @@ def arena(
 
 
 def arena_table(folder: Path) -> str:
-    """The tables of the study in `folder`, as text; a server may be at work on it. UserError if there is none."""
+    """The tables of the study in `folder`, as text; a server may be using it. UserError if there is no study."""
     with closing(Votes(folder)) as votes:
         study = votes.study()
         if study is None:

@@ -1,10 +1,10 @@
-"""The paper's table of a human study, with intervals: whose images won, question by question.
+"""The paper's table for a human study, with intervals: whose images won, question by question.
 
-Intervals are Wilson's, on an effective number of answers (Korn and Graubard's, for clustered samples): several answers
-to one prompt, or to prompts of one text, are not independent, so the answers count for as many as the spread between
-texts says. Simulated with 20 and 60 prompts and a true share of 2 %, as small as some of the paper's, these cover it in
-89 to 96 %, a bootstrap over prompts in 34 to 93 %: it shrinks to nothing where nobody won. Wilson's on all answers
-cover 63 to 88 % where a prompt's answers agree.
+Intervals are Wilson's, on an effective number of answers (Korn and Graubard's, for clustered samples): answers to one
+prompt, or to prompts with one text, are not independent, so the effective number follows from the spread between texts.
+In simulations with 20 and 60 prompts and a true share of 2 %, as small as some of the paper's, these cover it in 89 to
+96 %, and a bootstrap over prompts in 34 to 93 %, as it shrinks to nothing if nobody wins. Wilson's intervals on all
+answers cover it in 63 to 88 % if a prompt's answers agree.
 """
 
 import math
@@ -28,7 +28,7 @@ def interval(wins: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     share = wins.sum() / total
     variance = prompts / (prompts - 1) * np.square(wins - answers * share).sum() / total**2
-    # without any spread nothing tells whether a prompt's answers agree by chance: count each prompt once
+    # without any spread, a prompt's answers may or may not agree by chance: count each prompt once
     n = prompts if variance == 0 else min(max(share * (1 - share) / variance, 1.0), total)
     middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
@@ -36,10 +36,10 @@ def interval(wins: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
 
 
 def results(study: Study, votes: Sequence[Vote]) -> str:
-    """The tables as text (Markdown): each model's wins, then wins, ties and losses of every two models, in %."""
+    """The tables as Markdown: each model's wins, then wins, ties and losses for every two models, in %."""
     if not votes:
         return "no votes yet"
-    texts = {p.group: same_text(p.prompt) for p in study.pairs.values()}  # one text's prompts are not independent
+    texts = {p.group: same_text(p.prompt) for p in study.pairs.values()}  # prompts with one text are not independent
     places = {text: place for place, text in enumerate(dict.fromkeys(texts.values()))}
 
     def share(wins: Sequence[Vote], answers: Sequence[Vote]) -> str:
@@ -77,14 +77,14 @@ def results(study: Study, votes: Sequence[Vote]) -> str:
         "",
         *_markdown(rivals),
         "",
-        "[95 % interval]: Wilson's, on as many answers as the spread between prompts leaves independent.",
+        "[95 % interval]: Wilson's, on the number of answers that are independent given the spread between prompts.",
         f"Image A, on a side drawn at random, won {share([v for v in decided if v.choice == 'a'], decided)} % of the "
         "decided answers: without a bias to one side about 50.",
     ]
     if len(study.models) > 2:
         lines.append(
-            "A model's wins are of the pairs that showed it; the paper's raters chose among all images at once, "
-            "so only the order compares."
+            "A model's wins are out of the pairs that showed it; the paper's raters chose among all images at once, "
+            "so only the order is comparable."
         )
     return "\n".join(lines)
 

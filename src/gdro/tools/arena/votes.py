@@ -1,7 +1,7 @@
-"""The study's database, `arena.sqlite`: models, pairs, and one row a vote, which any SQLite client can read.
+"""The study's database, `arena.sqlite`: models, pairs, and one row per vote, readable by any SQLite client.
 
-A vote is committed (and synced) before `record` returns, so before anything else is shown. Every row carries a digest
-of its other columns, so what is read is what was written.
+A vote is committed (and synced) before `record` returns, hence before anything else is shown. Every row has a digest of
+its other columns, so what is read is what was written.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from gdro.tools.arena.pairs import Pair, Shown
 FILE = "arena.sqlite"
 QUESTIONS = {
     "text accuracy": "Which image writes the prompt’s text more accurately? A tie if the prompt asks for no text.",
-    "alignment": "Which image shows better what the prompt describes?",
-    "quality": "Which image is of better visual quality?",
+    "alignment": "Which image better shows what the prompt describes?",
+    "quality": "Which image has better visual quality?",
 }
-"""The paper's three; the first words name them in database and table."""
+"""The paper's three questions; the keys name them in the database and the table."""
 CHOICES = ("a", "tie", "b")
 
-_RESTORE = "put a copy of it back, or begin another study in a new --out"
+_RESTORE = "restore a copy of it, or begin another study in a new --out"
 
 _FORMAT = 2
 _SCHEMA = """
@@ -52,7 +52,7 @@ _VOTES = "SELECT rater, pair, question, a, b, choice, voted_at, digest FROM vote
 
 @dataclass(frozen=True)
 class Study:
-    """What was laid down when the study was begun: model names, pairs by number, and what deals them."""
+    """What was fixed when the study began: model names, pairs by number, and the seed and secret for dealing them."""
 
     models: list[str]
     pairs: dict[int, Pair]
@@ -78,7 +78,7 @@ class Vote:
 
 
 class Votes:
-    """Opens the database in `folder` (the study's folder), or begins it. Safe to use from several threads.
+    """Opens the database in `folder` (the study's folder), or creates it. Thread-safe.
 
     Raises UserError if there is none and `begin` is false, or if the file is not such a database.
     """
@@ -86,12 +86,12 @@ class Votes:
     def __init__(self, folder: Path, *, begin: bool = False) -> None:
         self.path = folder / FILE
         if not begin and not os.path.isfile(self.path):
-            raise UserError(f"{folder} has no {FILE}; expected the folder of a study (`gdro arena RUN --out {folder}`)")
+            raise UserError(f"{folder} has no {FILE}; expected a study's folder (`gdro arena RUN --out {folder}`)")
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = DELETE")  # votes that stood in a log beside could be lost with it
-            self._db.execute("PRAGMA synchronous = FULL")  # a commit survives the loss of power
+            self._db.execute("PRAGMA journal_mode = DELETE")  # votes in a separate log could be lost with it
+            self._db.execute("PRAGMA synchronous = FULL")  # a commit survives a power failure
             self._db.execute("PRAGMA foreign_keys = ON")
             with self._transaction() as db:
                 found = db.execute("PRAGMA user_version").fetchone()[0]
@@ -115,10 +115,10 @@ class Votes:
             self._db.close()
 
     def begin(self, models: Mapping[str, str], pairs: Sequence[Pair], seed: int) -> None:
-        """Lay down the study, or go on with the one begun here; more pairs than before are added to it.
+        """Create the study, or resume the existing one; additional pairs are added to it.
 
         `models`: names and digests of their images. Raises UserError if images, models or seed differ from those the
-        study was begun with, or if pairs it had are missing.
+        study was begun with, or if some of its pairs are missing.
         """
         with self._transaction() as db:
             begun = dict(self._rows(db, _STUDY))
@@ -143,7 +143,7 @@ class Votes:
             db.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?)", new)
 
     def study(self) -> Study | None:
-        """The study begun here; None if none was."""
+        """The study begun here; None if there is none."""
         with self._lock:
             begun = dict(self._rows(self._db, _STUDY))
             pairs = {number: Pair(*rest) for number, *rest in self._rows(self._db, _PAIRS)}
@@ -152,7 +152,7 @@ class Votes:
         return Study(list(json.loads(begun["models"])), pairs, int(begun["seed"]), bytes.fromhex(begun["secret"]))
 
     def record(self, rater: str, shown: Shown, question: str, choice: str) -> bool:
-        """Commit a vote; the same one again changes nothing. False if another choice stands: that takes an undo."""
+        """Commit a vote; repeating it changes nothing. False if another choice is recorded: undo that first."""
         with self._transaction() as db:
             row = (rater, shown.number, question, *shown.models, choice, datetime.now(UTC).isoformat())
             db.execute(
@@ -165,7 +165,7 @@ class Votes:
             return bool(stands.fetchone()[0] == choice)
 
     def undo(self, rater: str, pair: int, question: str) -> bool:
-        """Take back the rater's last vote, if it is this one; a second call finds another to be the last."""
+        """Remove the rater's last vote if it is this one; on a second call another one is the last."""
         with self._transaction() as db:
             key = (rater, rater, pair, question)
             return bool(
@@ -177,18 +177,18 @@ class Votes:
             )
 
     def all(self, rater: str | None = None) -> list[Vote]:
-        """Every vote, or one rater's, in the order they were given."""
+        """All votes, or one rater's, in order."""
         where, values = ("", ()) if rater is None else (" WHERE rater = ?", (rater,))
         with self._lock:
             rows = self._rows(self._db, f"{_VOTES}{where} ORDER BY vote", values)
         return [Vote(*row[:-1]) for row in rows]
 
     def _rows(self, db: sqlite3.Connection, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """The rows without their digests, which are checked."""
+        """The rows, without their digests, which are checked."""
         rows = db.execute(query, values).fetchall()
         for *row, digest in rows:
             if _digest(row) != digest:
-                raise UserError(f"{self.path} is damaged: the row {show(row)} is not the one written; {_RESTORE}")
+                raise UserError(f"{self.path} is damaged: the row {show(row)} was altered; {_RESTORE}")
         return [row[:-1] for row in rows]
 
     @contextmanager

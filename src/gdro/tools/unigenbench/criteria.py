@@ -1,7 +1,7 @@
-"""UniGenBench's 10 primary and 27 sub-criteria: their names in both languages, and what they mean to the judge.
+"""UniGenBench's 10 primary and 27 sub-criteria: their names in both languages, and their meanings for the judge.
 
-Names are those of the published files (github.com/CodeGoat24/UniGenBench, `data/`); results carry the English ones,
-so that the two languages can be compared. The meanings are in gdro's own words.
+Names are those of the published files (github.com/CodeGoat24/UniGenBench, `data/`); results use the English ones, so
+the two languages can be compared. The meanings are in gdro's own words.
 """
 
 PRIMARIES: dict[str, tuple[str, ...]] = {
@@ -67,7 +67,7 @@ _IN_CHINESE = {
 }
 
 UNDEFINED: dict[str, tuple[str, ...]] = {"en": (), "zh": ("属性-颜色", "属性-形状")}
-"""Points of the published files that some of the published scripts say nothing about (and so fail on)."""
+"""Points in the published files that some of the published scripts do not define (and so fail on)."""
 
 ENGLISH: dict[str, dict[str, str]] = {
     "en": {name: name for names in PRIMARIES.values() for name in names},

@@ -1,4 +1,4 @@
-"""Where the benchmark's images come from: a model, or a folder of images made elsewhere."""
+"""Sources of the benchmark's images: a model, or a folder of images made elsewhere."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ class Folder:
     per_prompt: int
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError if an image is missing or none."""
+        """Raise UserError if a file is missing or not an image."""
         paths = [self._path(prompt, i) for prompt in prompts for i in range(self.per_prompt)]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise UserError(
-                f"--images-from: {missing[0]} not found, nor {len(missing) - 1} others of {len(paths)}; "
-                f"expected {self.per_prompt} images a prompt, named <index>_<i>.png"
+                f"--images-from: {missing[0]} and {len(missing) - 1} more of {len(paths)} not found; "
+                f"expected {self.per_prompt} images per prompt, named <index>_<i>.png"
             )
         for path in paths:
             open_image(path, f"--images-from: {path}")
 
     def make(self, prompts: Sequence[Prompt]) -> None:
-        """Nothing to do: they are there."""
+        """Do nothing: the images exist."""
 
     def images(self, prompt: Prompt) -> list[Image.Image]:
-        """Raises UserError naming a file that is damaged."""
+        """The prompt's images; raises UserError naming a damaged file."""
         paths = [self._path(prompt, i) for i in range(self.per_prompt)]
         return [open_image(path, f"--images-from: {path}") for path in paths]
 
@@ -60,7 +60,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Images that a model makes, kept as a store of groups in `store`; sampling goes on there."""
+    """Images made by a model and kept as a store of groups in `store`; sampling resumes there."""
 
     store: Path
     model: str
@@ -71,7 +71,7 @@ class Sampled:
     mixed_precision: str
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError for a model, adapter or device that is not there."""
+        """Raise UserError if the model, adapter or device is missing."""
         from gdro.models import check_model
         from gdro.runner.checks import tell_cut
 
@@ -80,7 +80,7 @@ class Sampled:
         _ = self._device()
 
     def make(self, prompts: Sequence[Prompt]) -> None:
-        """Make what is missing. The model is not loaded if nothing is, so that a judge can have the GPU.
+        """Make missing images. If there are none, the model is not loaded, so a judge can have the GPU.
 
         Raises UserError if the store was begun with other settings, prompts or weights.
         """
@@ -97,7 +97,7 @@ class Sampled:
         model = load_model(self.model, device=torch.device(self._device()), dtype=dtype)
         if self.adapter is not None:
             model.load_adapter(self.adapter)
-        # the purpose of evaluation: an image's noise depends on (seed, prompt, index), whatever the model
+        # the same purpose as in evaluation: noise depends on (seed, prompt, index), not on the model
         sample_groups(
             self.generation, model, prompts, self.store, seed=self.seed, purpose="evaluation", label="benchmark"
         )
@@ -138,12 +138,12 @@ class Sampled:
 
 
 def find_adapter(path: Path) -> Path:
-    """The folder with the adapter's weights: `path`, or what a run at `path` exported. Raises UserError without any."""
+    """The folder with the adapter's weights: `path`, or the export of a run at `path`. UserError if there is none."""
     from gdro.models.adapter_file import WEIGHTS, adapter_files
 
     for folder in (path, path / "adapter"):
         if adapter_files(folder):
             return folder
     raise UserError(
-        f"--adapter: {path} holds no {' or '.join(WEIGHTS)}; expected a run that was exported, or an adapter's folder"
+        f"--adapter: {path} holds no {' or '.join(WEIGHTS)}; expected an exported run, or an adapter's folder"
     )

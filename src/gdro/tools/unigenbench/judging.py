@@ -1,8 +1,8 @@
-"""What the judge is asked about an image, and how its reply is read.
+"""The judge's question about an image, and the parser of its reply.
 
 The published judge prompt is part of a script (github.com/CodeGoat24/UniGenBench, `eval/`) that is not copied
 here. `own_prompt` asks the same question, with the same parts and for the same form of reply, in gdro's words;
-`published.published_prompt` takes the very words from the user's copy of that script.
+`published.published_prompt` takes the exact words from the user's copy of that script.
 """
 
 import json
@@ -23,7 +23,7 @@ FIELDS = ("prompt", "testpoint", "explanation", "test_explanation")
 class JudgePrompt:
     """The question about an image of a prompt with its test points.
 
-    `template` has the places `{prompt}`, `{testpoint}` (the names, as Python writes a list), `{explanation}` and
+    `template` has the placeholders `{prompt}`, `{testpoint}` (the names, as a Python list), `{explanation}` and
     `{test_explanation}`: what the points mean in general, and what they ask for in this prompt, each a list of lines
     between two `brackets`.
     """
@@ -32,11 +32,11 @@ class JudgePrompt:
     template: str
     meanings: Mapping[str, str]
     brackets: Mapping[str, tuple[str, str]]  # of explanation and test_explanation
-    lent: tuple[str, ...] = ()  # points that the script does not define: their meanings are gdro's
+    lent: tuple[str, ...] = ()  # points that the script does not define, with gdro's meanings
 
     @property
     def digest(self) -> str:
-        """Changes with any word."""
+        """Changes with every word."""
         return fingerprint({name: value for name, value in asdict(self).items() if name != "source"})
 
     def check(self, prompts: list[Prompt]) -> None:
@@ -121,10 +121,10 @@ def own_prompt(language: str) -> JudgePrompt:
 
 
 def read_scores(reply: str, count: int) -> list[int] | None:
-    """The `count` zeros and ones between the last `<score>` and `</score>`, None if they are not there in that form.
+    """The `count` zeros and ones between the last `<score>` and `</score>`; None if they are not in that form.
 
-    The published code takes a reply only if its analyses form a Python list too, which a quotation mark in them can
-    spoil; the scores do not depend on them.
+    The published code also requires the analyses to be a Python list, which a quotation mark in them can break; the
+    scores do not depend on them.
     """
     begun = re.split("<score>", answer(reply) or "", flags=re.IGNORECASE)
     inside = re.split("</score>", begun[-1], maxsplit=1, flags=re.IGNORECASE)

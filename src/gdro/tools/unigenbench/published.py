@@ -1,7 +1,7 @@
-"""UniGenBench's judge prompt out of the user's copy of its script, word for word and without executing it.
+"""UniGenBench's judge prompt from the user's copy of its script, verbatim and without executing it.
 
-The script is `eval/src/eval_common.py`, for both languages; in older copies `eval/*_eval.py`, one a language. Of its
-syntax tree only strings, dicts, what names stand for, and f-strings of those are read.
+The script is `eval/src/eval_common.py`, for both languages; in older copies `eval/*_eval.py`, one per language. From
+its syntax tree, only strings, dicts, names' values, and f-strings of those are read.
 """
 
 import ast
@@ -21,7 +21,7 @@ EXPECTED = "UniGenBench's eval/src/eval_common.py, or eval/*_eval.py of an older
 def published_prompt(path: Path, language: str) -> JudgePrompt:
     """The judge prompt for files of this language. Raises UserError if the script does not hold it.
 
-    A test point that published files ask for though not every script defines it (`UNDEFINED`) has gdro's meaning.
+    Test points that published files use but some scripts do not define (`UNDEFINED`) get gdro's meaning.
     """
     name = f"--judge-prompt: {path}"
     text = read_text(path, EXPECTED, name)
@@ -57,7 +57,7 @@ def published_prompt(path: Path, language: str) -> JudgePrompt:
 
 
 def _assigned(nodes: Iterable[ast.AST], known: Mapping[str, Any]) -> dict[str, Any]:
-    """What is assigned to plain names, `known` ones as given; None for what is not read."""
+    """Values assigned to plain names, with `known` ones as given; None for values that are not read."""
     found: dict[str, Any] = {}
     for node in nodes:
         if isinstance(node, ast.Assign) and (name := _name(node)):
@@ -88,14 +88,14 @@ def _value(node: ast.AST | None, names: Mapping[str, Any]) -> Any:
 
 
 def _piece(node: ast.expr) -> str:
-    """A piece of an f-string as a piece of a template; only FIELDS stay places, so the template can name no other."""
+    """A piece of an f-string as a piece of a template; only FIELDS stay placeholders, so there are no others."""
     if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name) and node.value.id in FIELDS:
         return f"{{{node.value.id}}}"
     return (_value(node, {}) or "").replace("{", "{{").replace("}", "}}")
 
 
 def _is_template(value: Any) -> bool:
-    """Whether `value` has all FIELDS as places of `str.format`, and no other, which could reach into objects."""
+    """Whether `value` has all FIELDS as `str.format` placeholders and no others, which could reach into objects."""
     try:
         places = [place[1:] for place in string.Formatter().parse(value) if place[1] is not None]
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A published file of UniGenBench -> prompts with their test points."""
+"""Reads a published file of UniGenBench: prompts with their test points."""
 
 import csv
 import io
@@ -12,14 +12,14 @@ from gdro.common.prompts import Prompt
 from gdro.common.reading import parse_json, read_text
 from gdro.tools.unigenbench.criteria import ENGLISH
 
-READINGS = 5  # of a row: after each but the last a comma is put in
+READINGS = 5  # attempts per row; a comma is inserted after each but the last
 KEYS = {"en": ("Testpoints", "Testpoint Description"), "zh": ("考点", "考点对应描述")}
-"""Language -> the two lists of the JSON in `sub_dims_*`."""
+"""Language -> the two lists in the JSON of `sub_dims_*`."""
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A file's language ("en" or "zh"), its prompts, and in words what was repaired in it."""
+    """A file's language ("en" or "zh"), its prompts, and a description of repairs."""
 
     language: str
     prompts: list[Prompt]
@@ -29,9 +29,9 @@ class PromptFile:
 def read_prompt_file(path: Path, *, repair: bool = False) -> PromptFile:
     """A CSV file with `index`, `prompt_en`, `sub_dims_en` (or `_zh`).
 
-    A prompt's id is its index; its fields are `points` (names as in the file) and `descriptions`, one a point. Raises
-    UserError naming file, line and column. Where only a comma is missing (in a published file it is), the line says
-    where, and `repair` puts it in.
+    A prompt's id is its index; its fields are `points` (names as in the file) and `descriptions`, one per point. Raises
+    UserError naming file, line and column. If only a comma is missing (as in a published file), the error says where,
+    and `repair` inserts it.
     """
     text = read_text(path, "a .csv file of UniGenBench, such as data/test_prompts_en.csv")
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -44,7 +44,7 @@ def read_prompt_file(path: Path, *, repair: bool = False) -> PromptFile:
             commas = _missing_commas(row, language)
             if commas and not repair:
                 raise UserError(
-                    f"{where}, {'; '.join(commas)}; put it into the file, or give --repair to have it put in"
+                    f"{where}, {'; '.join(commas)}; insert it in the file, or pass --repair to have it inserted"
                 )
             repairs += commas
             prompt = _prompt(where, row, language)
@@ -54,7 +54,7 @@ def read_prompt_file(path: Path, *, repair: bool = False) -> PromptFile:
     except csv.Error as error:
         raise UserError(f"{path}:{rows.line_num} is not CSV ({error})") from None
     if not prompts:
-        raise UserError(f"{path} holds no row; expected at least one prompt")
+        raise UserError(f"{path} holds no rows; expected at least one prompt")
     return PromptFile(language, list(prompts.values()), repairs)
 
 
@@ -69,7 +69,7 @@ def _language(path: Path, columns: Any) -> str:
 
 
 def _missing_commas(row: dict[Any, Any], language: str) -> list[str]:
-    """Put the commas into `row` without which it cannot be read, and say where; nothing if more is wrong with it."""
+    """Insert missing commas into `row` and say where; empty if more than that is wrong with it."""
     text, dims = f"prompt_{language}", f"sub_dims_{language}"
     cells, found = {dims: row[dims] or ""}, []
     if row[dims] is None and (row[text] or "").count('"{"') == 1:  # the two cells in one, their quotes doubled
@@ -91,7 +91,7 @@ def _missing_commas(row: dict[Any, Any], language: str) -> list[str]:
     else:
         return []
     lists: list[Any] = [about.get(key) for key in KEYS[language]] if isinstance(about, dict) else [None]
-    # a quotation mark within a text can look like a missing comma, but then makes two texts of one
+    # a quotation mark within a string can look like a missing comma, but then splits one string into two
     if not found or not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
         return []
     row.update(cells)
@@ -101,7 +101,7 @@ def _missing_commas(row: dict[Any, Any], language: str) -> list[str]:
 def _prompt(where: str, row: dict[Any, Any], language: str) -> Prompt:
     if None in row or None in row.values():
         raise UserError(
-            f"{where} has {'more' if None in row else 'fewer'} cells than the header; expected one a column"
+            f"{where} has {'more' if None in row else 'fewer'} cells than the header; expected one per column"
         )
     index, text, about = row["index"].strip(), row[f"prompt_{language}"].strip(), row[f"sub_dims_{language}"]
     if not (index.isascii() and index.isdecimal()):
@@ -130,7 +130,7 @@ def _points(where: str, about: str, language: str) -> tuple[list[str], list[str]
         if point not in ENGLISH[language]:
             raise UserError(f"{where}: unknown test point {json.dumps(point, ensure_ascii=False)}"
                             f"{did_you_mean(point, ENGLISH[language])}")  # fmt: skip
-    # as many at least: the published code takes the n-th description of the n-th point, and no notice of any further
+    # at least as many: the published code takes the n-th description for the n-th point and ignores any more
     if len(descriptions) < len(points):
-        refuse(f"{len(descriptions)} of {texts} for {len(points)} of {names}", "one a test point")
+        refuse(f"{len(descriptions)} of {texts} for {len(points)} of {names}", "one per test point")
     return points, descriptions[: len(points)]

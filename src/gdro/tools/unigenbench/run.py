@@ -29,13 +29,13 @@ from gdro.tools.unigenbench.reading import read_prompt_file
 from gdro.tools.unigenbench.scores import aggregate, markdown, notes, percent, rows
 
 AT_ONCE = 64  # images in memory while the judge is asked about them
-JUDGE_SECONDS = 300.0  # a request; a reply has as many as 4096 tokens
+JUDGE_SECONDS = 300.0  # per request; a reply has up to 4096 tokens
 SHOWN = 8  # prompts on the page
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judge's 0 or 1 for each test point of an image; None, and why, if it gave none."""
+    """The judge's 0 or 1 for each test point of an image; None, and the reason, if it gave none."""
 
     scores: list[int] | None
     reason: str | None
@@ -70,10 +70,10 @@ def unigenbench(
 ) -> str:
     """Measure `model` (with `adapter`), or the images in `images_from`, on a UniGenBench file; returns the table.
 
-    Writes `out`/results.{json,md,html} and answers.jsonl (every reply). Goes on where it stopped: images lie in
+    Writes `out`/results.{json,md,html} and answers.jsonl (every reply). Resumes where it stopped: images are kept in
     `out`/groups, replies in `out`/judge.sqlite. Without `judge_url` it only makes the images. The defaults are the
-    published ones: 4 images, 30 steps, guidance 3.5, 1024x1024, at most 4096 tokens of reply. Raises UserError for bad
-    input, an endpoint that does not answer among it, before any image is made; and if no image got a verdict.
+    published ones: 4 images, 30 steps, guidance 3.5, 1024x1024, replies of at most 4096 tokens. Raises UserError before
+    any image is made for bad input or an endpoint that does not answer, and at the end if no image got a verdict.
     """
     benchmark = read_prompt_file(file, repair=repair)
     language, prompts = benchmark.language, benchmark.prompts
@@ -88,7 +88,7 @@ def unigenbench(
         folder = None if adapter is None else find_adapter(adapter)
         source = Sampled(out / "groups", model, folder, generation, seed, device, mixed_precision)
     elif adapter is not None:
-        raise UserError("--adapter goes with --model; with --images-from there is nothing to adapt")
+        raise UserError("--adapter requires --model; with --images-from there is nothing to adapt")
     else:
         assert images_from is not None
         source = Folder(images_from, images)
@@ -98,7 +98,7 @@ def unigenbench(
     with alone(out):
         if judge_url is None or judge_model is None:
             source.make(prompts)
-            return f"{out}: images of {len(prompts)} prompts; give --judge-url and --judge-model to have them judged"
+            return f"{out}: images of {len(prompts)} prompts; pass --judge-url and --judge-model to have them judged"
         judge = Endpoint(
             url=judge_url,
             model=judge_model,
@@ -155,14 +155,14 @@ def ask(
     images_of: Callable[[Prompt], Sequence[Image.Image]],
     per_prompt: int,
 ) -> dict[str, list[Verdict]]:
-    """The verdicts on each prompt's images, in the prompts' order; one question an image, with all its test points."""
+    """The verdicts on each prompt's images, in the prompts' order; one question per image, with all its test points."""
     verdicts: dict[str, list[Verdict]] = {prompt.id: [] for prompt in prompts}
 
     def count(prompt: Prompt) -> int:
         return len(prompt.fields["points"])
 
     with Progress("judge", len(prompts) * per_prompt, "img") as progress:
-        # those with as many test points go together: what a reply must look like depends on nothing else
+        # prompts with equally many test points go together: the form of a reply depends only on their number
         for number, group in groupby(sorted(prompts, key=count), count):
             alike, step = list(group), max(1, AT_ONCE // per_prompt)
             for some in (alike[start : start + step] for start in range(0, len(alike), step)):
@@ -197,14 +197,14 @@ def _generation(
 
 
 def _missing(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """How many images were asked about, how many have no verdict, and the reasons, commonest first."""
-    # up to the colon: what follows is different for each (the reply); answers.jsonl has it all
+    """How many images were asked about, how many have no verdict, and the reasons, most common first."""
+    # only up to the colon: the rest (the reply) differs for each; answers.jsonl has all of it
     reasons = Counter(str(verdict.reason).partition(":")[0] for verdict in verdicts if verdict.scores is None)
     return {"asked": len(verdicts), "missing": reasons.total(), "reasons": dict(reasons.most_common())}
 
 
 def _answers(prompts: Sequence[Prompt], verdicts: dict[str, list[Verdict]]) -> str:
-    """A line an image, with all that its place in the table rests on."""
+    """One line per image, with everything its table entries are based on."""
     lines = []
     for prompt in prompts:
         for image, verdict in enumerate(verdicts[prompt.id]):

@@ -1,4 +1,4 @@
-"""From the judge's verdicts to accuracies: by sub-criterion, by primary criterion, overall."""
+"""Accuracies from the judge's verdicts: by sub-criterion, by primary criterion, overall."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from gdro.tools.unigenbench.criteria import PRIMARIES
 
 @dataclass
 class Tally:
-    """Test points of images: how many were asked about, answered, and answered with 1."""
+    """Counts of images' test points: asked about, answered, and answered with 1."""
 
     total: int = 0
     answered: int = 0
@@ -17,12 +17,12 @@ class Tally:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the answered; None if there is none."""
+        """Share of answered points with 1; None if none is answered."""
         return self.correct / self.answered if self.answered else None
 
     @property
     def lower_bound(self) -> float | None:
-        """Share of all, as if every missing answer were 0."""
+        """Share of all points with 1, counting missing answers as 0."""
         return self.correct / self.total if self.total else None
 
     def add(self, other: "Tally") -> None:
@@ -41,11 +41,11 @@ class Tally:
 
 
 def aggregate(verdicts: Iterable[tuple[Sequence[str], Sequence[int] | None]]) -> dict[str, Any]:
-    """`overall`, `all_points`, `primary` and `sub` of the images' (English names of the points, their 0/1 or None).
+    """`overall`, `all_points`, `primary` and `sub` from each image's (English names of the points, their 0/1 or None).
 
-    A criterion's accuracy is of its points pooled over images, a primary one's of all its sub-criteria's points, as
-    published; overall is the unweighted mean of the ten primary ones, null if one of them has no answer. An image
-    without a verdict counts as missing with each of its points; `lower_bound` counts those as 0.
+    A criterion's accuracy pools its points over images, and a primary one's pools all its sub-criteria's points, as
+    published; overall is the unweighted mean of the ten primary ones, null if one of them has no answers. All points of
+    an image without a verdict are missing; `lower_bound` counts those as 0.
     """
     sub = {name: Tally() for names in PRIMARIES.values() for name in names}
     for points, scores in verdicts:
@@ -74,7 +74,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, bool, dict[str, Any]]]:
-    """(Name, whether it is a primary criterion, its figures): each primary criterion, then its parts if several."""
+    """(name, whether it is a primary criterion, its results): each primary criterion, then its parts if several."""
     found = []
     for name, parts in PRIMARIES.items():
         found.append((name, True, results["primary"][name]))
@@ -88,10 +88,10 @@ def percent(value: float | None) -> str:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """What was not taken as published, a sentence each."""
+    """Deviations from the published procedure, one sentence each."""
     lines = [f"Repaired in the file: {repair}" for repair in results["repairs"]]
     if own := results["judge"]["own_meanings"]:
-        lines.append(f"The judge's script does not define {', '.join(own)}: gdro's words stand in.")
+        lines.append(f"The judge's script does not define {', '.join(own)}: gdro's words are used instead.")
     return lines
 
 
@@ -114,5 +114,5 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", f"{images} images, {missing} of them without a verdict; judge {results['judge']['model']}."]
     lines += notes(results)
     if overall["accuracy"] is None:
-        lines.append("No overall figure: it is the mean of the ten primary criteria, and some have no answer here.")
+        lines.append("No overall score: it is the mean of the ten primary criteria, and some have no answers here.")
     return "\n".join(lines) + "\n"
