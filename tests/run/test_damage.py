@@ -97,10 +97,10 @@ def test_exit_codes_and_lines(work: Path, capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4  # the rewards lack their groups too
     assert any("evaluation.json is damaged" in line and "run `gdro evaluate` again" in line for line in lines)
-    assert any("groups-00003.parquet is missing: `gdro sample` makes it again" in line for line in lines)
+    assert any("groups-00003.parquet is missing: run `gdro sample` again" in line for line in lines)
     assert lines[-1].endswith("checks, 3 failed")
     assert main(["verify", "nowhere"]) == 2
-    assert "expected the folder of a run or of a study" in capsys.readouterr().err
+    assert "expected the folder of a run or a study" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

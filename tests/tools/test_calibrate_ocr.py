@@ -159,7 +159,7 @@ def test_bad_rows_are_named(folder: Path, row: str, message: str) -> None:
 
 def test_bad_arguments_are_named(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "c.json"
-    with pytest.raises(UserError, match=r'--engine is "paddelocr", which is none; did you mean "paddleocr"\?'):
+    with pytest.raises(UserError, match=r'--engine is "paddelocr", which is not an engine; did you mean "paddleocr"\?'):
         calibrate_ocr(folder, out, engines=["paddelocr"])
     with pytest.raises(UserError, match="--limit is 0; expected at least 1"):
         calibrate_ocr(folder, out, limit=0)

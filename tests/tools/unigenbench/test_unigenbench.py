@@ -85,7 +85,7 @@ def test_a_description_too_many_is_passed_over_as_the_published_code_does(tmp_pa
     ("text", "told"),
     [
         ("index,prompt_en\n0,x\n", "has the columns index, prompt_en; expected index, prompt_en, sub_dims_en"),
-        ("index,prompt_en,sub_dims_en\n", "holds no row"),
+        ("index,prompt_en,sub_dims_en\n", "holds no rows"),
         ("", "has the columns (none)"),
         ("index,prompt_en,sub_dims_en\n0,x\n", "row 1 (ending at line 2) has fewer cells"),
         ("index,prompt_en,sub_dims_en\n0,x,y,z\n", "row 1 (ending at line 2) has more cells"),
@@ -264,7 +264,7 @@ def test_a_missing_comma_is_put_in_if_wanted_and_told_of(tmp_path: Path, old: st
     told = f"index 509, column sub_dims_en: a comma is missing before {before}..."
     with pytest.raises(UserError) as error:
         read_prompt_file(path)
-    assert f"row 2 (ending at line 3), {told}; put it into the file, or give --repair" in str(error.value)
+    assert f"row 2 (ending at line 3), {told}; insert it in the file, or pass --repair" in str(error.value)
     found = read_prompt_file(path, repair=True)
     assert found.prompts == whole
     assert found.repairs == [told]
@@ -355,9 +355,9 @@ def test_without_every_primary_criterion_there_is_no_overall_figure() -> None:
     table = markdown(results)
     assert "| **Overall** | **–** | – | 1 | 1 | 0 |" in table
     assert "| **Style** | 100.00 | 100.00 | 1 | 1 | 0 |" in table
-    assert "No overall figure" in table
+    assert "No overall score" in table
     assert "Repaired in the file: index 509: a comma" in table
-    assert "does not define 属性-颜色: gdro's words stand in" in table
+    assert "does not define 属性-颜色: gdro's words are used instead" in table
 
 
 # ---- whole runs
@@ -479,8 +479,8 @@ def test_images_can_be_made_before_there_is_a_judge(tmp_path: Path, whole: tuple
         ({}, "neither of --model and --images-from"),
         ({"model": "tiny", "images_from": Path("x")}, "both of --model and --images-from"),
         ({"model": "tini"}, "model: tini not found"),
-        ({"images_from": Path("nowhere")}, "--images-from: nowhere/0_0.png not found, nor 11 others of 12"),
-        ({"images_from": Path("x"), "adapter": Path("x")}, "--adapter goes with --model"),
+        ({"images_from": Path("nowhere")}, "--images-from: nowhere/0_0.png and 11 more of 12 not found"),
+        ({"images_from": Path("x"), "adapter": Path("x")}, "--adapter requires --model"),
         ({"model": "tiny", "adapter": Path("nowhere")}, "--adapter: nowhere holds no pytorch_lora_weights"),
         ({"model": "tiny", "judge_url": "http://127.0.0.1:9/v1"}, "one of --judge-url and --judge-model"),
         ({"model": "tiny", "steps": 0}, "--steps is 0"),
