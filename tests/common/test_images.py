@@ -137,7 +137,7 @@ def _linear(srgb: bytes) -> bytes:
 def test_several_pictures_in_a_file_are_refused() -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
     for kind in ("PNG", "WEBP", "TIFF"):
-        with pytest.raises(UserError, match=r"^it has 3 frames or pages; expected one picture$"):
+        with pytest.raises(UserError, match=r"^it has 3 frames or pages; expected a single image$"):
             open_image(encoded(frames[0], kind, save_all=True, append_images=frames[1:]), "it")
     camera = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])  # a JPEG with previews
     assert np.abs(pixels(camera)[0, 0] - np.array([254, 0, 0])).max() <= 3

@@ -49,11 +49,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, atomically; UserError if that fails."""
     with atomic_path(path) as tmp:
         tmp.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, atomically; UserError if that fails."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -70,7 +70,7 @@ def _refuse(image: Image.Image, name: str) -> None:
         raise UserError(f"{name} is {width}x{height}; expected at most {MAX_PIXELS:,} pixels")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a camera's JPEG followed by previews
-        raise UserError(f"{name} has {frames} frames or pages; expected one picture")
+        raise UserError(f"{name} has {frames} frames or pages; expected a single image")
     tags = getattr(image, "tag_v2", {})
     bits, white_is_zero = tags.get(258, (16,))[0], tags.get(262) == 0
     if image.mode in WIDE and (bits != 16 or white_is_zero):

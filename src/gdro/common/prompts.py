@@ -64,6 +64,7 @@ def same_text(text: str) -> str:
 
 
 def check_unique_ids(prompts: Iterable[Prompt], where: str) -> None:
+    """Raise UserError, naming `where`, if two prompts share an id."""
     seen: dict[str, str] = {}
     for prompt in prompts:
         if prompt.id in seen:
@@ -72,6 +73,7 @@ def check_unique_ids(prompts: Iterable[Prompt], where: str) -> None:
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write the prompts as .jsonl, atomically."""
     write_bytes(path, prompt_lines(prompts))
 
 

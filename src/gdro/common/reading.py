@@ -47,6 +47,7 @@ def reading(path: Path, expected: str, name: str | None = None) -> Iterator[None
 
 
 def read_bytes(path: Path, expected: str, name: str | None = None) -> bytes:
+    """The bytes of a regular file; UserError if it cannot be read."""
     check_regular(path, expected, name)
     try:
         return path.read_bytes()

@@ -64,6 +64,7 @@ def figure(image: Image.Image, reward: float, evidence: dict[str, Any], alt: str
 
 
 def is_pixel_art(image: Image.Image) -> bool:
+    """Whether the image is small enough to be shown enlarged without smoothing."""
     return max(image.size) <= PIXEL_ART
 
 

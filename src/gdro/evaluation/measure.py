@@ -82,6 +82,7 @@ class Measured:
 
     @property
     def corrected(self) -> np.ndarray:
+        """Corrected scores (P, n), NaN where a grade is missing."""
         return corrected_score(self.reward, self.axes, self.corrected_axes)
 
     @property

@@ -128,6 +128,7 @@ class ShardJob:
 
     @property
     def groups(self) -> list[str]:
+        """Ids of the file's groups."""
         return [group_id(prompt, self.round) for prompt in self.prompts]
 
 
@@ -324,7 +325,7 @@ def _plan(
     """Where each file's prompts end: first the store's original files, unchanged, then any new ones."""
     path = folder / STARTED
     filled = folder.is_dir() and any(folder.glob("*.parquet"))
-    old = read_begun(path) if filled else (begun, [])  # nothing yet: begun anew
+    old = read_begun(path) if filled else (begun, [])  # empty: start over
     if old is None:
         raise UserError(f"{label}: {folder} holds groups of another origin; expected an empty or new folder")
     old_settings, old_shards = old

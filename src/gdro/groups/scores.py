@@ -43,9 +43,11 @@ class Images(Protocol):
     group_ids: list[str]
 
     @property
-    def contents(self) -> dict[str, str]: ...
+    def contents(self) -> dict[str, str]:
+        """File of groups -> digest of its images."""
 
-    def image_ids(self, group_id: str) -> list[str]: ...
+    def image_ids(self, group_id: str) -> list[str]:
+        """Ids of the group's images, `<group>/<index>`."""
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ class Shard:
 
     @property
     def stochastic(self) -> bool:
+        """Whether its groups have trajectories."""
         return is_stochastic(self.sampler)
 
 
@@ -172,6 +173,7 @@ class Piece:
     prompts: list[Prompt]  # one per group
 
     def image_ids(self) -> list[str]:
+        """Ids of its images, `<group>/<index>`."""
         return [f"{group}/{i}" for group, size in self.groups.items() for i in range(size)]
 
     def load(self) -> tuple[list[str], list[Image.Image], list[Prompt]]:

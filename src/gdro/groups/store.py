@@ -244,6 +244,7 @@ def _check_trajectories(groups: Mapping[str, Sequence[ImageRow]], trajectories: 
 
 
 def groups_name(i: int) -> str:
+    """The name of the i-th file of groups."""
     return f"groups-{i:05d}.parquet"
 
 

@@ -28,7 +28,8 @@ Loaded = tuple[list[str], list[Image.Image], list[Prompt]]
 class ScoreJob(Protocol):
     """Images to score; picklable."""
 
-    def load(self) -> Loaded: ...
+    def load(self) -> Loaded:
+        """(image ids, images, each image's prompt)."""
 
 
 J = TypeVar("J", bound=ScoreJob)
@@ -95,9 +96,9 @@ def score_all(
 
 @contextmanager
 def _apart_from_main() -> Iterator[None]:
-    """Inside it, processes that start know nothing of the program's main module.
+    """Within it, new processes do not import the program's main module.
 
-    They would run it again, for what it defines: a script without `if __name__ == "__main__"` would begin anew in each.
+    Importing runs it again, so a script without `if __name__ == "__main__"` would start over in each of them.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -110,7 +111,7 @@ def _apart_from_main() -> Iterator[None]:
 def _check_sendable(reward: Reward) -> None:
     try:
         pickle.dumps(reward)
-    except Exception as error:  # of whatever a class of the user's own holds
+    except Exception as error:  # anything, depending on the user's class
         raise UserError(
             f'reward "{reward.name}" cannot be sent to worker processes ({error}); expected score.workers 1, or its '
             "class in a module of its own rather than in the script or notebook"

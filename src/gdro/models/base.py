@@ -34,7 +34,8 @@ class FlowModel(Protocol):
         """`revision`, plus the adapter's digest while it is in use: identifies what velocity() computes now."""
         ...
 
-    def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text: ...
+    def encode_text(self, prompts: Sequence[str], max_sequence_length: int) -> Text:
+        """Encoded prompts; n rows."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(tokens, channels) of one image; UserError if the size does not fit the model's grid."""
@@ -64,7 +65,8 @@ class FlowModel(Protocol):
         """A diffusers scheduler of class `name` with its timesteps set (resolution-dependent shift included)."""
         ...
 
-    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]: ...
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """Images of packed latents (n, tokens, channels)."""
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Packed latents (n, tokens, channels) of images of one size (for import)."""
@@ -74,7 +76,8 @@ class FlowModel(Protocol):
         """UserError if the model lacks any of the layers that `targets` name."""
         ...
 
-    def add_adapter(self, *, rank: int, alpha: int, targets: str | Sequence[str], seed: int) -> None: ...
+    def add_adapter(self, *, rank: int, alpha: int, targets: str | Sequence[str], seed: int) -> None:
+        """Add a LoRA that leaves the model unchanged (B = 0)."""
 
     def adapter(self) -> dict[str, torch.nn.Parameter]:
         """The trainable LoRA parameters by name; float32."""

@@ -56,12 +56,14 @@ class Components:
             raise self.error(f"{file} not found{found}; expected what {self._declared(file)} is made of") from None
 
     def has(self, file: str) -> bool:
+        """Whether the file exists."""
         try:
             return fetch(self.source, self.commit, file).is_file()
         except (OSError, ValueError):
             return False
 
     def error(self, what: str) -> UserError:
+        """A UserError about this model."""
         return UserError(f"model: {self.name}: {what}")
 
     @contextmanager
@@ -87,6 +89,7 @@ class Components:
 
     @property
     def index(self) -> dict[str, Any]:
+        """The contents of model_index.json."""
         return self.json("model_index.json")
 
     def files(self, part: str) -> list[Path]:
@@ -201,6 +204,7 @@ class Components:
 
 
 def is_tokenizer(kind: Any) -> bool:
+    """Whether a class of transformers is a tokenizer."""
     return kind is not SCHEDULER and not issubclass(kind, nn.Module)
 
 

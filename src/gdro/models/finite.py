@@ -39,6 +39,7 @@ class Watch:
         self._finite: list[Tensor] = []
 
     def see(self, velocity: Tensor) -> None:
+        """Take the velocities of one call, (n, tokens, channels)."""
         self._finite.append(velocity.isfinite().flatten(1).all(1))
 
     def check(self, latents: Tensor) -> None:

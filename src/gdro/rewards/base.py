@@ -33,6 +33,8 @@ class Scores:
 
 
 class Reward(Protocol):
+    """Scores images, each one by itself."""
+
     @property
     def name(self) -> str:
         """File-name safe; names the rewards file."""

@@ -29,6 +29,7 @@ def hp_edit(scores: np.ndarray) -> np.ndarray:
 
 
 def clip(scores: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Scores clipped to [low, high]; any shape."""
     return np.clip(scores, low, high)
 
 
@@ -60,6 +61,7 @@ class Term:
     standardize: bool
 
     def transformed(self, groups: Groups) -> dict[str, np.ndarray]:
+        """The groups' scores after all transforms, in order."""
         out = {group: np.asarray(scores, np.float64) for group, scores in groups.items()}
         for name, numbers in self.transforms:
             out = {group: TRANSFORMS[name][0](scores, *numbers) for group, scores in out.items()}
@@ -86,10 +88,12 @@ class DerivedReward:
 
     @property
     def relative(self) -> bool:
+        """Whether any term only compares the images of a group."""
         return any(is_relative(t.reward) or RELATIVE & {name for name, _ in t.transforms} for t in self.terms)
 
     @property
     def standardizes(self) -> bool:
+        """Whether any term is standardized."""
         return any(term.standardize for term in self.terms)
 
     def check(self, prompts: Sequence[Prompt]) -> None:

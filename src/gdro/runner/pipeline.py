@@ -100,6 +100,7 @@ class Run(RunState):
     # ---- stages
 
     def sample(self) -> None:
+        """Sample the current round's groups."""
         number = self.round
         if number == 0 and self.is_sampled():
             say(f"sample: finished before, {self.groups}")
@@ -125,6 +126,7 @@ class Run(RunState):
             discard(self.groups)
 
     def score(self) -> None:
+        """Score the current round's groups."""
         if self.scores == self.imported and self.stages != ["score"]:  # `score` alone scores them too
             say(f"score: imported before, {self.imported}")
             return
@@ -144,6 +146,7 @@ class Run(RunState):
         )
 
     def train(self) -> None:
+        """Train to the end of the current round."""
         if self.is_trained():
             say(f"train: finished before, {self.checkpoints}")
             return
@@ -164,6 +167,7 @@ class Run(RunState):
         )
 
     def evaluate(self) -> None:
+        """Evaluate the exported adapter against the base."""
         if self.evaluation.exists():
             say(f"evaluate: finished before, {self.evaluation}")
             return
@@ -194,11 +198,13 @@ class Run(RunState):
                 )
 
     def export(self) -> None:
+        """Write the adapter and its model card."""
         if distributed.is_first():
             self.summarize()  # its results go into the model card
             self._export()
 
     def report(self) -> None:
+        """Write report.html."""
         if distributed.is_first():
             from gdro.stages.report import report
 

@@ -44,6 +44,7 @@ class RunState:
 
     @cached_property
     def device(self) -> torch.device:
+        """The device of this process; UserError if cuda is requested but unavailable."""
         gpus, local = torch.cuda.device_count(), distributed.local_size()
         if self.config.device == "cuda" and not gpus:
             raise UserError('device is "cuda", but torch finds no GPU; expected "auto" or "cpu"')
@@ -57,6 +58,7 @@ class RunState:
 
     @cached_property
     def model(self) -> FlowModel:
+        """The model, loaded on the device."""
         config = self.config
         model = load_model(
             config.model,
@@ -86,6 +88,7 @@ class RunState:
 
     @cached_property
     def judge(self) -> Judge | None:
+        """The judge of the evaluation; None without one."""
         return None if self.config.evaluate.judge is None else load_judge(self.config.evaluate.judge)
 
     @cached_property
@@ -121,6 +124,7 @@ class RunState:
 
     @property
     def standard(self) -> Path:
+        """The file of a derived reward's constants."""
         return self.out / "rewards" / STANDARD
 
     @property

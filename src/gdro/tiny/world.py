@@ -62,6 +62,7 @@ def word_split(word: str) -> str:
 
 
 def random_word(rng: np.random.Generator, split: str) -> str:
+    """A random pronounceable word of the split, in capital letters."""
     while True:
         pattern = PATTERNS[rng.choice(4, p=(0.1, 0.3, 0.3, 0.3))]
         word = "".join(str(rng.choice(list(CONSONANTS if kind == "C" else VOWELS))) for kind in pattern)

@@ -107,12 +107,12 @@ def pictures_of_folder(folder: Path) -> Pictures:
     """
     path = folder / "metadata.jsonl"
     names, targets = [], []
-    for number, line in read_lines(path, "one JSON object an image: file_name, text"):
+    for number, line in read_lines(path, "one JSON object per image: file_name, text"):
         name, target = _row(line, f"{path}:{number}", folder)
         names.append(name)
         targets.append(target)
     if not names:
-        raise UserError(f"{path} has no row; expected one JSON object an image: file_name, text")
+        raise UserError(f"{path} has no rows; expected one JSON object per image: file_name, text")
 
     def load(i: int) -> Image.Image:
         return open_image(folder / names[i], str(folder / names[i]))

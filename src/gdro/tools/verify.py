@@ -61,6 +61,7 @@ class Findings:
         return value
 
     def expect(self, right: bool, line: str) -> None:
+        """Count a check; add `line` unless it is `right`."""
         self.checked += 1
         if not right and line not in self.lines:  # several may need one file
             self.lines.append(line)

@@ -127,6 +127,7 @@ class TrainConfig(BaseModel):
 
     @property
     def validates(self) -> bool:
+        """Whether training measures the model now and then."""
         return self.validation_prompts is not None and self.validation_steps > 0
 
     @model_validator(mode="before")

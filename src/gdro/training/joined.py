@@ -13,13 +13,17 @@ from gdro.samplers.trajectory import Trajectory
 class Groups(Protocol):
     """The part of groups.store.GroupStore that training uses."""
 
-    def image_size(self, group_id: str) -> tuple[int, int]: ...
+    def image_size(self, group_id: str) -> tuple[int, int]:
+        """(height, width) of the group's images, in pixels."""
 
-    def latents(self, group_id: str) -> Tensor: ...
+    def latents(self, group_id: str) -> Tensor:
+        """Latents (K, tokens, channels), float32."""
 
-    def text(self, group_id: str) -> Text: ...
+    def text(self, group_id: str) -> Text:
+        """Text embeddings; first axis 1."""
 
-    def trajectory(self, group_id: str) -> Trajectory: ...
+    def trajectory(self, group_id: str) -> Trajectory:
+        """The group's trajectory; UserError if there is none."""
 
 
 class Joined:

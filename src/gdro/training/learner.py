@@ -22,6 +22,7 @@ class MicroBatch:
     images: int | None = None  # of these groups at once, with a second, backward pass; None: all, in one pass
 
     def images_of(self, k: int) -> int:
+        """How many images go through the model at once, for groups of k."""
         return self.images or self.groups * k
 
 
@@ -54,6 +55,7 @@ class Learner:
 
     @property
     def objective(self) -> Any:
+        """The objective of the configuration."""
         return self.config.objective
 
     def at(self, group: str) -> "Learner":

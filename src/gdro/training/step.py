@@ -94,7 +94,7 @@ def check_reference(learner: Learner, step: int, figures: Mapping[str, float]) -
         raise RuntimeError(
             f"the loss at step 1 is {figures['loss_rank']}, not {expected}: policy and reference differ at the start"
         )
-    # the shape that the step had: another would be compiled anew, and tell nothing about the step's
+    # the step's own shape: another would be recompiled and prove nothing about it
     data, model = learner.data, learner.policies.model
     draws = next(of_one_size(data.draws.at(step), data.groups, learner.micro_batch.groups))
     learner = learner.at(draws[0].group)

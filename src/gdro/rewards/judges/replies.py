@@ -17,10 +17,12 @@ class Replies:
         self._connection = connection
 
     def get(self, key: str) -> str | None:
+        """The reply kept under `key`; None without one."""
         row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
     def keep(self, key: str, reply: str) -> None:
+        """Keep the reply under `key`, in place of any other."""
         self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
 
 

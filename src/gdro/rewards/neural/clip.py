@@ -196,6 +196,7 @@ def read_phrases(given: tuple[str, ...] | Path, field: str) -> tuple[str, ...]:
 
 
 def as_array(values: "Tensor") -> np.ndarray:
+    """The values as a float64 array."""
     return values.double().numpy()
 
 

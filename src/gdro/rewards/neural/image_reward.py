@@ -176,6 +176,7 @@ def text_config(state: "dict[str, Tensor]") -> Any:
 
 
 def depth(state: "dict[str, Tensor]", prefix: str) -> int:
+    """The number of layers in tensors named `<prefix>N.`."""
     return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))
 
 

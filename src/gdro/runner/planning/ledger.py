@@ -29,7 +29,7 @@ class Operation(NamedTuple):
 
     flops: int  # of matrix products, convolutions and attention; a multiplication and an addition are two
     bytes: int  # read and written, that grow with the batch
-    shared: int  # read and written once whatever the batch: weights
+    shared: int  # read and written once, regardless of the batch: weights
     half: bool  # computed in 16 bits
 
 

@@ -39,11 +39,14 @@ class Stage:
 
     @property
     def hours(self) -> float | None:
+        """Hours of the stage; None if unknown."""
         return None if None in (self.images, self.seconds) else self.images * self.seconds / 3600  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run will cost, by stage and part."""
+
     stages: list[Stage]
     memory: dict[str, float]  # bytes by part
     totals: dict[str, float]  # bytes by stage, at its peak

@@ -111,6 +111,7 @@ class Votes:
             raise UserError(f"{self.path}: {error}; expected the SQLite database of a study; {_RESTORE}") from None
 
     def close(self) -> None:
+        """Close the database."""
         with self._lock:
             self._db.close()
 

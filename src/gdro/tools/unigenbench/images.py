@@ -52,6 +52,7 @@ class Folder:
 
     @property
     def about(self) -> dict[str, Any]:
+        """The origin of the images, for the results."""
         return {"folder": str(self.path)}
 
     def _path(self, prompt: Prompt, i: int) -> Path:
@@ -104,6 +105,7 @@ class Sampled:
         write_record(done, whole)
 
     def images(self, prompt: Prompt) -> list[Image.Image]:
+        """The prompt's images."""
         return self._groups.images(prompt.id)
 
     @cached_property
@@ -114,6 +116,7 @@ class Sampled:
 
     @cached_property
     def about(self) -> dict[str, Any]:
+        """The origin of the images, for the results."""
         from gdro.models.adapter_file import adapter_files
         from gdro.models.loading import model_revision
 

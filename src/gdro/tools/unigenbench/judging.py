@@ -50,6 +50,7 @@ class JudgePrompt:
                     )
 
     def question(self, prompt: Prompt) -> str:
+        """The question about an image of the prompt, as text."""
         points, descriptions = prompt.fields["points"], prompt.fields["descriptions"]
         lists = {
             "explanation": [f"\n{point}: {self.meanings[point]}" for point in points],
@@ -117,6 +118,7 @@ _BRACKETS = {
 
 
 def own_prompt(language: str) -> JudgePrompt:
+    """gdro's own judge prompt for a language."""
     return JudgePrompt("gdro", _TEMPLATES[language], MEANINGS[language], _BRACKETS[language])
 
 

@@ -26,6 +26,7 @@ class Tally:
         return self.correct / self.total if self.total else None
 
     def add(self, other: "Tally") -> None:
+        """Add another tally's counts."""
         self.total += other.total
         self.answered += other.answered
         self.correct += other.correct
@@ -84,6 +85,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, bool, dict[str, Any]]]:
 
 
 def percent(value: float | None) -> str:
+    """A share in percent; a dash for None."""
     return "–" if value is None else f"{100 * value:.2f}"
 
 
