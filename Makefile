@@ -5,7 +5,7 @@ OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 TESTS := tests/models tests/objectives tests/samplers tests/training
 
-.PHONY: demo tables test numerics lowest
+.PHONY: demo tables lint fast test numerics lowest
 demo: .venv/installed
 	$(BIN)/gdro demo
 
@@ -13,10 +13,16 @@ demo: .venv/installed
 tables: .venv/installed
 	$(BIN)/gdro compare --out runs/comparison --results benchmarks/results/comparison.json --readme docs/results.md --pictures docs
 
-test: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# While working, a minute: no processes, no whole runs, nothing that takes seconds.
+fast: .venv/installed
+	$(PYTEST) -m "not slow"
+
+test: lint
 	$(PYTEST)
 
 # What computes, once more as a processor with other instructions would round it. All of it: make numerics TESTS=tests

@@ -106,6 +106,7 @@ def test_no_path_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_to_read_a_configuration() -> None:
     """A misspelled field is told of in a second or two: diffusers, transformers, peft and the OCR engine stay out."""
     script = (

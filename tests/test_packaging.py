@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).parents[1]

@@ -22,6 +22,7 @@ README = Path(__file__).parents[1] / "README.md"
 HEAVY = {"torch", "numpy", "pydantic", "PIL", "pyarrow", "yaml", "diffusers", "transformers"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["import gdro", "from gdro.cli import main; main(['--help'])"])
 def test_importing_and_help_load_nothing_heavy(program: str) -> None:
     said = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"

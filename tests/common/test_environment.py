@@ -89,6 +89,7 @@ def test_a_library_that_stumbles_over_a_variable_is_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:9"), ("SSL_CERT_FILE", "/nowhere")])
 def test_a_hub_that_cannot_be_asked_is_one_line_with_the_variable(name: str, value: str) -> None:
     code = "from gdro.common.hub import locate; locate('no-one/nothing', 'x', field='model', expected='a folder')"

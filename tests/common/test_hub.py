@@ -40,6 +40,7 @@ def gated_hub() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_gated_weights_say_how_to_get_them(gated_hub: str, tmp_path: Path) -> None:
     """In a process of its own: the Hub's address is read when its client is imported."""
     environment = os.environ | {"HF_ENDPOINT": gated_hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}

@@ -12,6 +12,8 @@ from gdro.cli import main
 from gdro.common.sealed import read_record
 from gdro.groups.scores import read_header, read_scored, write_rewards
 
+pytestmark = pytest.mark.slow
+
 SUM = '[{name: "my_rewards:redness", weight: 0.7}, {name: "my_rewards:blueness", weight: 0.3, transform: win_rate}]'
 
 

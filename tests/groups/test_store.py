@@ -229,6 +229,7 @@ GroupWriter(Path(sys.argv[1])).write_shard(0, make_rows("a", 9), {"a": make_text
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
 @pytest.mark.parametrize(("limit", "named"), [(64, "_embeddings-00000.safetensors"), (2000, "groups-00000.parquet")])
 def test_full_disk_leaves_the_old_file(tmp_path: Path, limit: int, named: str) -> None:

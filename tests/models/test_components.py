@@ -187,6 +187,7 @@ def damages(name: str) -> Iterator[Damage]:
         yield Damage(field, fields(SCHEDULER, **{field: True}), f"{SCHEDULER} has {field} true; ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_whole_is_refused_before_anything_is_loaded(folders: Folders, name: str, tmp_path: Path):
     whole = folders(name)
@@ -233,6 +234,7 @@ def poison(folder: Path, part: str, value: float = float("nan")) -> str:
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_in_weights_is_named_when_they_are_loaded(folders: Folders, name: str, tmp_path: Path):
     """Of text encoders that is when they are first used; transformer and VAE are loaded at once."""
@@ -245,6 +247,7 @@ def test_nan_in_weights_is_named_when_they_are_loaded(folders: Folders, name: st
             load_model(str(folder), device=CPU, dtype=torch.bfloat16).encode_text(["a red wall"], 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_revision_is_of_every_file_that_is_used(folders: Folders, name: str, tmp_path: Path):
     """A digest that a rename and any byte changes, that an unused file does not, and that is the loaded model's."""
@@ -288,6 +291,7 @@ def test_a_component_replaced_before_it_is_loaded_is_refused(folders: Folders, t
         _ = model.revision
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_read_of_a_prompt_is_all_that_its_text_is_made_of(folders: Folders, name: str):

@@ -130,6 +130,7 @@ def comfyui_merges(pipe: DiffusionPipeline, folder: Path) -> None:
         pipe.transformer.get_submodule(layer.removeprefix("transformer.")).weight.data += strength * (up @ down)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize(("name", "scale"), SCALES)
@@ -174,6 +175,7 @@ def test_a_velocity_does_not_depend_on_its_batch(folders: Callable[[str], Path],
         assert torch.allclose(alone[0], together[i], atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -206,6 +208,7 @@ def test_latents_of_images_are_the_vaes(folders: Callable[[str], Path], name: st
     assert np.abs(found - expected).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_adapter_loads_in_plain_diffusers_and_back(
@@ -235,6 +238,7 @@ def test_the_adapter_loads_in_plain_diffusers_and_back(
     assert torch.allclose(ours(again, scale, height, width), tuned, atol=ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_adapter_by_peft_is_as_strong_here(folders: Callable[[str], Path], name: str, rslora: bool, tmp_path: Path):
@@ -303,6 +307,7 @@ def test_gradients_reach_the_adapter_under_guidance(folders: Callable[[str], Pat
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_near(folders: Callable[[str], Path], name: str):
@@ -326,6 +331,7 @@ def test_sd3_has_positions_up_to_a_size(folders: Callable[[str], Path]):
         model.latent_shape(136, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_use_a_model_card_tells_runs(folders: Callable[[str], Path], name: str, tmp_path: Path):
     model = load(folders(name))

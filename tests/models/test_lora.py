@@ -128,6 +128,7 @@ FORMS: dict[str, Save] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_strength_is_read_wherever_it_is_kept(tuned: FluxModel, flux_folder: Path, tmp_path: Path, form: str):
     FORMS[form](tmp_path, {name: value.detach().clone() for name, value in tuned.adapter().items()})
@@ -165,6 +166,7 @@ def test_an_adapter_by_diffusers_own_trainers_is_read(tuned: FluxModel, flux_fol
     assert ours[name].scaling["default"] == theirs[name].scaling["default_0"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

@@ -58,6 +58,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     monkeypatch.setattr(nn.Module, "compile", lambda module: real(module, **options))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_same_and_switches_its_adapter(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = outputs(adapted(flux))
     compile_with(monkeypatch, backend="eager")

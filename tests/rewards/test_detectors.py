@@ -177,6 +177,7 @@ def asks(name: str, color: str | None = None, count: int = 1, tag: str = "colors
 # ---- from a picture to the reward
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_input")
 @pytest.mark.parametrize(("kind", "name"), [("mask2former", "cat"), ("detr", "computer mouse"), ("rt_detr", "couch")])
 def test_pictures_become_detections_and_verdicts(
@@ -427,6 +428,7 @@ def test_damaged_files_are_told_of(mask2former: Path, clip: Path, tmp_path: Path
         geneval(detector=str(broken), clip=str(clip)).check([asks("cat")])
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_in_the_file_are_no_random_ones(mask2former: Path, clip: Path, tmp_path: Path) -> None:
     for option, source in {"detector": mask2former, "clip": clip}.items():
         partial = tmp_path / option
@@ -491,6 +493,7 @@ def test_the_version_follows_the_weights_and_not_the_batch(mask2former: Path, cl
     assert len({version(moved), version(moved, other), strict}) == 3
 
 
+@pytest.mark.slow
 def test_making_the_reward_is_cheap(mask2former: Path, clip: Path) -> None:
     """No torch, no transformers, nothing read: not even that the folder is missing."""
     code = (

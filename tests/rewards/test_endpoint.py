@@ -385,6 +385,7 @@ print(json.dumps([value for value, _ in found]))
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache(serve: Any, tmp_path: Path) -> None:
     server, judge = serve(echo)
     command = [sys.executable, "-c", ASK, server.url, str(judge.cache), "150"]
@@ -398,6 +399,7 @@ def test_processes_share_a_cache(serve: Any, tmp_path: Path) -> None:
         assert file.execute("SELECT count(*) FROM replies").fetchone() == (150,)
 
 
+@pytest.mark.slow
 def test_interrupt_ends_it_at_once(serve: Any) -> None:
     server, judge = serve(lambda asked: Said("1", delay=8))
     process = subprocess.Popen(
@@ -413,12 +415,14 @@ def test_interrupt_ends_it_at_once(serve: Any) -> None:
     assert time.monotonic() - start < 6
 
 
+@pytest.mark.slow
 def test_importing_is_cheap() -> None:
     heavy = "{'torch', 'transformers', 'httpx'} & set(sys.modules)"
     code = f"import sys; import gdro.rewards.judges.unified; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_killed_runs_score_every_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """600 images, a server that fails one request in five, two kills: the benchmark does 10,000 and five."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

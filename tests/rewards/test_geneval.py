@@ -161,6 +161,7 @@ def drawn(prompts: list[Prompt]) -> list[Image.Image]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_pictures_of_the_world_satisfy_their_records(split: str) -> None:
     """Every tag, classes, colors and relations of the records mean what the world draws."""

@@ -13,6 +13,7 @@ from gdro.rewards.geneval.rules import assess, relations
 CASES = 10_000
 
 
+@pytest.mark.slow
 def test_verdicts_equal_the_official_rules() -> None:
     rng = random.Random(0)
     correct, soft, edges = [], [], {"equal scores": 0, "at the threshold": 0, "equal centers": 0, "too many": 0}

@@ -269,6 +269,7 @@ def test_groups_that_do_not_fit_the_training(work: Workplace) -> None:
         assert not (work.out / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_changed_configuration_truncated_file_and_full_disk(work: Workplace) -> None:
     assert work.run("sample")[0] == 0
     line = work.refuses("--sample.guidance_scale", "5")
@@ -386,6 +387,7 @@ def test_validation_prompts_given_up_before_training_leave_no_file(work: Workpla
     assert not (work.out / "prompts" / "validation.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["--train.kk", "3"], ["--score.reward", "my_rewards:missing"], ["--model", "gone"]]
 )

@@ -152,6 +152,7 @@ def test_imported_groups_may_differ_in_size(flux: FluxModel, tmp_path: Path) -> 
     assert [store.image_size(group) for group in ("g0", "g1")] == [(32, 64), (64, 32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

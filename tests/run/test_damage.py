@@ -14,6 +14,8 @@ from gdro.common.files import discard
 from gdro.groups.store import GroupStore
 from gdro.tools.verify import verify
 
+pytestmark = pytest.mark.slow
+
 HARMLESS = (".lock", "report.html", "README.md", ".png")  # nothing reads them
 
 

@@ -9,6 +9,8 @@ import pytest
 from gdro.common.errors import UserError
 from gdro.runner.directory import alone
 
+pytestmark = pytest.mark.slow
+
 # Windows has msvcrt in place of fcntl; here it locks as that does, so that all but the lock itself is the real thing
 WINDOWS = """
 import os, sys, types

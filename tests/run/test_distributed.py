@@ -14,6 +14,8 @@ from processes import Ended, Job, launch
 from run_files import rows, weights
 from small_run import small_run
 
+pytestmark = pytest.mark.slow
+
 MOODY = """
 
 import os

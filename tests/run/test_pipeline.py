@@ -20,6 +20,8 @@ from small_run import small_run, start
 
 from gdro.cli import main
 
+pytestmark = pytest.mark.slow
+
 TIMED = {"images_per_second", "seconds", "digest"}
 
 

@@ -27,7 +27,7 @@ import ray
 
 from gdro.runner import ray_engine
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
 DEADLY = """
 import os

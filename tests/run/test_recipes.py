@@ -130,6 +130,7 @@ def run(name: str, out: Path, judge: FakeEndpoint, settings: dict[str, object]) 
     return summary
 
 
+@pytest.mark.slow
 def test_flux_ocr_runs_with_its_own_reward(flux_folder: Path, judge: FakeEndpoint, tmp_path: Path) -> None:
     settings = {"model": flux_folder, "score.reward": with_spread({"name": "ocr"})}
     summary = run("flux_ocr", tmp_path / "run", judge, settings)
@@ -186,6 +187,7 @@ def eyes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {name: str(tmp_path / name) for name in kinds}
 
 
+@pytest.mark.slow
 def test_flux_geneval_runs_with_a_detector_of_its_class(
     flux_folder: Path, eyes: dict[str, str], judge: FakeEndpoint, tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_flux_geneval_runs_with_a_detector_of_its_class(
     assert summary["reward"]["base"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small_sd3, small_z_image])
 def test_the_sd3_recipe_runs_and_its_adapter_loads_in_diffusers(
     make: Callable[[], DiffusionPipeline], judge: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

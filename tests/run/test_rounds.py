@@ -26,6 +26,8 @@ from gdro.training.learner import MicroBatch
 from gdro.training.step import backward
 from gdro.training.steps.trajectory import transition
 
+pytestmark = pytest.mark.slow
+
 LOOP = pipeline.ROUND
 TRAJECTORY = {"flow_grpo": "flow_grpo", "grpo_guard": "flow_grpo", "dance_grpo": "dance_grpo", "ddpo": "flow_cps"}
 

@@ -59,6 +59,7 @@ def test_euler_gives_the_pipelines_own_images(flux_folder: Path, flux: FluxModel
     assert (np.abs(expected - base).max() > 1) == tuned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", get_args(SchedulerName))
 def test_every_solver_tends_to_the_same_solution(flux: FluxModel, name: str):
     """With more steps each comes nearer to Euler's solution with 400, and repeats itself exactly."""

@@ -164,6 +164,7 @@ def test_without_a_judge_the_headline_claims_no_quality() -> None:
     assert "hacking" not in found["headline"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["geneval", "geneval_strict"])
 def test_geneval_has_its_summary_and_is_corrected_without_alignment(flux: Any, tmp_path: Path, name: str) -> None:
     """Alignment rises with hacking there, so u averages coherence and style."""

@@ -149,6 +149,7 @@ def page_of(run: Path) -> tuple[Page, str]:
     return page, text
 
 
+@pytest.mark.slow
 def test_everything_is_inside_the_file(run_dir: Path) -> None:
     page, text = page_of(run_dir)
     assert page.resources
@@ -188,6 +189,7 @@ def test_the_headline_says_what_evaluation_json_says(run_dir: Path) -> None:
     assert page.tags.count("svg") == 7 + 3
 
 
+@pytest.mark.slow
 def test_base_and_tuned_stand_side_by_side_with_their_own_rewards(run_dir: Path) -> None:
     page, _ = page_of(run_dir)
     evaluation = read_record(run_dir / "evaluation.json")
@@ -199,10 +201,12 @@ def test_base_and_tuned_stand_side_by_side_with_their_own_rewards(run_dir: Path)
     assert "The most worsened" in page.shown[0]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
     assert page_of(run_dir)[1] == page_of(run_dir)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "note"),
     [
@@ -285,6 +289,7 @@ def test_training_groups_show_the_reward_trained_on_and_the_round(run_dir: Path)
     )
 
 
+@pytest.mark.slow
 def test_geneval_has_a_table_by_tag(run_dir: Path) -> None:
     evaluation = read_record(run_dir / "evaluation.json")
     assert "color_attr" not in page_of(run_dir)[0].shown[0]
@@ -300,6 +305,7 @@ def test_geneval_has_a_table_by_tag(run_dir: Path) -> None:
     assert "overall––––0.500–" in shown
 
 
+@pytest.mark.slow
 def test_large_images_are_embedded_small(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", (400, 300))
     page, text = page_of(run)

@@ -103,7 +103,9 @@ def brightness_of(store: GroupStore) -> dict[str, list[float]]:
     return {g: [(n + 1) / 100 for n in range(SIZES[g])] for g in store.group_ids}
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (5, 1), (64, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "workers"), [(1, 1), (5, 1), (64, 0), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
 def test_every_image_is_scored_once(
     groups: Path, tmp_path: Path, own: Callable[[str], str], batch_size: int, workers: int
 ) -> None:
@@ -157,6 +159,7 @@ def test_new_images_and_new_versions_are_scored_again(groups: Path, tmp_path: Pa
     assert len(calls()) == 13
 
 
+@pytest.mark.slow
 def test_ocr_in_workers_equals_ocr_here(groups: Path, tmp_path: Path) -> None:
     """The evidence too; the words in the pictures are read."""
     reward = load_reward("ocr")
@@ -184,6 +187,7 @@ def test_failures_name_the_image_and_keep_what_is_finished(
     assert not (tmp_path / "rewards" / f"{name}.f.parquet").exists()
 
 
+@pytest.mark.slow
 def test_what_the_function_raises_names_the_images(groups: Path, tmp_path: Path, own: Callable[[str], str]) -> None:
     name = own("def f(images, prompts):\n    raise ZeroDivisionError('mine')\n")
     with pytest.raises(UserError, match="raised ZeroDivisionError: mine") as error:
@@ -221,6 +225,7 @@ def test_where_no_image_has_a_score_the_next_run_asks_again(
     assert all((values == 1).all() for values in read_rewards(path, GroupStore(groups)).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "lost"), [(0.0, 0), (0.05, 1), (0.1, 1), (0.16, 2), (0.3, 3), (1.0, 12)])
 def test_a_share_of_missing_scores_is_tolerated_and_above_it_only_files_with_gaps_are_scored_again(
     groups: Path,
@@ -352,6 +357,7 @@ def processes_of(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for orphans in /proc")
 def test_killed_and_started_again(groups: Path, tmp_path: Path, own: Callable[[str], str]) -> None:
     """SIGKILL after the first finished file: the rerun keeps it, ends with the rows of an undisturbed run, and the
@@ -409,6 +415,7 @@ UNGUARDED = """
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_scores_in_processes_too(groups: Path, tmp_path: Path) -> None:
     """What only it defines, other processes cannot have: said in one line."""
     (tmp_path / "script.py").write_text(textwrap.dedent(UNGUARDED))

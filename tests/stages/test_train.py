@@ -155,6 +155,7 @@ def test_a_first_step_without_a_ranking_is_no_alarm(flux: Any, flux_folder: Path
     assert len(rows(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_training_orders_the_group_by_its_rewards(flux: Any, flux_folder: Path, tmp_path: Path) -> None:
     """Overfitting three groups: the loss falls toward its floor, and the best image drifts below the worst."""
     toy = write_toy(tmp_path, flux, groups=3, images=4)
@@ -183,6 +184,7 @@ def test_options_train(flux: Any, toy: tuple[Path, Path], tmp_path: Path, option
     assert rows(tmp_path)[0]["loss_rank"] == pytest.approx(math.log(math.factorial(options.get("k", 4))), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_resumed_runs_end_bit_for_bit_like_uninterrupted_ones(
     flux: Any, toy: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -205,6 +207,7 @@ def test_resumed_runs_end_bit_for_bit_like_uninterrupted_ones(
     assert same(weights(tmp_path / "longer", 6), weights(tmp_path / "whole", 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -255,6 +258,7 @@ def interrupted_after(steps: int) -> Iterator[None]:
             yield
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     flux: Any, flux_folder: Path, toy: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -313,6 +317,7 @@ def test_validation_sees_the_average_and_keeps_the_best_checkpoint(
     assert same(weights(tmp_path / "cut", 7), weights(tmp_path / "run", 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

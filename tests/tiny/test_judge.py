@@ -55,6 +55,7 @@ def test_true_pictures_are_graded_high(task):
     assert min(grade(prompts, pictures(prompts)).values()) > 4.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", world.TAGS)
 def test_true_pictures_of_every_tag_are_graded_near_the_top(tag):
     """And slightly soft ones, as a trained model draws them, are still well-formed pictures of the world."""
@@ -88,6 +89,7 @@ def test_a_bar_is_no_shape_of_any_kind():
     assert kinds == [["square"], [], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["ocr", "geneval"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_lowers_the_axes_it_should(task, damage):

@@ -18,6 +18,8 @@ from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
 from gdro.tiny.vision import see
 
+pytestmark = pytest.mark.slow
+
 COUNT = 10
 STRENGTHS = (0.0, 0.3, 0.6, 1.0)
 AXES = ("alignment", "coherence", "style")

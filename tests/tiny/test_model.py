@@ -16,6 +16,8 @@ from gdro.tiny import world
 from gdro.tiny.judge import TinyJudge
 from gdro.tiny.prompts import tiny_prompts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pipe() -> FluxPipeline:

@@ -66,6 +66,7 @@ def test_captions(scene, text):
     assert world.caption(scene) == text
 
 
+@pytest.mark.slow
 def test_prompts_are_stable_unique_and_split():
     ocr = tiny_prompts("tiny:ocr:test:64")
     assert ocr == tiny_prompts("tiny:ocr:test:64")

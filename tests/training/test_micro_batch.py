@@ -62,6 +62,7 @@ class Doubled:
         return self.groups.text(group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [kind.name for kind in FORWARD])
 def test_two_passes_have_the_gradient_of_one(
     flux_folder: Path, toy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, objective: str
@@ -136,6 +137,7 @@ def test_a_step_counts_what_it_draws_however_memory_divides_it(flux: Any, toy: t
         assert flux.nfe - before == 8 * cost
 
 
+@pytest.mark.slow
 def test_a_step_counts_what_the_model_computes(flux: Any, toy: tuple[Path, Path]) -> None:
     """By every objective, at the round's first step and after; "round" is the policy itself at the first."""
     for name, cost in (
@@ -175,6 +177,7 @@ def living_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@pytest.mark.slow
 def test_rounds_need_no_more_memory_than_one(flux: Any, toy: tuple[Path, Path]) -> None:
     """Whatever looks at a pass lets go of it: the measurement of `auto`, a step either way, the check after it."""
 
@@ -198,6 +201,7 @@ def test_rounds_need_no_more_memory_than_one(flux: Any, toy: tuple[Path, Path]) 
         assert living[3] == living[1], changes  # the first may fill a cache
 
 
+@pytest.mark.slow
 def test_auto_takes_what_fits_and_a_resumed_run_what_it_took(
     flux: Any,
     toy: tuple[Path, Path],

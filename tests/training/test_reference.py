@@ -119,6 +119,7 @@ def test_what_is_known_is_kept_for_the_same_images_only(flux: Any, toy: tuple[Pa
         assert bool(values.isnan().all()) is not known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 2])
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one_at_its_budget(
     flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int

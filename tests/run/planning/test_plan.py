@@ -32,6 +32,8 @@ from gdro.runner.planning.shapes import KNOWN, _configurations, shapes_of
 from gdro.tiny.prompts import tiny_prompts
 from gdro.training.micro_batch import saved_bytes
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LENGTH, N, SCALE = 16, 3, 4.0
 

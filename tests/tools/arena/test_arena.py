@@ -431,6 +431,7 @@ def test_raters_at_once_lose_nothing(study: tuple[Client, Votes, Path]) -> None:
     assert Counter(vote.rater for vote in votes.all()) == {f"rater {n}": 6 * 3 for n in range(6)}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_prints_the_table(tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "out"
     process = Process([run], out, rater="ann", pairs=3)

@@ -13,6 +13,8 @@ from studies import PROMPTS, Process, read_color, serving, write_run
 
 from gdro.tools.arena.votes import QUESTIONS
 
+pytestmark = pytest.mark.slow
+
 ASKED = list(QUESTIONS)
 READY = "!busy && (shown || !document.querySelector('#end').hidden)"
 PIXEL = """[...document.querySelectorAll('.frame img')].map((image) => {

@@ -108,6 +108,7 @@ def copy(place: Path, tmp_path: Path) -> Path:
     return shutil.copytree(place / "out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_candidate_is_chosen_on_validation_prompts_and_recorded(place: Path) -> None:
     choice = read(place / "out" / "choices.json")["red"]["gdro"]
     assert choice["chosen"] == 0
@@ -246,6 +247,7 @@ HOLD = (
 )
 
 
+@pytest.mark.slow
 def test_status_writes_nothing_while_a_bench_is_at_work(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-S", "-c", HOLD, str(copy / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

@@ -14,6 +14,8 @@ from gdro.common.sealed import read_record
 from gdro.tools.comparison.running import FAILED, LOG, note_end, run_jobs
 from gdro.tools.comparison.spec import Job
 
+pytestmark = pytest.mark.slow
+
 
 def job(name: str, *after: str) -> Job:
     return Job(name=name, task="t", method="m", seed=0, candidate=None, after=after, nfe=10)
