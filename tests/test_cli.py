@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gdro import __version__
-from gdro.cli import STAGES, _parsers, _path, _split, main
+from gdro.cli import STAGES, main, parsers, path, split
 from gdro.common.errors import UserError
 from gdro.common.prompts import read_prompts
 
@@ -25,9 +25,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_overrides_are_told_from_options_wherever_they_stand() -> None:
-    _, commands = _parsers()
+    _, commands = parsers()
     line = "run --train.k 4 my.yaml --train.tau=-1 --out runs/x --model some/where --seed 3 --score.reward=a:b=c"
-    rest, overrides = _split(line.split(), commands["run"])
+    rest, overrides = split(line.split(), commands["run"])
     assert rest == ["run", "my.yaml", "--out", "runs/x"]
     assert overrides == [
         ("train.k", "4"),
@@ -36,10 +36,10 @@ def test_overrides_are_told_from_options_wherever_they_stand() -> None:
         ("seed", "3"),
         ("score.reward", "a:b=c"),
     ]
-    rest, overrides = _split(["score", "--reward", "a:b", "--out", "x"], commands["score"])
+    rest, overrides = split(["score", "--reward", "a:b", "--out", "x"], commands["score"])
     assert (rest, overrides) == (["score", "--reward", "a:b", "--out", "x"], [])
     with pytest.raises(UserError, match=r"--train\.k has no value"):
-        _split(["run", "--train.k", "--out", "x"], commands["run"])
+        split(["run", "--train.k", "--out", "x"], commands["run"])
 
 
 def test_an_option_of_another_command_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +48,7 @@ def test_an_option_of_another_command_is_refused_with_the_nearest(capsys: pytest
 
 
 def test_the_demo_is_the_packaged_recipe_in_runs_demo() -> None:
-    parser, _ = _parsers()
+    parser, _ = parsers()
     assert parser.parse_args(["demo"]).out == Path("runs/demo")
 
 
@@ -92,9 +92,9 @@ def test_prompts_refuses_in_one_line(
 
 def test_no_path_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
     """Path("") would be the current folder."""
-    _, commands = _parsers()
+    _, commands = parsers()
     for name, command in commands.items():
-        options = [action for action in command._actions if action.type is _path]
+        options = [action for action in command._actions if action.type is path]
         assert not any(action.type is Path for action in command._actions)
         for option in (action.option_strings[0] for action in options if action.option_strings):
             with pytest.raises(UserError, match=rf"^gdro {name}: argument {option}: it is empty; expected a path"):

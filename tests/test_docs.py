@@ -18,7 +18,7 @@ from run_files import rows
 from toy_groups import GUIDANCE, HEIGHT, LENGTH, SAMPLING, WIDTH, write_toy
 
 import gdro
-from gdro.cli import _parsers
+from gdro.cli import parsers
 from gdro.common.prompts import Prompt
 from gdro.common.yaml import parse_yaml
 from gdro.models import load_model, loading
@@ -154,7 +154,7 @@ def test_the_readme_says_the_verdict_as_the_report_does() -> None:
 def test_commands_are_those_of_the_command_line(page: Path) -> None:
     fenced = "".join(re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE))
     named = re.findall(r"^gdro ([a-z]+)", fenced, re.MULTILINE) + re.findall(r"`gdro ([a-z]+)", page.read_text())
-    assert not set(named) - set(_parsers()[1])
+    assert not set(named) - set(parsers()[1])
 
 
 def test_the_bench_finds_its_place() -> None:

@@ -38,7 +38,7 @@ STAGES = {
 DISTRIBUTED = ("run", "demo", *STAGES)  # commands that several processes can do together
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
     if not text:  # which is the current folder to Path
         raise argparse.ArgumentTypeError("it is empty; expected a path")
     return Path(text)
@@ -115,7 +115,7 @@ def _quiet() -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
-    parser, commands = _parsers()
+    parser, commands = parsers()
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise UserError(f'unknown command "{argv[0]}"{did_you_mean(argv[0], commands)}')
     if argv and argv[0] in commands and argv[0] not in DISTRIBUTED and _several():
@@ -123,7 +123,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"WORLD_SIZE is {found}, but gdro {argv[0]} is one process; expected it without a launcher")
     overrides: list[Override] = []
     if argv and argv[0] not in WITHOUT_FIELDS and argv[0] in commands:
-        argv, overrides = _split(argv, commands[argv[0]])
+        argv, overrides = split(argv, commands[argv[0]])
     args = parser.parse_args(argv)
     act: Act = args.act
     try:
@@ -139,7 +139,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(line) from error
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         "gdro", description="Post-train text-to-image flow models on rewards, offline.", allow_abbrev=False
     )
@@ -157,11 +157,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     stages = [command(name, about, _run) for name, about in STAGES.items()]
     for stage in (run, *stages):
         stage.add_argument(
-            "config", nargs="?", type=_path, help="YAML, or a recipe's name; without it the run's config.yaml"
+            "config", nargs="?", type=path, help="YAML, or a recipe's name; without it the run's config.yaml"
         )
-        stage.add_argument(
-            "--out", required=True, type=_path, help="the run directory; an unfinished run resumes there"
-        )
+        stage.add_argument("--out", required=True, type=path, help="the run directory; an unfinished run resumes there")
         stage.epilog = dotted
     run.add_argument("--until", choices=list(STAGES), default="report", help="the last stage to do (report)")
     for name, stage in zip(STAGES, stages, strict=True):
@@ -169,47 +167,47 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     commands["score"].add_argument("--reward", help="short for --score.reward: a name, or my_module:my_function")
 
     plans = command("plan", "what a run will cost: FLOPs, seconds, memory, disk; needs no weights", _plan)
-    plans.add_argument("config", type=_path, help="YAML")
+    plans.add_argument("config", type=path, help="YAML")
     plans.add_argument("--gpu", help="a GPU's name, e.g. h200, a100, rtx4090, or cpu; without it the device here")
     plans.add_argument("--json", action="store_true", help="all figures as JSON, in bytes, FLOPs and seconds")
     plans.epilog = dotted
 
     demo = command("demo", "the main job on the embedded tiny model", _demo)
-    demo.add_argument("--out", default=Path("runs/demo"), type=_path, help="the run directory (runs/demo)")
+    demo.add_argument("--out", default=Path("runs/demo"), type=path, help="the run directory (runs/demo)")
     demo.epilog = dotted
 
     imports = command("import", "take images and rewards made elsewhere, in place of sample and score", _import)
-    imports.add_argument("folder", type=_path, help="images and metadata.jsonl (file_name, prompt, reward, group)")
-    imports.add_argument("--config", required=True, type=_path, help="YAML with the model and training settings")
-    imports.add_argument("--out", required=True, type=_path, help="the run directory")
+    imports.add_argument("folder", type=path, help="images and metadata.jsonl (file_name, prompt, reward, group)")
+    imports.add_argument("--config", required=True, type=path, help="YAML with the model and training settings")
+    imports.add_argument("--out", required=True, type=path, help="the run directory")
     imports.epilog = dotted
 
     compare = command("compare", "run methods side by side on the same work: table, plots, page", _compare)
-    compare.add_argument("config", nargs="?", type=_path, help="YAML of the comparison; without it the packaged one")
+    compare.add_argument("config", nargs="?", type=path, help="YAML of the comparison; without it the packaged one")
     compare.add_argument(
         "--out",
-        type=_path,
+        type=path,
         help="its folder (runs/comparison, or runs/comparison-quick); an unfinished one resumes there",
     )
     compare.add_argument("--quick", action="store_true", help="the shape of it: one seed, small budgets, no search")
     compare.add_argument("--status", action="store_true", help="start nothing; what is done, and the results so far")
     compare.add_argument("--task", help="this task only")
     compare.add_argument("--jobs", type=integer(1, 1024), help="runs at once (as many as there are cores; 1 on a GPU)")
-    compare.add_argument("--results", type=_path, help="also write the figures to this .json file")
-    compare.add_argument("--readme", type=_path, help="also put the table into this Markdown file, between its markers")
-    compare.add_argument("--pictures", type=_path, help="also write the plots into this folder")
+    compare.add_argument("--results", type=path, help="also write the figures to this .json file")
+    compare.add_argument("--readme", type=path, help="also put the table into this Markdown file, between its markers")
+    compare.add_argument("--pictures", type=path, help="also write the plots into this folder")
 
     command("rewards", "what can be named as reward, judge or comparator, and what each needs", _rewards)
 
     unigen = command("unigenbench", "measure a model, or images made elsewhere, on UniGenBench", _unigenbench)
-    unigen.add_argument("file", type=_path, help="UniGenBench's data/test_prompts_*.csv")
-    unigen.add_argument("--out", required=True, type=_path, help="its folder; an unfinished one resumes there")
+    unigen.add_argument("file", type=path, help="UniGenBench's data/test_prompts_*.csv")
+    unigen.add_argument("--out", required=True, type=path, help="its folder; an unfinished one resumes there")
     unigen.add_argument("--model", help='"tiny", a folder, or a Hub id')
-    unigen.add_argument("--adapter", type=_path, help="a run directory or an adapter's folder")
-    unigen.add_argument("--images-from", type=_path, help="a folder of INDEX_I.png, instead of --model")
+    unigen.add_argument("--adapter", type=path, help="a run directory or an adapter's folder")
+    unigen.add_argument("--images-from", type=path, help="a folder of INDEX_I.png, instead of --model")
     unigen.add_argument("--judge-url", help="an OpenAI-compatible endpoint; without it the images are made only")
     unigen.add_argument("--judge-model", help="the model's name there")
-    unigen.add_argument("--judge-prompt", type=_path, help="UniGenBench's eval/src/eval_common.py, for its words")
+    unigen.add_argument("--judge-prompt", type=path, help="UniGenBench's eval/src/eval_common.py, for its words")
     unigen.add_argument("--judge-api-key-env", help="environment variable that holds the key")
     unigen.add_argument("--judge-revision", help="noted in the results")
     unigen.add_argument("--judge-concurrency", type=integer(1, 1024), default=8, help="requests at once (8)")
@@ -228,19 +226,19 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     engines = command("calibrate", "compare the engines behind a reward on the same images", _calibrate)
     engines.add_argument("what", choices=["ocr"], help="ocr")
-    engines.add_argument("images", type=_path, help="a folder with metadata.jsonl (file_name, text), a run, or groups")
-    engines.add_argument("--out", type=_path, default=Path("calibration.json"), help="all figures (calibration.json)")
+    engines.add_argument("images", type=path, help="a folder with metadata.jsonl (file_name, text), a run, or groups")
+    engines.add_argument("--out", type=path, default=Path("calibration.json"), help="all figures (calibration.json)")
     engines.add_argument("--engine", action="append", default=[], help="this one; may be repeated (all)")
     engines.add_argument("--lang", help="PaddleOCR's language")
     engines.add_argument("--limit", type=integer(1, 10**9), help="this many images at most")
 
     verdicts = command("geneval", "GenEval's table of stored verdicts, without looking at an image", _geneval)
-    verdicts.add_argument("results", type=_path, help="the official evaluator's .jsonl, or a run's rewards .parquet")
-    verdicts.add_argument("--groups", type=_path, help="the groups of a .parquet without records")
+    verdicts.add_argument("results", type=path, help="the official evaluator's .jsonl, or a run's rewards .parquet")
+    verdicts.add_argument("--groups", type=path, help="the groups of a .parquet without records")
 
     study = command("arena", "a blind human study of finished runs: a page on loopback, and its table", _arena)
-    study.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="one: base against tuned; several: the tuned")
-    study.add_argument("--out", type=_path, help="the study's folder; a study begun there goes on")
+    study.add_argument("runs", nargs="+", type=path, metavar="RUN", help="one: base against tuned; several: the tuned")
+    study.add_argument("--out", type=path, help="the study's folder; a study begun there goes on")
     study.add_argument("--table", action="store_true", help="print the table of the study's folder RUN, serve nothing")
     study.add_argument("--host", default="127.0.0.1", help="the address to serve at (127.0.0.1)")
     study.add_argument("--port", type=integer(0, 65_535), default=8765, help="0 takes any free one (8765)")
@@ -249,7 +247,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     study.add_argument("--pairs", type=integer(1, 10**9), help="pairs of images (a prompt once for every two models)")
 
     whole = command("verify", "read every file of a run or study again, and name what is damaged", _verify)
-    whole.add_argument("folder", type=_path, metavar="RUN", help="the run directory, or a study's folder")
+    whole.add_argument("folder", type=path, metavar="RUN", help="the run directory, or a study's folder")
 
     prompts = command("prompts", "write prompts that come with gdro to a file", _prompts)
     prompts.add_argument(
@@ -259,11 +257,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     prompts.add_argument("--split", help="train, validation or test")
     prompts.add_argument("--count", type=integer(1, 10**6), help="how many prompts")
     prompts.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="another seed gives other prompts (0)")
-    prompts.add_argument("--out", required=True, type=_path, help="the .jsonl file to write")
+    prompts.add_argument("--out", required=True, type=path, help="the .jsonl file to write")
     return parser, commands
 
 
-def _split(argv: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[str], list[Override]]:
+def split(argv: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[str], list[Override]]:
     """The command's own arguments, and every other `--name VALUE` or `--name=VALUE` as an override."""
     own = command._option_string_actions
     rest: list[str] = []

@@ -176,7 +176,7 @@ def test_nan_is_named_by_what_it_is_in_and_its_image(flux: FluxModel, tmp_path: 
         return str(error.value)
 
     flux.decode(torch.zeros(1, 32, 64), 32, 64)
-    bias = flux._vae.decoder.conv_out.bias
+    bias = flux.networks()["vae"].decoder.conv_out.bias
     bias[0] = torch.inf
     assert f'model: {flux.name}: the VAE\'s pixels hold NaN or infinity for image "p0/0"; expected' in refusal()
     bias[0] = 0

@@ -354,10 +354,10 @@ def test_the_best_objects_of_a_class_are_looked_at(mask2former: Path) -> None:
     cats = [Detection("cat", (0, 0, 9, 9), score) for score in scores]
     dog = Detection("dog", (0, 0, 9, 9), 0.99)
     asked = {"include": [{"class": "cat", "count": 2, "color": "red"}, {"class": "dog", "count": 1}]}
-    looked_at = detectors._asked_for_color([*cats, dog], Record.model_validate({"tag": "color_attr", **asked}))
+    looked_at = detectors.asked_for_color([*cats, dog], Record.model_validate({"tag": "color_attr", **asked}))
     assert looked_at == [1, 2]
     four = {"tag": "counting", "include": [{"class": "cat", "count": 4, "color": "red"}]}
-    assert detectors._asked_for_color(cats, Record.model_validate(four)) == [1, 2, 3]
+    assert detectors.asked_for_color(cats, Record.model_validate(four)) == [1, 2, 3]
 
 
 # ---- what is refused before sampling, and versions

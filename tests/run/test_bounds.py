@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from toy_groups import SAMPLING, write_toy
 
-from gdro.cli import _parsers
+from gdro.cli import parsers
 from gdro.common.errors import UserError
 from gdro.common.validation import MAX_SEED, integer, number
 from gdro.models import load_model
@@ -113,7 +113,7 @@ def test_sizes_of_buckets_have_bounds() -> None:
 
 def test_every_number_of_the_command_line_has_bounds() -> None:
     found = 0
-    for command in _parsers()[1].values():
+    for command in parsers()[1].values():
         for action in command._actions:
             assert action.type not in (int, float), f"{action.option_strings} has no bounds"
             found += getattr(action.type, "__qualname__", "").startswith("_between")

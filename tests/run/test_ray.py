@@ -187,4 +187,4 @@ def test_an_address_without_a_cluster_is_refused(address: str, monkeypatch: pyte
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(UserError, match=f"^RAY_ADDRESS is {address}: .*; expected HOST:PORT"):
-        ray_engine._connect()
+        ray_engine.connect()

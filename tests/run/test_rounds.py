@@ -199,10 +199,10 @@ def test_kept_rounds_are_trained_on_too(base: dict[str, Any], tmp_path: Path) ->
     )
     run(config, tmp_path / "run", LOOP)
     job = Run(config, tmp_path / "run")
-    assert [len(job._place(i).kept) for i in range(4)] == [0, 1, 1, 1]
+    assert [len(job.place(i).kept) for i in range(4)] == [0, 1, 1, 1]
     folders = [tmp_path / "run" / name for name in ("rounds/0002", "rounds/0003")]
     (old, _), (groups, rewards) = [(f / "groups", next((f / "rewards").glob("*.parquet"))) for f in folders]
-    place = job._place(3)
+    place = job.place(3)
     assert [folder for folder, _ in place.kept] == [old]
     learner, _ = prepare(config.train, job.model, groups, rewards, seed=0, sampling=job.sampling, round=place)
     assert {v.group.partition("@")[2] for step in (7, 8) for v in learner.data.draws.at(step)} == {"2", "3"}

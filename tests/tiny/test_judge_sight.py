@@ -196,7 +196,7 @@ def resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
         mask = cv2.resize(world.shape_mask(shape.kind), (width, height), interpolation=cv2.INTER_AREA)
         left = min(max(0, round(shape.center[0] - width / 2)), world.WIDTH - width)
         top = min(max(0, round(shape.center[1] - height / 2)), world.HEIGHT - height)
-        world._blend(out, mask, top, left, world.COLORS[shape.color])
+        world.blend(out, mask, top, left, world.COLORS[shape.color])
     return out
 
 
@@ -219,7 +219,7 @@ def strays(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.n
     free = [(t, x) for t, x in slots if all(abs(s.center[0] - x - 5) + abs(s.center[1] - t - 5) > 12 for s in shapes)]
     kinds = [kind for kind in world.SHAPES if kind not in {s.kind for s in shapes}]
     for i in rng.permutation(len(free))[: round(strength * len(free))]:
-        world._blend(out, world.shape_mask(str(rng.choice(kinds))), *free[i], world.COLORS[_any_color(rng)])
+        world.blend(out, world.shape_mask(str(rng.choice(kinds))), *free[i], world.COLORS[_any_color(rng)])
     return out
 
 
@@ -235,7 +235,7 @@ def other_wall(image: np.ndarray, strength: float, rng: np.random.Generator) -> 
 def unasked_sign(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     out, letters = image.astype(np.float32), round(4 * strength)
     if letters:
-        world._draw_sign(out, "BAKE"[:letters], 1 if np.mean([s.center[1] for s in see(image).shapes]) > 15 else 14, 3)
+        world.draw_sign(out, "BAKE"[:letters], 1 if np.mean([s.center[1] for s in see(image).shapes]) > 15 else 14, 3)
     return out
 
 

@@ -196,12 +196,15 @@ def test_scopes_of_t_and_eps(store: GroupStore, scope: str) -> None:
     assert len(batch.t.unique()) == (12 if scope == "image" else 3)
 
 
-def test_batches_do_not_depend_on_micro_batches_or_memory(store: GroupStore) -> None:
-    chosen = toy_visits(store).at(3)
-    whole = batches(store).of(chosen)
-    unremembered = batches(store, memory_bytes=0)
-    parts = [unremembered.of([draw]) for draw in chosen]
-    assert not unremembered._memory
+def test_batches_do_not_depend_on_micro_batches_or_memory(store: GroupStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, reads, latents = toy_visits(store).at(3), [], store.latents
+    monkeypatch.setattr(store, "latents", lambda group: reads.append(group) or latents(group))
+    remembered, unremembered = batches(store), batches(store, memory_bytes=0)
+    whole, again = remembered.of(chosen), remembered.of(chosen)
+    assert len(reads) == len(chosen)
+    parts = [unremembered.of([draw]) for draw in chosen * 2][: len(chosen)]
+    assert len(reads) == 3 * len(chosen)
+    assert torch.equal(again.x0, whole.x0)
     for name in ("x0", "eps", "t", "rewards", "ranked"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 

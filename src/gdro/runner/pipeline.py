@@ -107,7 +107,7 @@ class Run(RunState):
             return
         distributed.first(lambda: self._make_room(number))
         if number:
-            self._carry(self._place(number))  # groups by other weights are refused
+            self._carry(self.place(number))  # groups by other weights are refused
         config, make = self.config, None
         if config.engine == "ray":
             from gdro.runner.ray_engine import make_shards
@@ -153,7 +153,7 @@ class Run(RunState):
         if distributed.is_first():
             for name in ("evaluation.json", "summary.json", "report.html"):  # they would describe another adapter
                 (self.out / name).unlink(missing_ok=True)
-        place = self._place(self.round)
+        place = self.place(self.round)
         train(
             self.config.train,
             self.model,
@@ -226,7 +226,7 @@ class Run(RunState):
         mark_best(self.checkpoints, memory["best"])
         if self.is_trained():
             return
-        reason = over(train, self._place(self.config.rounds.of_step(step)), step, memory["nfe"])
+        reason = over(train, self.place(self.config.rounds.of_step(step)), step, memory["nfe"])
         if reason:
             mark_stopped(self.checkpoints, step, reason, train)
 
@@ -282,7 +282,7 @@ class Run(RunState):
         if not steps:
             return {"sample": 0, "train": 0}
         spent = load_checkpoint(checkpoint_path(self.checkpoints, steps[-1])).memory["nfe"]
-        return {"sample": self._place(self.round).sampled, "train": spent}
+        return {"sample": self.place(self.round).sampled, "train": spent}
 
     def summarize(self) -> None:
         """Write summary.json if there is an evaluation."""

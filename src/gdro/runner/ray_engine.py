@@ -49,7 +49,7 @@ def make_shards(replica: Replica, jobs: Sequence[ShardJob], made: Callable[[int]
 
     `made` is called with the number of images in each finished file. Raises UserError for a worker's UserError.
     """
-    _connect()
+    connect()
     gpus = 0 if replica.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     if replica.device == "cuda" and not gpus:
         raise UserError('device is "cuda", but the Ray cluster offers no GPU; expected "auto" or "cpu"')
@@ -77,7 +77,7 @@ def score_files(
 
     The files are read here and sent. Workers do not see GPUs.
     """
-    _connect()
+    connect()
     size = workers or (sum(_cores()) if reward.parallel else 1)
     paths = [shard.path for shard in shards]
 
@@ -215,7 +215,7 @@ class _Attempts:
 # ---- the cluster
 
 
-def _connect() -> None:
+def connect() -> None:
     """Join the cluster at RAY_ADDRESS or, if that is not set, start one on this machine, on loopback.
 
     Raises UserError if there is no cluster.

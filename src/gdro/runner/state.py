@@ -168,7 +168,7 @@ class RunState:
         order = torch.randperm(len(prompts), generator=torch_rng(self.config.seed, "round/prompts", epoch)).tolist()
         return [prompts[i] for i in order[place * count : (place + 1) * count]]
 
-    def _place(self, number: int) -> Round:
+    def place(self, number: int) -> Round:
         """What training needs to know about a round."""
         rounds, train, sample = self.config.rounds, self.config.train, self.config.sample
         done, last = rounds.steps(number, train.max_train_steps)
@@ -200,7 +200,7 @@ class RunState:
         )
         if not number:
             return replica
-        state = behavior_weights(self.checkpoints, self._place(number))
+        state = behavior_weights(self.checkpoints, self.place(number))
         return replace(replica, lora=self._lora, state={name: tensor.cpu() for name, tensor in state.items()})
 
     @property

@@ -221,20 +221,20 @@ def glyph(letter: str) -> np.ndarray:
     return np.asarray(image, np.float32) / 255
 
 
-def _blend(canvas: np.ndarray, mask: np.ndarray, top: int, left: int, color: tuple[int, int, int]) -> None:
+def blend(canvas: np.ndarray, mask: np.ndarray, top: int, left: int, color: tuple[int, int, int]) -> None:
     region = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
     alpha = mask[: region.shape[0], : region.shape[1], None]
     region += alpha * (np.asarray(color, np.float32) - region)
 
 
-def _draw_sign(canvas: np.ndarray, word: str, top: int, left: int) -> None:
+def draw_sign(canvas: np.ndarray, word: str, top: int, left: int) -> None:
     width = PITCH * len(word) + 3
     canvas[top - 1 : top + PLATE_HEIGHT + 1, left - 1 : left + width + 1] = FRAME
     canvas[top : top + PLATE_HEIGHT, left : left + width] = PLATE
     for i, letter in enumerate(word):
         mask = glyph(letter)
         x = left + 2 + PITCH * i + (PITCH - mask.shape[1]) // 2
-        _blend(canvas, mask, top + (PLATE_HEIGHT - mask.shape[0]) // 2, x, INK)
+        blend(canvas, mask, top + (PLATE_HEIGHT - mask.shape[0]) // 2, x, INK)
 
 
 def draw_wall(wall: str) -> np.ndarray:
@@ -276,10 +276,10 @@ def render(scene: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
     if scene["word"]:
         top = 2 if scene["objects"] else int(rng.integers(4, 8))
         left = 2 + int(rng.integers(0, 3)) + (PITCH // 2 if len(scene["word"]) == 3 else 0)
-        _draw_sign(canvas, scene["word"], top, left)
+        draw_sign(canvas, scene["word"], top, left)
     items = [item for item in scene["objects"] for _ in range(item["count"])]
     spare = iter(_pick(rng, COLORS, len(COLORS)))
     colors = {id(item): item["color"] or next(spare) for item in scene["objects"]}
     for item, (top, left) in zip(items, _slots(scene, len(items), rng), strict=True):
-        _blend(canvas, shape_mask(item["shape"]), top, left, COLORS[colors[id(item)]])
+        blend(canvas, shape_mask(item["shape"]), top, left, COLORS[colors[id(item)]])
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)

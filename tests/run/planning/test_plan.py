@@ -28,7 +28,7 @@ from gdro.runner.planning.gpus import gpu
 from gdro.runner.planning.ledger import Operation, Work
 from gdro.runner.planning.plan import memory_parts, micro_batch_of, plan, refuse
 from gdro.runner.planning.report import plan_run, prompt_counts
-from gdro.runner.planning.shapes import KNOWN, _configurations, shapes_of
+from gdro.runner.planning.shapes import KNOWN, configurations, shapes_of
 from gdro.tiny.prompts import tiny_prompts
 from gdro.training.micro_batch import saved_bytes
 
@@ -205,7 +205,7 @@ def test_evaluations_are_those_a_run_counts(
     ],
 )
 def test_known_models_have_their_published_size_without_the_hub(name: str, billions: float) -> None:
-    with _configurations(name) as folder:
+    with configurations(name) as folder:
         model = load_model(folder, device=torch.device("meta"), dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.transformer.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
     assert name in json.loads(KNOWN.read_text())

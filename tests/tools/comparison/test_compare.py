@@ -148,9 +148,9 @@ def test_the_base_is_one_for_every_method(place: Path, spec: ComparisonSpec) -> 
     shutil.copytree(place / "out/red/longer/seed-0", place / "again/red/longer/seed-0")
     again = Comparison(spec, place / "again", workers=2)
     config = bed.config(one)
-    again._share_base(one, config.model_copy(update={"seed": 1}))
+    again.share_base(one, config.model_copy(update={"seed": 1}))
     assert not (place / "again/red/gdro").exists()
-    again._share_base(one, config)
+    again.share_base(one, config)
     copied = place / "again/red/gdro/seed-0/evaluation/base"
     files = {path.relative_to(copied): path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     base = place / "out/red/gdro/seed-0/evaluation/base"

@@ -93,7 +93,7 @@ class TransformersDetector:
                 batch = same[start : start + self.batch_size]
                 for i, seen in zip(batch, self._detect([pictures[i] for i in batch]), strict=True):
                     found[i] = [detection for detection, _ in seen]
-                    for place in _asked_for_color(found[i], records[i]):
+                    for place in asked_for_color(found[i], records[i]):
                         asked.append((i, place))
                         crops.append(crop(pictures[i], found[i][place].box, seen[place][1]))
         colors = self.colorist(crops, [found[i][place].label for i, place in asked])
@@ -199,7 +199,7 @@ class TransformersDetector:
         return pretrained.network(kind, self._found[0], field=FIELD, device=self.device)
 
 
-def _asked_for_color(detections: Sequence[Detection], record: Record) -> list[int]:
+def asked_for_color(detections: Sequence[Detection], record: Record) -> list[int]:
     """Indices of the detections whose color the rules use: per class, the best `count` of those that count."""
     found = kept(detections, record.tag)
     looked_at = [id(d) for entry in record.include if entry.color for d in found.get(entry.label, [])[: entry.count]]

@@ -128,7 +128,7 @@ def outline(config: RunConfig) -> tuple[Any, dict[str, nn.Module], dict[str, tup
     """The model with the run's adapter, its networks by name, and shapes of a prompt's tensors; all without weights."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     train = config.train
-    with _configurations(config.model) as name:
+    with configurations(config.model) as name:
         model: Any = load_model(name, device=torch.device("meta"), dtype=dtype)
         networks, text_shapes = model.networks(), model.text_shapes(config.sample.max_sequence_length)
     model.add_adapter(rank=train.rank, alpha=train.lora_alpha, targets=train.target_modules, seed=0)
@@ -144,7 +144,7 @@ def _backward(loss: Tensor) -> None:
 
 
 @contextmanager
-def _configurations(name: str) -> Iterator[str]:
+def configurations(name: str) -> Iterator[str]:
     """Make a known model's configurations available without the Hub; yields the name to load them under."""
     known = json.loads(KNOWN.read_text(encoding="utf-8"))
     if name not in known or Path(name).exists():

@@ -147,7 +147,7 @@ class Comparison:
                 if not self.is_done(before):
                     raise UserError(f"{before.name} is not finished; expected it first")
                 take_on(self.out / before.name, run)
-            self._share_base(job, config)
+            self.share_base(job, config)
         if not (run / MADE_WITH).exists():
             write_record(run / MADE_WITH, made_with(config, self._versions))
         write_bytes(run / JOB, dump_yaml(config.model_dump(mode="json")).encode())
@@ -187,7 +187,7 @@ class Comparison:
             records.append(("what is installed", made_with(config, self._versions)))
         check_agreement(records)
 
-    def _share_base(self, job: Job, config: RunConfig) -> None:
+    def share_base(self, job: Job, config: RunConfig) -> None:
         """The base's evaluation images are every method's: copied, with their rewards, from a run that is evaluated.
 
         The store they make knows the weights and settings it is of, so evaluation finds it finished, or starts over.
