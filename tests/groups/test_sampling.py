@@ -86,7 +86,7 @@ def test_an_interrupted_job_ends_with_the_same_bits(
     monkeypatch.undo()
     capsys.readouterr()
     sample_groups(SETTINGS, flux, PROMPTS, tmp_path / "stopped", seed=7)
-    assert "6/15 img done before" in capsys.readouterr().err
+    assert "6/15 img done earlier" in capsys.readouterr().err
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 

@@ -130,7 +130,7 @@ def test_memory_is_measured_on_the_largest_images(
 
 
 def test_what_does_not_fit_is_refused_in_one_line(flux: FluxModel, toy: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sample\.width: 64x32, 48x40, but group g1 in .* is of 32x64; training must"):
+    with pytest.raises(UserError, match=r"sample\.width: 64x32, 48x40, but group g1 in .* is 32x64; training must"):
         prepare(TrainConfig(**SMALL), flux, *toy, seed=0, sampling=SAMPLING | {"buckets": [[40, 48]]})
     off = GENERATION.model_copy(update={"buckets": [[36, 64]]})
     with pytest.raises(UserError, match="height: 36 does not fit the model's grid"):

@@ -352,8 +352,8 @@ def test_resuming_with_other_rewards_or_seed_is_refused(flux: Any, toy: tuple[Pa
     [
         ("guidance_scale", 1.0, r"^sample\.guidance_scale: 1.0, but the groups in .* were made with 3.5"),
         ("max_sequence_length", 32, r"^sample\.max_sequence_length: 32, but the groups in .* were made with 16"),
-        ("height", 64, r"^sample\.height, sample\.width: 64x64, but group g0 in .* is of 64x32"),
-        ("width", 32, r"^sample\.height, sample\.width: 32x32, but group g0 in .* is of 64x32"),
+        ("height", 64, r"^sample\.height, sample\.width: 64x64, but group g0 in .* is 64x32"),
+        ("width", 32, r"^sample\.height, sample\.width: 32x32, but group g0 in .* is 64x32"),
     ],
 )
 def test_groups_made_otherwise_are_refused(
