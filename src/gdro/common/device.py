@@ -39,7 +39,7 @@ _MEMORY = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_
 
 
 def torch_device(name: str) -> torch.device:
-    """The device called `name`, auto being cuda where there is one; UserError for a GPU that is not there."""
+    """The device called `name`; auto is cuda if available. UserError if a GPU is requested but unavailable."""
     there = torch.cuda.is_available()
     if name.startswith("cuda") and not there:
         raise UserError(f'device is "{name}", but torch finds no GPU; expected "auto" or "cpu"')

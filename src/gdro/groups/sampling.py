@@ -43,14 +43,12 @@ def sample_groups(
     label: str = "sample",
     make: "MakeShards | None" = None,
 ) -> Path:
-    """Fill the store in `folder` with `settings.images_per_prompt` images of every prompt; returns `folder`.
+    """Fill the store in `folder` with `settings.images_per_prompt` images of every prompt, resuming where it stopped.
 
-    Resumes where it stopped.
-
-    The noise of an image is a function of (seed, purpose, group, index), and a batch never crosses a shard: an
-    interrupted job ends with the same bits, and another batch size or order of prompts only changes rounding. Appending
-    prompts extends the store. Noise of stochastic steps is a function of (seed, purpose, group, index, step); the
-    trajectories go into the store. If there are several sizes, a group's is a function of (seed, group). Several
+    Returns `folder`. The noise of an image is a function of (seed, purpose, group, index), and a batch never crosses a
+    shard: an interrupted job ends with the same bits, and another batch size or order of prompts only changes rounding.
+    Appending prompts extends the store. Noise of stochastic steps is a function of (seed, purpose, group, index, step);
+    the trajectories go into the store. If there are several sizes, a group's is a function of (seed, group). Several
     processes share the files. Raises UserError, naming `label`'s field, if the store was begun with other settings,
     prompts or weights, or if a setting does not suit the model.
 

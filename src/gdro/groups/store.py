@@ -171,7 +171,7 @@ class GroupStore:
         return {shard.path.name: shard.content for shard in self.shards}
 
     def prompt(self, group_id: str) -> Prompt:
-        """What the group's images are of."""
+        """The group's prompt."""
         return self._places[group_id][0].prompts[group_id]
 
     def size(self, group_id: str) -> int:
@@ -183,7 +183,7 @@ class GroupStore:
         return self._places[group_id][0].sizes[group_id]
 
     def image_ids(self, group_id: str) -> list[str]:
-        """`<group_id>/<index>` of each image, as files of rewards name it."""
+        """`<group_id>/<index>` of each image, as in files of rewards."""
         return [f"{group_id}/{i}" for i in range(self.size(group_id))]
 
     def images(self, group_id: str) -> list[Image.Image]:

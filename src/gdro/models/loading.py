@@ -37,7 +37,7 @@ def load_model(
 ) -> FlowModel:
     """The model called `name`, its transformer on `device` in `dtype` (float32 or bfloat16), optionally quantized.
 
-    `name` is "tiny", a folder in diffusers' layout, or a Hub id. The device "auto" is cuda if there is one, else cpu.
+    `name` is "tiny", a folder in diffusers' layout, or a Hub id. The device "auto" is cuda if available, else cpu.
 
     `sharded`: the transformer is spread over the devices of all processes, which must all call this.
 

@@ -19,7 +19,7 @@ def is_named(spec: str) -> bool:
 
 
 def load_prompts(spec: str | Path, field: str = "prompts") -> list[Prompt]:
-    """Prompts of a .txt or .jsonl file, or of gdro's own by name; UserError names `field`."""
+    """Prompts from a .txt or .jsonl file, or included in gdro, by name; UserError names `field`."""
     try:
         return named_prompts(str(spec)) if is_named(str(spec)) else read_prompts(spec)
     except UserError as error:
