@@ -136,7 +136,7 @@ def damages(name: str) -> Iterator[Damage]:
         nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         stored = fields(f"{part}/config.json", quantization_config=nf4)
         yield Damage(
-            f"{part}-nf4", stored, f"{part}/config.json says .* stored by bitsandbytes, which is not installed"
+            f"{part}-nf4", stored, f"{part}/config.json says .* stored with bitsandbytes, which is not installed"
         )
         deep = write(f"{part}/config.json", "[" * 100_000)
         yield Damage(f"{part}-json", deep, f"{part}/config.json is not JSON ")
