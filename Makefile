@@ -9,7 +9,7 @@ TESTS := tests/models tests/objectives tests/samplers tests/training
 demo: .venv/installed
 	$(BIN)/gdro demo
 
-# The methods side by side, hours: the table goes into the README, its figures and plots beside it. It resumes.
+# The methods side by side, for hours: tables into docs/results.md, figures and plots beside them. It resumes.
 tables: .venv/installed
 	$(BIN)/gdro compare --out runs/comparison --results benchmarks/results/comparison.json --readme docs/results.md --pictures docs
 

@@ -1,6 +1,6 @@
 """gdro: post-train text-to-image flow models on rewards, offline, from groups of their own images.
 
-A whole run, which checks everything first and goes on where it stopped:
+A whole run, which checks everything first and resumes where it stopped:
 
     config = gdro.load_config("demo", {"train.k": 4})
     print(gdro.run(config, "runs/mine"))

@@ -68,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if _speaks():
-            tell(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` goes on where it stopped")
+            tell(f"\ngdro: interrupted; `{shlex.join(['gdro', *argv])}` resumes where it stopped")
         return 130
     except LostProcess as error:
         if _speaks():
-            tell(f"gdro: {error}; the same command goes on where it stopped")
+            tell(f"gdro: {error}; the same command resumes where it stopped")
         return 1
     except Exception as error:
         if not _speaks():
@@ -238,7 +238,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     study = command("arena", "a blind human study of finished runs: a page on loopback, and its table", _arena)
     study.add_argument("runs", nargs="+", type=path, metavar="RUN", help="one: base against tuned; several: the tuned")
-    study.add_argument("--out", type=path, help="the study's folder; a study begun there goes on")
+    study.add_argument("--out", type=path, help="the study's folder; a study begun there resumes")
     study.add_argument("--table", action="store_true", help="print the table of the study's folder RUN, serve nothing")
     study.add_argument("--host", default="127.0.0.1", help="the address to serve at (127.0.0.1)")
     study.add_argument("--port", type=integer(0, 65_535), default=8765, help="0 takes any free one (8765)")

@@ -150,7 +150,7 @@ def test_ctrl_c_ends_with_130_and_how_to_go_on(work: Path, tmp_path: Path) -> No
     code, err = finish(command)
     assert code == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == f"gdro: interrupted; `gdro run small.yaml --out {out}` goes on where it stopped"
+    assert err.splitlines()[-1] == f"gdro: interrupted; `gdro run small.yaml --out {out}` resumes where it stopped"
 
 
 def test_stages_one_by_one_are_the_run(work: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def compare(
     readme: Path | None = None,
     pictures: Path | None = None,
 ) -> tuple[str, bool]:
-    """Do what the comparison file `path` asks for in the folder `out`; going on where it stopped.
+    """Do what the comparison file `path` asks for in the folder `out`; it resumes where it stopped.
 
     Returns lines that say what came out, and whether no job failed. `status` starts nothing and shows the results so
     far; while another process works in `out` it writes none. `results`, `readme` and `pictures` are further places for
@@ -155,7 +155,7 @@ class Comparison:
         return ["run", str(run / JOB), "--out", str(run), *until]
 
     def _before(self, job: Job) -> Job | None:
-        """The job whose finished run this one goes on with."""
+        """The job whose finished run this one continues."""
         parent = self.spec.methods[job.method].continues
         return None if parent is None else replace(job, name=run_name(job.task, parent, job.seed), method=parent)
 
@@ -356,7 +356,7 @@ class Comparison:
 
 
 def take_on(parent: Path, run: Path) -> None:
-    """Make `run` a copy of the finished run directory `parent`; under other limits its training goes on."""
+    """Make `run` a copy of the finished run directory `parent`; under other limits its training continues."""
     half = run.with_name(f".{run.name}.tmp")
     discard(half)
     shutil.copytree(parent, half, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
