@@ -169,6 +169,11 @@ def test_a_mistake_is_named_with_its_value_and_what_was_expected(
     assert "\n" not in str(caught.value)
 
 
+def test_the_file_of_a_comparison_names_the_command_it_is_for() -> None:
+    with pytest.raises(UserError, match=r"^comparison describes a comparison of methods, .*; expected `gdro compare"):
+        load_config("comparison")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -97,6 +97,8 @@ def load_config(source: str | Path, overrides: Mapping[str, Any] | Iterable[tupl
     UserError for the first problem.
     """
     data = read_yaml(_file(source))
+    if {"tasks", "methods"} <= data.keys():
+        raise UserError(f"{source} describes a comparison of methods, not a run; expected `gdro compare {source}`")
     if isinstance(overrides, Mapping):
         values = dict(overrides)
     else:
