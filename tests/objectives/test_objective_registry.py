@@ -10,7 +10,14 @@ import pytest
 
 import gdro.objectives
 from gdro.common.errors import UserError
-from gdro.objectives.registry import ALL_HYPERPARAMETERS, OBJECTIVES, hyperparameter_model, make_objective
+from gdro.objectives.registry import (
+    ALL_HYPERPARAMETERS,
+    OBJECTIVES,
+    hyperparameter_model,
+    make_objective,
+    source_version,
+    spec_of,
+)
 
 SHARED = ALL_HYPERPARAMETERS
 
@@ -88,3 +95,27 @@ def test_objectives_import_little() -> None:
             for name in names:
                 ours = name.startswith(("gdro.objectives", "gdro.common"))
                 assert ours or name.partition(".")[0] in allowed, (path, name)
+
+
+def test_the_source_of_an_own_objective_is_part_of_what_a_run_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One's own module changes at will; gdro's objectives change with the package."""
+    monkeypatch.chdir(tmp_path)
+    source = Path("my_best_only.py")
+    source.write_text(
+        "from dataclasses import dataclass\n"
+        "from gdro.objectives.base import ForwardObjective\n"
+        "@dataclass(frozen=True)\n"
+        "class BestOnly(ForwardObjective):\n"
+        "    scale: float = 1.0\n"
+        "    def loss(self, batch):\n"
+        "        return self.scale * batch.d[:, 0], {'loss_rank': batch.d[:, 0].detach()}\n"
+    )
+    own = make_objective("my_best_only:BestOnly", {"scale": 2.0})
+    assert spec_of(own) == {"name": "my_best_only:BestOnly", "scale": 2.0}
+    before = source_version(own)
+    source.write_text(source.read_text() + "# another\n")
+    assert before is not None
+    assert source_version(own) not in (None, before)
+    assert source_version(make_objective("gdro", {})) is None
