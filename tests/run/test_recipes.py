@@ -24,7 +24,7 @@ from gdro.runner.planning.report import prompt_counts
 from gdro.runner.prompt_sets import load_prompts
 
 RECIPES = Path(__file__).parents[2] / "configs"
-NAMES = ("flux_ocr", "flux_geneval", "sd3_ocr")
+NAMES = ("flux_ocr", "flux_ocr_fast", "flux_geneval", "sd3_ocr")
 # One round of two prompts, one step; prompts, lengths of text and all else are the recipe's own.
 SMALL = {
     "device": "cpu",
@@ -58,6 +58,18 @@ def test_the_papers_settings(name: str, reward: str, beta: float, gamma: float, 
     assert abs(train.k * train.groups_per_step - 512) < train.k
     assert (sample.images_per_prompt, sample.height, sample.width, sample.sampler) == (16, 512, 512, "ode")
     assert load_reward(config.score.reward).name == reward
+
+
+def test_the_fast_recipe_costs_a_tenth_per_prompt() -> None:
+    """Model evaluations of sampling and training, with live reference and without guidance's second pass."""
+    cost = {}
+    for name in ("flux_ocr", "flux_ocr_fast"):
+        config = load_config(RECIPES / f"{name}.yaml")
+        train, images = config.train, config.train.max_train_steps * config.train.groups_per_step * config.train.k
+        cost[name] = config.sample.images_per_prompt * config.sample.calls + 4 * images / 1000
+        assert train.objective.reference == "base"
+    assert cost["flux_ocr"] == pytest.approx(1060)
+    assert cost["flux_ocr_fast"] <= 110
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,9 +143,10 @@ def run(name: str, out: Path, judge: FakeEndpoint, settings: dict[str, object]) 
 
 
 @pytest.mark.slow
-def test_flux_ocr_runs_with_its_own_reward(flux_folder: Path, judge: FakeEndpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["flux_ocr", "flux_ocr_fast"])
+def test_flux_ocr_runs_with_its_own_reward(name: str, flux_folder: Path, judge: FakeEndpoint, tmp_path: Path) -> None:
     settings = {"model": flux_folder, "score.reward": with_spread({"name": "ocr"})}
-    summary = run("flux_ocr", tmp_path / "run", judge, settings)
+    summary = run(name, tmp_path / "run", judge, settings)
     assert summary["reward"]["base"] is not None
     assert len(judge.asked) == 2 * 50 + 2 * 200  # validation of the base and of the step, both sides of the test
 
