@@ -116,3 +116,24 @@ def test_nothing_heavy_is_imported_to_read_a_configuration() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_hyperparameters_of_an_own_objective_are_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_margins.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from gdro.objectives.base import ForwardObjective\n"
+        "@dataclass(frozen=True)\n"
+        "class Margin(ForwardObjective):\n"
+        "    margin: float = 0.1\n"
+        "    def loss(self, batch):\n"
+        "        return batch.d[:, 0], {'loss_rank': batch.d[:, 0].detach()}\n"
+    )
+    own = ["plan", "demo", "--gpu", "h200", "--train.objective", "my_margins:Margin"]
+    assert main([*own, "--train.margin", "0.2"]) == 0
+    assert main([*own, "--train.margin", "wide"]) == 2
+    assert 'train.margin is "wide"; expected a number' in capsys.readouterr().err
+    assert main([*own, "--train.tau", "0.2"]) == 2
+    assert 'train.tau is 0.2, which objective "my_margins:Margin" does not have' in capsys.readouterr().err

@@ -286,6 +286,11 @@ def _checked(overrides: Sequence[Override], own: Iterable[str]) -> Sequence[Over
     from gdro.runner.config import field_names
 
     valid = field_names()
+    for name, text in overrides:
+        if name == "train.objective" and ":" in text:  # of your own, with hyperparameters of its own
+            from gdro.objectives.registry import hyperparameters, objective_class
+
+            valid += [f"train.{field}" for field in hyperparameters(objective_class(text.strip()))]
     for name, _ in overrides:
         if name not in valid:
             raise UserError(f"unknown option --{name}{did_you_mean(f'--{name}', [f'--{v}' for v in (*valid, *own)])}")

@@ -75,6 +75,15 @@ def test_another_objective_on_a_resolved_configuration_brings_its_own_defaults(s
         assert load_config(tmp_path / CONFIG, [("train.objective", name)]).train.objective == objective
 
 
+def test_another_objective_on_a_recipe_does_too() -> None:
+    """The demo's beta, tau and gamma stand beside its objective; what the command line says stays."""
+    assert load_config("demo", [("train.objective", "sft")]).train.objective == Sft()
+    found = load_config("demo", [("train.beta", "5"), ("train.objective", "dpo")])
+    assert (found.train.objective, found.train.learning_rate) == (Dpo(beta=5.0), 8e-4)
+    with pytest.raises(UserError, match=r'^train\.tau is 0\.1, which objective "sft" does not have'):
+        load_config("demo", [("train.objective", "sft"), ("train.tau", "0.1")])
+
+
 OWN = """
 from dataclasses import dataclass
 from typing import ClassVar

@@ -15,7 +15,7 @@ from gdro.common.validation import MAX_SEED, expected, show
 from gdro.common.yaml import dump_yaml, parse_yaml, read_yaml
 from gdro.evaluation.measure import EvaluateConfig
 from gdro.models.quantization import Quantization
-from gdro.objectives.registry import ALL_HYPERPARAMETERS, KINDS, name_of
+from gdro.objectives.registry import ALL_HYPERPARAMETERS, name_of
 from gdro.samplers.settings import Generation
 from gdro.stages.score import ScoreConfig
 from gdro.training.config import MAY_CHANGE as TRAIN_MAY_CHANGE
@@ -93,8 +93,8 @@ def load_config(source: str | Path, overrides: Mapping[str, Any] | Iterable[tupl
     """The configuration in the YAML file `source`, or the recipe of that name: "demo", "flux_ocr", ...
 
     overrides: values by dotted name, `{"train.k": 4, "train.objective": gdro.Rank(beta=5)}`, or pairs of a dotted name
-    and YAML text, as on a command line. An objective replaces the file's, including its hyperparameters. Raises
-    UserError for the first problem.
+    and YAML text, as on a command line. `train.objective` replaces the file's, including the hyperparameters that stand
+    beside it. Raises UserError for the first problem.
     """
     data = read_yaml(_file(source))
     if {"tasks", "methods"} <= data.keys():
@@ -107,7 +107,7 @@ def load_config(source: str | Path, overrides: Mapping[str, Any] | Iterable[tupl
             if name in values:
                 raise UserError(f"--{name} is given twice; expected once")
             values[name] = parse_yaml(text, f"--{name}")
-    if isinstance(values.get("train.objective"), KINDS) and isinstance(data.get("train"), dict):
+    if "train.objective" in values and isinstance(data.get("train"), dict):
         data["train"] = {field: value for field, value in data["train"].items() if field not in ALL_HYPERPARAMETERS}
     for name, value in values.items():
         _set(data, name, value)
