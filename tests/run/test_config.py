@@ -75,6 +75,13 @@ def test_another_objective_on_a_resolved_configuration_brings_its_own_defaults(s
         assert load_config(tmp_path / CONFIG, [("train.objective", name)]).train.objective == objective
 
 
+def test_the_old_name_of_a_reference_is_refused_with_the_new_one(small: Path) -> None:
+    with pytest.raises(
+        UserError, match=r'^train\.reference is "round"; expected "base", "old" or "ema" \(round is now'
+    ):
+        load_config(small, [("train.reference", "round")])
+
+
 def test_another_objective_on_a_recipe_does_too() -> None:
     """The demo's beta, tau and gamma stand beside its objective; what the command line says stays."""
     assert load_config("demo", [("train.objective", "sft")]).train.objective == Sft()

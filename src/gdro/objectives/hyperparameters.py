@@ -14,6 +14,12 @@ def _positive(tau: Any) -> Any:
     return tau
 
 
+def _not_round(reference: Any) -> Any:
+    if reference == "round":
+        raise ValueError('"base", "old" or "ema" (round is now called old)')
+    return reference
+
+
 Tau = Annotated[
     float,
     BeforeValidator(_positive),
@@ -32,6 +38,7 @@ AdvantageExponent = Annotated[
 ]
 Reference = Annotated[
     Literal["base", "old", "ema"],
+    BeforeValidator(_not_round),
     Field(description="The frozen base, the policy that sampled the round, or the moving average of the weights."),
 ]
 Mix = Annotated[float, Field(ge=1e-3, le=1, description="DiffusionNFT: b of v+- = (1 -+ b) v_old +- b v.")]
