@@ -56,10 +56,10 @@ def one(run: Path, name: str, seed: int, steps: int, results: Path) -> None:
     from gdro.training.config import TrainConfig
 
     config = load_config(run / "config.yaml")
-    change = dict(VARIANTS[name])
+    change = {"k": 6, "subset": "spread", **VARIANTS[name]}  # what the rows so far were measured with
     if "beta" in change:
         change["beta"] *= config.train.objective.beta
-    k = change.get("k", config.train.k)
+    k = change["k"]
     section = TrainConfig.model_validate(
         {
             **config.train.flat(),
@@ -142,7 +142,7 @@ def interval(values: Sequence[float]) -> str:
     """Mean and half-width of its 95 % t-interval."""
     if len(values) < 2:
         return f"{values[0]:+.3f}" if values else "-"
-    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}[len(values)]
     return f"{np.mean(values):+.3f} ± {t * np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 

@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablations import interval
 
 MOST = 12  # images a prompt in the stores
 PROMPTS, SAMPLING_STEPS, GROUPS = 96, 6, 8  # of a store; groups of a training step
@@ -117,11 +117,7 @@ def one(task: str, store: Path, name: str, seed: int, results: Path) -> None:
                 flat = np.concatenate([values[group] for group in shard.groups])
                 tables.append(rewards_table(header, ids, Scores(flat, [{} for _ in ids])))
             write_rewards(folder / "first.parquet", header, tables)
-            own = {
-                n: v
-                for n, v in config.train.flat().items()
-                if n not in ("objective", "tau", "beta", "gamma", "reference")
-            }
+            own = config.train.model_dump(exclude={"objective"})
             passes = 3 if change["objective"] in ("sft", "rwr") else 4
             images = GROUPS * change["k"]
             left = BUDGET - PROMPTS * most * SAMPLING_STEPS
@@ -173,14 +169,6 @@ def table(results: Path, task: str) -> str:
         cells = [gain(found, "reward"), gain(found, "corrected"), f"{judge:.2f}", gain(found, "layout_diversity")]
         lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {f'{np.mean(drift):+.3f}' if drift else ''} |")
     return "\n".join(lines)
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and half-width of its 95 % t-interval."""
-    if len(values) < 2:
-        return f"{values[0]:+.3f}" if values else "-"
-    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}[len(values)]
-    return f"{np.mean(values):+.3f} ± {t * np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 
 def main() -> None:

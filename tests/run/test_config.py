@@ -104,6 +104,9 @@ class Hinge(ForwardObjective):
         loss = (self.margin + batch.d[:, 0] - batch.d[:, -1]).clamp_min(0)
         return loss, {"loss_rank": loss.detach()}
 class Plain: pass
+@dataclass(frozen=True)
+class Lossless(ForwardObjective):
+    margin: float = 0.1
 """
 
 
@@ -116,6 +119,7 @@ def test_an_objective_of_your_own(small: Path, tmp_path: Path, monkeypatch: pyte
     assert load_config(tmp_path / CONFIG) == found
     for name, said in (
         ("my_hinges:Hing", 'has nothing named "Hing"; did you mean "Hinge"'),
+        ("my_hinges:Lossless", '"my_hinges:Lossless" has no loss; expected'),
         ("my_hinges:Plain", '"my_hinges:Plain" is not an objective; expected a frozen dataclass'),
     ):
         with pytest.raises(UserError, match=f"^train.objective: .*{said}"):

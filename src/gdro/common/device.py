@@ -38,11 +38,11 @@ _CAUSES = (
 _MEMORY = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED")
 
 
-def torch_device(name: str) -> torch.device:
-    """The device called `name`; auto is cuda if available. UserError if a GPU is requested but unavailable."""
+def torch_device(name: str, field: str = "device") -> torch.device:
+    """The device called `name`; auto is cuda if available. UserError naming `field` if a GPU is asked for in vain."""
     there = torch.cuda.is_available()
     if name.startswith("cuda") and not there:
-        raise UserError(f'device is "{name}", but torch finds no GPU; expected "auto" or "cpu"')
+        raise UserError(f'{field} is "{name}", but torch finds no GPU; expected "auto" or "cpu"')
     return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
 
 

@@ -5,6 +5,7 @@ hyperparameters with their published defaults, the pure functions beside it hold
 the two. Shapes: g groups, k images per group, n images.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -69,7 +70,7 @@ class Transition:
 
 
 @dataclass(frozen=True)
-class ForwardObjective:
+class ForwardObjective(ABC):
     """Learns from clean images, noised anew at each visit, and their rewards.
 
     Subclasses with a reference (`uses_reference`) have the field `reference`; those that use advantages have
@@ -86,9 +87,10 @@ class ForwardObjective:
         """Whether the loss needs `Noised.base`."""
         return False
 
+    @abstractmethod
     def loss(self, batch: Noised) -> Loss:
         """Loss (g,) and metrics (g,); "loss_rank" is the main term."""
-        raise NotImplementedError
+        ...
 
     def start_loss(self, k: int) -> float | None:
         """The main term when policy = reference; None if it depends on rewards or images."""
@@ -96,7 +98,7 @@ class ForwardObjective:
 
 
 @dataclass(frozen=True)
-class TrajectoryObjective:
+class TrajectoryObjective(ABC):
     """Learns from the stochastic steps that sampled the images."""
 
     name: ClassVar[str]
@@ -108,9 +110,10 @@ class TrajectoryObjective:
         """Whether the loss needs `Transition.base_mean`."""
         return False
 
+    @abstractmethod
     def loss(self, batch: Transition) -> Loss:
         """Loss (n,) and metrics (n,); "loss_policy" is the main term."""
-        raise NotImplementedError
+        ...
 
     def start_loss(self, k: int) -> float | None:
         """None: it always depends on the rewards."""

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -47,6 +48,8 @@ def objective_class(name: str) -> type[Any]:
             f'{FIELD}: "{name}" is not an objective; expected a frozen dataclass that extends ForwardObjective or '
             "TrajectoryObjective from gdro.objectives.base"
         )
+    if isabstract(found):
+        raise UserError(f'{FIELD}: "{name}" has no loss; expected a method loss(self, batch)')
     return found
 
 

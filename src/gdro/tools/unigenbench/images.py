@@ -73,12 +73,13 @@ class Sampled:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError if the model, adapter or device is missing."""
+        from gdro.common.device import torch_device
         from gdro.models import check_model
         from gdro.runner.checks import tell_cut
 
         check_model(self.model)
         tell_cut(self.model, prompts, self.generation.max_sequence_length)
-        _ = self._device()
+        torch_device(self.device, "--device")
 
     def make(self, prompts: Sequence[Prompt]) -> None:
         """Make missing images. If there are none, the model is not loaded, so a judge can have the GPU.
@@ -95,7 +96,7 @@ class Sampled:
         from gdro.models import load_model
 
         dtype = torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
-        model = load_model(self.model, device=torch.device(self._device()), dtype=dtype)
+        model = load_model(self.model, device=self.device, dtype=dtype)
         if self.adapter is not None:
             model.load_adapter(self.adapter)
         # the same purpose as in evaluation: noise depends on (seed, prompt, index), not on the model
@@ -130,14 +131,6 @@ class Sampled:
             "seed": self.seed,
             **settings,
         }
-
-    def _device(self) -> str:
-        import torch
-
-        cuda = torch.cuda.is_available()
-        if self.device == "cuda" and not cuda:
-            raise UserError('--device is "cuda", but torch finds no GPU; expected "auto" or "cpu"')
-        return "cuda" if cuda and self.device != "cpu" else "cpu"
 
 
 def find_adapter(path: Path) -> Path:

@@ -35,11 +35,9 @@ def backward(learner: Learner, draws: Sequence[GroupDraw], ranked: int) -> dict[
     reference: str | None = objective.reference if objective.uses_reference else None
     if reference == "old" and learner.data.fresh(draws[0].step):
         reference = "policy"
+    seen = noised(learner, batch, base=objective.uses_base, reference=reference if known is None else None)
     if known is not None:
-        seen = noised(learner, batch, base=objective.uses_base, reference=None)
         seen = replace(seen, reference_error=_reference_error(learner, known, draws, batch))
-    else:
-        seen = noised(learner, batch, base=objective.uses_base, reference=reference)
     loss, figures = objective.loss(seen)
     share = batch.ranked / ranked
     total = (loss * share).sum()
